@@ -1,0 +1,1 @@
+"""Speech for frozen RWKV language models."""
