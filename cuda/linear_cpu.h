@@ -1,0 +1,5 @@
+#pragma once
+#include <ATen/ATen.h>
+
+// x (..., K) and weight (O, K), contiguous, both fp32 or both bf16 -> (..., O), accumulated in fp32.
+at::Tensor few_rows_linear_cpu(const at::Tensor& x, const at::Tensor& weight);

@@ -1,0 +1,497 @@
+// Kernels of the WKV-6 operator; wkv6.h has the formulas and what the launchers take, docs/wkv-cuda.md the reckoning.
+//
+// - The state of one sample and head is cut over blocks. Forward cuts its rows: y[i] needs row i only. Backward cuts its
+//   columns: gr, gk, gw and gu are sums over i at fixed j; only gv crosses blocks, and a small kernel adds its parts.
+// - A thread holds a 4 x 4 tile of the state in registers. The threads along the uncut side are neighbours in one warp,
+//   so that sums along it are shuffles, four steps (16 values) at a time.
+// - Time is walked in chunks. A chunk's inputs are staged in shared memory as fp32. Steps past a sample's length are
+//   staged as r = k = v = gy = 0, d = 1, which leaves states as they are and gives zero gradients.
+// - Backward meets S_t in reverse. From a chunk's saved state it walks forward once and keeps each fourth state in shared
+//   memory; then, group by group from the end, it recomputes four states in registers. Nothing is divided by a decay.
+// - No atomics: results do not depend on the order of blocks.
+#include "wkv6.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, args) kernel<<<grid, block, shared_bytes, stream>>>(args)
+#define DYNAMIC_SHARED(name) extern __shared__ float4 name[]
+#else
+#include "cuda_stand_in.h"  // the tests' stand-in for the language: the same source, run on a CPU
+#endif
+
+namespace wkv6 {
+namespace {
+
+constexpr int WARP = 32;
+constexpr int TILE = 4;                 // a thread's tile of the state: TILE x TILE
+constexpr int GROUP = 4;                // steps between two reductions, and of states recomputed in registers
+constexpr int VALUES = GROUP * TILE;    // what one thread brings to a reduction: index = step * TILE + place in tile
+static_assert(CHUNK % GROUP == 0, "chunks are walked in whole groups");
+
+template <int N>
+struct Geometry {
+  static constexpr int slices = gv_slices(N);
+  static constexpr int slice = N / slices;           // rows (forward) or columns (backward) of a block
+  static constexpr int lanes = N / TILE;             // threads along the uncut side: 8, 16 or 32 neighbours of a warp
+  static constexpr int strips = slice / TILE;        // threads along the cut side
+  static constexpr int threads = lanes * strips;     // 64, 128, 128
+  static constexpr int owned = VALUES > lanes ? VALUES / lanes : 1;  // sums that a lane holds after a reduction
+  static constexpr int copies = lanes > VALUES ? lanes / VALUES : 1;  // lanes that hold the same sum
+  static_assert(lanes <= WARP && threads % WARP == 0, "sums along the uncut side must stay in a warp");
+};
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline void from_float(float x, float &out) { out = x; }
+__device__ inline void from_float(float x, __nv_bfloat16 &out) { out = __float2bfloat16(x); }
+__device__ inline void from_float(float x, __half &out) { out = __float2half(x); }
+
+__device__ inline void load4(float (&x)[TILE], const float *from) {
+  const float4 q = *reinterpret_cast<const float4 *>(from);
+  x[0] = q.x, x[1] = q.y, x[2] = q.z, x[3] = q.w;
+}
+
+__device__ inline void store4_shared(float *to, const float (&x)[TILE]) {
+  *reinterpret_cast<float4 *>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// By the intrinsic, as nvcc 13 splits some plain 16-byte stores to global memory into four.
+__device__ inline void store4_global(float *to, const float (&x)[TILE]) {
+  __stcg(reinterpret_cast<float4 *>(to), make_float4(x[0], x[1], x[2], x[3]));
+}
+
+template <typename T>
+struct alignas(16) Pack {  // one 16-byte load or store
+  static constexpr int size = 16 / sizeof(T);
+  T x[size];
+
+  __device__ void load(const T *from) { *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(from); }
+  __device__ void store(T *to) const {
+    __stcg(reinterpret_cast<float4 *>(to), *reinterpret_cast<const float4 *>(x));
+  }
+};
+
+// One step of the state's recurrence on a thread's tile.
+__device__ inline void advance(float (&next)[TILE][TILE], const float (&S)[TILE][TILE], const float (&d)[TILE],
+                               const float (&k)[TILE], const float (&v)[TILE]) {
+#pragma unroll
+  for (int i = 0; i < TILE; i++)
+#pragma unroll
+    for (int j = 0; j < TILE; j++) next[i][j] = fmaf(d[j], S[i][j], k[j] * v[i]);
+}
+
+// Sums x over LANES neighbouring lanes by halving: a lane sends away the half of the values that it will not keep.
+// Lane l ends with the sums of values l * COUNT / LANES ... in x[0] ...; if LANES > COUNT, LANES / COUNT lanes agree.
+template <int LANES, int COUNT>
+__device__ inline void reduce_scatter(float *x) {
+  if constexpr (LANES > 1) {
+    constexpr int half = LANES / 2;
+    if constexpr (COUNT > 1) {
+      const bool upper = threadIdx.x & half;
+#pragma unroll
+      for (int q = 0; q < COUNT / 2; q++) {
+        const float low = x[q], high = x[q + COUNT / 2];
+        x[q] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, half);
+      }
+      reduce_scatter<half, COUNT / 2>(x);
+    } else {
+      x[0] += __shfl_xor_sync(0xffffffffu, x[0], half);
+      reduce_scatter<half, 1>(x);
+    }
+  }
+}
+
+// Copies (steps, WIDTH) of a (B, T, H, N) tensor to shared memory as fp32, `missing` in the rows up to `rows`.
+// put(index, float4) stores four neighbouring values of the (rows, WIDTH) tile.
+template <int WIDTH, typename T, typename Put>
+__device__ inline void stage(const T *from, int64_t stride, int steps, int rows, float missing, Put put) {
+  constexpr int packs = WIDTH / Pack<T>::size;
+  for (int q = threadIdx.x; q < rows * packs; q += blockDim.x) {
+    const int t = q / packs, c = q % packs * Pack<T>::size;
+    float x[Pack<T>::size];
+    if (t < steps) {
+      Pack<T> pack;
+      pack.load(from + t * stride + c);
+#pragma unroll
+      for (int e = 0; e < Pack<T>::size; e++) x[e] = to_float(pack.x[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < Pack<T>::size; e++) x[e] = missing;
+    }
+#pragma unroll
+    for (int e = 0; e < Pack<T>::size; e += 4) put(t * WIDTH + c + e, make_float4(x[e], x[e + 1], x[e + 2], x[e + 3]));
+  }
+}
+
+template <int WIDTH, typename T>
+__device__ inline void stage(const T *from, int64_t stride, int steps, int rows, float *to) {
+  stage<WIDTH>(from, stride, steps, rows, 0.f, [=](int at, float4 x) { *reinterpret_cast<float4 *>(to + at) = x; });
+}
+
+// The way back: (steps, WIDTH) of fp32 in shared memory to a (B, T, H, N) tensor.
+template <int WIDTH, typename T>
+__device__ inline void unstage(const float *from, T *to, int64_t stride, int steps) {
+  constexpr int packs = WIDTH / Pack<T>::size;
+  for (int q = threadIdx.x; q < steps * packs; q += blockDim.x) {
+    const int t = q / packs, c = q % packs * Pack<T>::size;
+    Pack<T> pack;
+#pragma unroll
+    for (int e = 0; e < Pack<T>::size; e++) from_float(from[t * WIDTH + c + e], pack.x[e]);
+    pack.store(to + t * stride + c);
+  }
+}
+
+// out[t] = sum_c a[t][c] b[t][c] scale(c) for `rows` rows of width WIDTH: one warp per row.
+template <int WIDTH, typename Scale>
+__device__ inline void dot_rows(const float *a, const float *b, int rows, Scale scale, float *out) {
+  const int lane = threadIdx.x % WARP;
+  for (int t = threadIdx.x / WARP; t < rows; t += blockDim.x / WARP) {
+    float sum = 0.f;
+    for (int c = lane; c < WIDTH; c += WARP) sum = fmaf(a[t * WIDTH + c] * b[t * WIDTH + c], scale(c), sum);
+    reduce_scatter<WARP, 1>(&sum);
+    if (lane == 0) out[t] = sum;
+  }
+}
+
+// d = exp(-exp(w)), and its slope in w. The slope's limit is 0 where exp(w) overflows.
+struct Decay {
+  float d, slope;
+  __device__ explicit Decay(float w) {
+    const float rate = expf(w);
+    d = expf(-rate);
+    slope = d > 0.f ? -d * rate : 0.f;
+  }
+};
+
+// Where one block stands: its sample, head and slice of the state.
+template <int N>
+struct Place {
+  using G = Geometry<N>;
+  int b, h, from;                      // from: first row or column of the slice
+  int steps, chunks;                   // the sample's own
+  int64_t head, stride, first, matrix; // index of (b, h); between steps; of (b, 0, h, 0); of state (b, h)
+
+  __device__ explicit Place(const Problem &p) {
+    const int bh = blockIdx.x / G::slices;
+    b = bh / p.H, h = bh % p.H, from = blockIdx.x % G::slices * G::slice;
+    steps = p.lengths ? int(max(int64_t(0), min(p.lengths[b], int64_t(p.T)))) : p.T;
+    chunks = (steps + CHUNK - 1) / CHUNK;
+    head = bh, stride = int64_t(p.H) * N, matrix = head * N * N;
+    first = (int64_t(b) * p.T * p.H + h) * N;
+  }
+};
+
+__device__ inline int steps_in_chunk(int steps, int chunk) { return min(CHUNK, steps - chunk * CHUNK); }
+__device__ inline int whole_groups(int steps) { return (steps + GROUP - 1) / GROUP; }
+
+template <int N>
+struct ForwardShared {
+  float r[CHUNK * N], k[CHUNK * N], d[CHUNK * N];
+  float v[CHUNK * Geometry<N>::slice];  // y takes its place, group by group
+  float bonus[CHUNK];                   // sum_j r u k
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const Forward args) {
+  using G = Geometry<N>;
+  DYNAMIC_SHARED(dynamic);
+  auto &shared = *reinterpret_cast<ForwardShared<N> *>(dynamic);
+  const Problem &p = args.problem;
+  const Place<N> place(p);
+  const int lane = threadIdx.x % G::lanes;
+  const int col = lane * TILE, row = threadIdx.x / G::lanes * TILE;  // of the tile: in the state, in the slice
+  const int64_t tile = int64_t(place.from + row) * N + col;          // of the tile in a state
+  const float *u = p.u + place.h * N;
+
+  float S[TILE][TILE];
+  const float *initial = args.state + (args.shared_state ? int64_t(place.h) * N * N : place.matrix) + tile;
+#pragma unroll
+  for (int i = 0; i < TILE; i++) load4(S[i], initial + i * N);
+
+  for (int chunk = 0; chunk < place.chunks; chunk++) {
+    const int steps = steps_in_chunk(place.steps, chunk), groups = whole_groups(steps), rows = groups * GROUP;
+    const int64_t first = place.first + int64_t(chunk) * CHUNK * place.stride;
+    if (args.chunk_states) {
+      const int64_t all = (p.T + CHUNK - 1) / CHUNK;
+      float *saved = args.chunk_states + (place.head * all + chunk) * N * N + tile;
+#pragma unroll
+      for (int i = 0; i < TILE; i++) store4_global(saved + i * N, S[i]);
+    }
+    stage<N>(static_cast<const T *>(p.r) + first, place.stride, steps, rows, shared.r);
+    stage<N>(static_cast<const T *>(p.k) + first, place.stride, steps, rows, shared.k);
+    stage<G::slice>(static_cast<const T *>(p.v) + first + place.from, place.stride, steps, rows, shared.v);
+    stage<N>(static_cast<const T *>(p.w) + first, place.stride, steps, rows, -INFINITY, [&](int at, float4 w) {
+      *reinterpret_cast<float4 *>(shared.d + at) = make_float4(Decay(w.x).d, Decay(w.y).d, Decay(w.z).d, Decay(w.w).d);
+    });
+    __syncthreads();  // the chunk is staged
+    dot_rows<N>(shared.r, shared.k, rows, [=](int c) { return u[c]; }, shared.bonus);
+    __syncthreads();  // bonus is complete
+
+    for (int t = 0; t < rows; t += GROUP) {
+      float y[VALUES] = {};
+#pragma unroll
+      for (int s = 0; s < GROUP; s++) {
+        float r[TILE], k[TILE], d[TILE], v[TILE];
+        load4(r, shared.r + (t + s) * N + col);
+        load4(k, shared.k + (t + s) * N + col);
+        load4(d, shared.d + (t + s) * N + col);
+        load4(v, shared.v + (t + s) * G::slice + row);
+#pragma unroll
+        for (int i = 0; i < TILE; i++)
+#pragma unroll
+          for (int j = 0; j < TILE; j++) y[s * TILE + i] = fmaf(r[j], S[i][j], y[s * TILE + i]);
+        advance(S, S, d, k, v);
+      }
+      reduce_scatter<G::lanes, VALUES>(y);
+      __syncwarp();  // these rows of v belong to this warp, which has read them
+      if (lane % G::copies == 0) {
+#pragma unroll
+        for (int q = 0; q < G::owned; q++) {
+          const int value = lane / G::copies * G::owned + q, step = t + value / TILE;
+          float &v = shared.v[step * G::slice + row + value % TILE];
+          v = fmaf(shared.bonus[step], v, y[q]);
+        }
+      }
+    }
+    __syncthreads();  // y is complete; r, k, d are read
+    unstage<G::slice>(shared.v, static_cast<T *>(args.y) + first + place.from, place.stride, steps);
+    __syncthreads();  // y is read
+  }
+  float *final_state = args.final_state + place.matrix + tile;
+#pragma unroll
+  for (int i = 0; i < TILE; i++) store4_global(final_state + i * N, S[i]);
+}
+
+template <int N>
+struct BackwardShared {
+  using G = Geometry<N>;
+  float r[CHUNK * G::slice], k[CHUNK * G::slice], slope[CHUNK * G::slice];  // gr, gk, gw take their places
+  float d[CHUNK * G::slice];
+  float v[CHUNK * N], gy[CHUNK * N];
+  float bonus[CHUNK], gyv[CHUNK];                                // sum_j r u k over the slice; sum_i gy v
+  float gv[G::strips][GROUP][N];                              // parts of gv, one for each strip of columns
+  float states[CHUNK / GROUP - 1][TILE][G::threads][TILE];    // before each group but the last; each thread its own
+  float gu[GROUP][G::slice];
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const Backward args) {
+  using G = Geometry<N>;
+  DYNAMIC_SHARED(dynamic);
+  auto &shared = *reinterpret_cast<BackwardShared<N> *>(dynamic);
+  const Problem &p = args.problem;
+  const Place<N> place(p);
+  const int lane = threadIdx.x % G::lanes, strip = threadIdx.x / G::lanes;
+  const int row = lane * TILE, col = strip * TILE;           // of the tile: in the state, in the slice
+  const int64_t tile = int64_t(row) * N + place.from + col;  // of the tile in a state
+  const float *u = p.u + place.h * N + place.from;
+
+  float g[TILE][TILE] = {};  // dL/dS after the step at hand
+  if (args.g_final_state)
+#pragma unroll
+    for (int i = 0; i < TILE; i++) load4(g[i], args.g_final_state + place.matrix + tile + i * N);
+  float gu[G::owned] = {};
+  float *gv_part = args.gv_parts + int64_t(place.from / G::slice) * p.B * p.T * place.stride;
+
+  for (int chunk = place.chunks - 1; chunk >= 0; chunk--) {
+    const int steps = steps_in_chunk(place.steps, chunk), groups = whole_groups(steps), rows = groups * GROUP;
+    const int64_t first = place.first + int64_t(chunk) * CHUNK * place.stride, mine = first + place.from;
+    stage<G::slice>(static_cast<const T *>(p.r) + mine, place.stride, steps, rows, shared.r);
+    stage<G::slice>(static_cast<const T *>(p.k) + mine, place.stride, steps, rows, shared.k);
+    stage<G::slice>(static_cast<const T *>(p.w) + mine, place.stride, steps, rows, -INFINITY, [&](int at, float4 w) {
+      const Decay x(w.x), y(w.y), z(w.z), last(w.w);
+      *reinterpret_cast<float4 *>(shared.d + at) = make_float4(x.d, y.d, z.d, last.d);
+      *reinterpret_cast<float4 *>(shared.slope + at) = make_float4(x.slope, y.slope, z.slope, last.slope);
+    });
+    stage<N>(static_cast<const T *>(p.v) + first, place.stride, steps, rows, shared.v);
+    stage<N>(static_cast<const T *>(args.gy) + first, place.stride, steps, rows, shared.gy);
+
+    float S[GROUP][TILE][TILE];  // before each step of a group
+    const int64_t all = (p.T + CHUNK - 1) / CHUNK;
+    const float *saved = args.chunk_states + (place.head * all + chunk) * N * N + tile;
+#pragma unroll
+    for (int i = 0; i < TILE; i++) load4(S[0][i], saved + i * N);
+    __syncthreads();  // the chunk is staged
+    dot_rows<G::slice>(shared.r, shared.k, rows, [=](int c) { return u[c]; }, shared.bonus);
+    dot_rows<N>(shared.gy, shared.v, rows, [](int) { return 1.f; }, shared.gyv);
+    __syncthreads();  // bonus and gyv are complete
+
+    for (int group = 0; group < groups - 1; group++) {
+#pragma unroll
+      for (int i = 0; i < TILE; i++) store4_shared(shared.states[group][i][threadIdx.x], S[0][i]);
+#pragma unroll
+      for (int s = 0; s < GROUP; s++) {
+        const int t = group * GROUP + s;
+        float k[TILE], d[TILE], v[TILE];
+        load4(k, shared.k + t * G::slice + col);
+        load4(d, shared.d + t * G::slice + col);
+        load4(v, shared.v + t * N + row);
+        advance(S[0], S[0], d, k, v);
+      }
+    }
+
+    for (int group = groups - 1; group >= 0; group--) {
+      const int t = group * GROUP;
+      if (group < groups - 1)
+#pragma unroll
+        for (int i = 0; i < TILE; i++) load4(S[0][i], shared.states[group][i][threadIdx.x]);
+#pragma unroll
+      for (int s = 0; s < GROUP - 1; s++) {
+        float k[TILE], d[TILE], v[TILE];
+        load4(k, shared.k + (t + s) * G::slice + col);
+        load4(d, shared.d + (t + s) * G::slice + col);
+        load4(v, shared.v + (t + s) * N + row);
+        advance(S[s + 1], S[s], d, k, v);
+      }
+
+      float gr[VALUES] = {}, gk[VALUES] = {}, gd[VALUES] = {};
+#pragma unroll
+      for (int s = GROUP - 1; s >= 0; s--) {
+        float r[TILE], k[TILE], d[TILE], v[TILE], gy[TILE], gv[TILE] = {};
+        load4(r, shared.r + (t + s) * G::slice + col);
+        load4(k, shared.k + (t + s) * G::slice + col);
+        load4(d, shared.d + (t + s) * G::slice + col);
+        load4(v, shared.v + (t + s) * N + row);
+        load4(gy, shared.gy + (t + s) * N + row);
+#pragma unroll
+        for (int i = 0; i < TILE; i++)
+#pragma unroll
+          for (int j = 0; j < TILE; j++) {
+            const int value = s * TILE + j;
+            gr[value] = fmaf(gy[i], S[s][i][j], gr[value]);
+            gk[value] = fmaf(v[i], g[i][j], gk[value]);
+            gd[value] = fmaf(S[s][i][j], g[i][j], gd[value]);
+            gv[i] = fmaf(k[j], g[i][j], gv[i]);
+            g[i][j] = fmaf(d[j], g[i][j], r[j] * gy[i]);
+          }
+        store4_shared(&shared.gv[strip][s][row], gv);
+      }
+      reduce_scatter<G::lanes, VALUES>(gr);
+      reduce_scatter<G::lanes, VALUES>(gk);
+      reduce_scatter<G::lanes, VALUES>(gd);
+      __syncwarp();  // these columns of r, k and slope belong to this warp, which has read them
+      if (lane % G::copies == 0) {
+#pragma unroll
+        for (int q = 0; q < G::owned; q++) {
+          const int value = lane / G::copies * G::owned + q, step = t + value / TILE, c = col + value % TILE;
+          const int at = step * G::slice + c;
+          const float r = shared.r[at], k = shared.k[at], gyv = shared.gyv[step];
+          shared.r[at] = fmaf(u[c] * k, gyv, gr[q]);
+          shared.k[at] = fmaf(u[c] * r, gyv, gk[q]);
+          shared.slope[at] *= gd[q];
+          gu[q] = fmaf(r * k, gyv, gu[q]);
+        }
+      }
+      __syncthreads();  // the strips' parts of gv are complete
+      if (const int s = threadIdx.x / G::lanes, i = row; s < GROUP && t + s < steps) {  // a thread: four rows of a step
+        float sum[TILE], part[TILE];
+        load4(sum, shared.gy + (t + s) * N + i);
+#pragma unroll
+        for (int e = 0; e < TILE; e++) sum[e] *= shared.bonus[t + s];
+#pragma unroll
+        for (int c = 0; c < G::strips; c++) {
+          load4(part, &shared.gv[c][s][i]);
+#pragma unroll
+          for (int e = 0; e < TILE; e++) sum[e] += part[e];
+        }
+        store4_global(gv_part + first + (t + s) * place.stride + i, sum);
+      }
+      __syncthreads();  // gv is read; after the first group of a chunk, gr, gk, gw are complete as well
+    }
+    unstage<G::slice>(shared.r, static_cast<T *>(args.gr) + mine, place.stride, steps);
+    unstage<G::slice>(shared.k, static_cast<T *>(args.gk) + mine, place.stride, steps);
+    unstage<G::slice>(shared.slope, static_cast<T *>(args.gw) + mine, place.stride, steps);
+    __syncthreads();  // gr, gk, gw are read
+  }
+
+#pragma unroll
+  for (int i = 0; i < TILE; i++) store4_global(args.gstate + place.matrix + tile + i * N, g[i]);
+  if (lane % G::copies == 0) {
+#pragma unroll
+    for (int q = 0; q < G::owned; q++) {
+      const int value = lane / G::copies * G::owned + q;
+      shared.gu[value / TILE][col + value % TILE] = gu[q];
+    }
+  }
+  __syncthreads();  // gu of each step of a group is complete
+  if (const int c = threadIdx.x; c < G::slice) {
+    float sum = 0.f;
+#pragma unroll
+    for (int s = 0; s < GROUP; s++) sum += shared.gu[s][c];
+    args.gu[place.head * N + place.from + c] = sum;
+  }
+}
+
+// gv = the sum of the slices' parts; a thread writes one pack.
+template <typename T, int N>
+__global__ void sum_parts_kernel(const Backward args) {
+  const Problem &p = args.problem;
+  const int64_t count = int64_t(p.B) * p.T * p.H * N;
+  const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Pack<T>::size;
+  if (at >= count) return;
+  const int64_t step = at / (int64_t(p.H) * N);
+  if (p.lengths && step % p.T >= p.lengths[step / p.T]) return;
+  Pack<T> pack;
+#pragma unroll
+  for (int e = 0; e < Pack<T>::size; e += TILE) {
+    float sum[TILE] = {}, part[TILE];
+#pragma unroll
+    for (int s = 0; s < Geometry<N>::slices; s++) {
+      load4(part, args.gv_parts + s * count + at + e);
+#pragma unroll
+      for (int q = 0; q < TILE; q++) sum[q] += part[q];
+    }
+#pragma unroll
+    for (int q = 0; q < TILE; q++) from_float(sum[q], pack.x[e + q]);
+  }
+  pack.store(static_cast<T *>(args.gv) + at);
+}
+
+template <typename Kernel, typename Args>
+void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, CUstream_st *stream, const Args &args) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  LAUNCH(kernel, unsigned(blocks), unsigned(threads), shared_bytes, stream, args);
+}
+
+template <typename T, int N>
+void run(const Forward &args, CUstream_st *stream) {
+  using G = Geometry<N>;
+  const int64_t blocks = int64_t(args.problem.B) * args.problem.H * G::slices;
+  launch(forward_kernel<T, N>, blocks, G::threads, sizeof(ForwardShared<N>), stream, args);
+}
+
+template <typename T, int N>
+void run(const Backward &args, CUstream_st *stream) {
+  using G = Geometry<N>;
+  const Problem &p = args.problem;
+  const int64_t heads = int64_t(p.B) * p.H, threads = heads * p.T * N / Pack<T>::size;
+  launch(backward_kernel<T, N>, heads * G::slices, G::threads, sizeof(BackwardShared<N>), stream, args);
+  launch(sum_parts_kernel<T, N>, (threads + 255) / 256, 256, 0, stream, args);
+}
+
+template <typename T, typename Args>
+void run_for_size(const Args &args, CUstream_st *stream) {
+  switch (args.problem.N) {
+    case 32: return run<T, 32>(args, stream);
+    case 64: return run<T, 64>(args, stream);
+    case 128: return run<T, 128>(args, stream);
+  }
+}
+
+template <typename Args>
+void run_for_type(const Args &args, CUstream_st *stream) {
+  switch (args.problem.dtype) {
+    case Dtype::fp32: return run_for_size<float>(args, stream);
+    case Dtype::bf16: return run_for_size<__nv_bfloat16>(args, stream);
+    case Dtype::fp16: return run_for_size<__half>(args, stream);
+  }
+}
+
+}  // namespace
+
+void forward(const Forward &args, CUstream_st *stream) { run_for_type(args, stream); }
+void backward(const Backward &args, CUstream_st *stream) { run_for_type(args, stream); }
+
+}  // namespace wkv6

@@ -1,0 +1,188 @@
+"""Batches: which utterances come together, in which order, in which process; and what a batch holds.
+
+- The order is a function of seed and epoch alone; the number of loader workers changes nothing.
+- All processes see the same sequence of *global* batches and take every world_size-th utterance of each, so
+  one process with a batch of 8 trains on the same global batches as two with 4.
+- A sample that can't be used travels as a `BadSample` in its batch; whoever consumes the batch hands it to
+  `BadAudio`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+
+from rwkv_speech.data.utterance import BadSample, Utterance
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError
+
+
+@dataclass(slots=True)
+class Sample:
+    """A decoded utterance. waveform: float32 (samples,) at 16 kHz; index: its place in the dataset."""
+
+    id: str
+    waveform: Tensor
+    text: str
+    index: int
+
+
+@dataclass
+class Batch:
+    """Decoded utterances, in step; len() counts the good ones, and can be 0 where all were bad.
+
+    waveforms: float32 (samples,) each, 16 kHz, unpadded: padding is the encoder's own affair.
+    indices: places in the dataset.
+    seconds: length of all waveforms together.
+    bad: samples that couldn't be used.
+    """
+
+    ids: list[str]
+    waveforms: list[Tensor]
+    texts: list[str]
+    indices: list[int]
+    seconds: float
+    bad: list[BadSample]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Speech(Dataset[Sample | BadSample]):
+    """Decodes utterances when they are asked for.
+
+    check: returns why a sample can't be used (too long for the context, say), or None. It runs in the
+        loader's workers.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        *,
+        check: Callable[[Utterance, Tensor], str | None] | None = None,
+    ) -> None:
+        self.utterances = utterances
+        self.check = check
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> Sample | BadSample:
+        utterance = self.utterances[index]
+        reason = None if utterance.text.strip() else "text with no tokens"
+        if reason is None:
+            try:
+                waveform = utterance.waveform()
+            except AudioError as error:
+                reason = str(error)
+            else:
+                reason = self.check(utterance, waveform) if self.check is not None else None
+        if reason is not None:
+            return BadSample(utterance.id, str(utterance.audio), reason)
+        return Sample(utterance.id, waveform, utterance.text, index)
+
+
+def collate(items: Sequence[Sample | BadSample]) -> Batch:
+    """Put samples together in the order in which they come, the bad ones apart."""
+    good = [item for item in items if isinstance(item, Sample)]
+    return Batch(
+        ids=[sample.id for sample in good],
+        waveforms=[sample.waveform for sample in good],
+        texts=[sample.text for sample in good],
+        indices=[sample.index for sample in good],
+        seconds=sum(len(sample.waveform) for sample in good) / SAMPLE_RATE,
+        bad=[item for item in items if isinstance(item, BadSample)],
+    )
+
+
+class Shuffled(Sampler[int]):
+    """All indices in an order given by seed and epoch; Lightning calls `set_epoch` before each epoch."""
+
+    def __init__(self, size: int, *, seed: int, epoch: int = 0) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
+
+
+class SharedBatches(Sampler[list[int]]):
+    """One process's share of each global batch, the global batches being cut from the sampler's order.
+
+    batch_size: utterances per process; a global batch has batch_size * world_size.
+    even: whether all processes must get the same number of batches, none of them empty, as training needs.
+        The last global batch may be smaller than the others; if it can't give every process one utterance it
+        is left out (fewer than world_size utterances an epoch), and where it is the only one, its utterances
+        repeat instead. Otherwise each utterance is given exactly once, and some processes may have one batch
+        fewer.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        even: bool = False,
+    ) -> None:
+        self.sampler = sampler  # by this name Lightning finds set_epoch
+        self.batch_size = batch_size  # DeepSpeed's strategy reads it
+        self.rank = rank
+        self.world_size = world_size
+        self.even = even
+
+    def __len__(self) -> int:
+        size, global_size = len(self.sampler), self.batch_size * self.world_size
+        whole, rest = divmod(size, global_size)
+        if self.even:
+            return whole + (rest >= self.world_size) or min(size, 1)
+        return whole + (rest > self.rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        if self.even and len(order) < self.world_size:
+            order *= math.ceil(self.world_size / max(len(order), 1))
+            order = order[: self.world_size]
+        step = self.batch_size * self.world_size
+        for number in range(len(self)):
+            yield order[number * step : (number + 1) * step][self.rank :: self.world_size]
+
+
+def loader(
+    dataset: Speech,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    epoch: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    even: bool = False,
+) -> DataLoader[Batch]:
+    """The batches of one process. The arguments are those of `Shuffled` and `SharedBatches`.
+
+    Train with shuffle and even; evaluate with neither. The sampler is complete as it is: Lightning runs with
+    `use_distributed_sampler=False`.
+    """
+    order = Shuffled(len(dataset), seed=seed, epoch=epoch) if shuffle else SequentialSampler(dataset)
+    return DataLoader(
+        dataset,
+        batch_sampler=SharedBatches(order, batch_size, rank=rank, world_size=world_size, even=even),
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else each iterator draws a number from the global stream
+    )

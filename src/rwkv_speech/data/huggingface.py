@@ -1,0 +1,191 @@
+"""Hugging Face datasets, from the Hub or a local folder; the audio is decoded by this package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rwkv_speech.data.utterance import DatasetRow, Utterance
+from rwkv_speech.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger("rwkv_speech")
+
+# What the columns are called in known datasets; the first one present is taken.
+AUDIO_COLUMNS = ("audio", "speech")
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "translation", "normalized_text")
+OPTIONAL_COLUMNS = {
+    "id": ("id", "utterance_id"),
+    "duration": ("duration",),  # s
+    "speaker": ("speaker_id", "speaker", "client_id"),
+    "language": ("language", "locale"),
+    "mission": ("mission",),
+}
+
+LIBRISPEECH = "openslr/librispeech_asr"
+LIBRISPEECH_SPLITS = {
+    "train-clean-100": "train.clean.100",
+    "train-clean-360": "train.clean.360",
+    "train-other-500": "train.other.500",
+    "dev-clean": "validation.clean",
+    "dev-other": "validation.other",
+    "test-clean": "test.clean",
+    "test-other": "test.other",
+}
+
+
+def read_dataset(
+    name: str | Path,
+    *,
+    split: str | None = None,
+    audio_column: str | None = None,
+    text_column: str | None = None,
+) -> list[Utterance]:
+    """Read one split; text is read at once, audio when an utterance asks for it.
+
+    name: a local folder (made by `save_to_disk`, or of Parquet files and the like), or a name on the Hub,
+        `owner/name` or `owner/name:configuration`.
+    split: as the dataset calls it; may be a slice such as `train[:10%]` where the folder wasn't made by
+        `save_to_disk`. None where the dataset has only one.
+    audio_column, text_column: guessed when None.
+
+    Raises:
+        UserError: no such dataset, split or column, or it can't be fetched.
+    """
+    rows = _open(name, split)
+    return _utterances(rows, name=str(name), audio_column=audio_column, text_column=text_column)
+
+
+def read_librispeech_from_hub(split: str) -> list[Utterance]:
+    """Read an official LibriSpeech split (`train-clean-100`, ...) from the Hub, fetching no other split.
+
+    Raises:
+        UserError: no such split, or it can't be fetched.
+    """
+    if (hub_split := LIBRISPEECH_SPLITS.get(split)) is None:
+        raise UserError(f"LibriSpeech has no split {split!r}; there are {', '.join(LIBRISPEECH_SPLITS)}")
+    # Without data_files, `datasets` fetches all of a configuration (60 GB) for any split of it.
+    rows = _open(LIBRISPEECH, hub_split, data_files={hub_split: f"all/{hub_split}/*.parquet"})
+    return _utterances(rows, name=LIBRISPEECH, audio_column="audio", text_column="text")
+
+
+def _open(
+    name: str | Path, split: str | None, *, data_files: dict[str, str] | None = None
+) -> datasets.Dataset:
+    import datasets  # takes a second or two, and most runs do without
+
+    folder = Path(name)
+    try:
+        if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            path, _, configuration = (str(name), "", "") if folder.is_dir() else str(name).partition(":")
+            loaded = datasets.load_dataset(
+                path,
+                configuration or None,
+                split=split,
+                data_files=data_files,
+                # A part of the splits is no damage, though less than the dataset's card promises.
+                verification_mode="no_checks" if data_files else None,
+            )
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, ImportError) as error:
+        cause = error.__cause__ or error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        where = f"split {split} of {name}" if split else name
+        raise UserError(f"can't read {where} as a Hugging Face dataset: {reason}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split is None and len(loaded) == 1:
+            return next(iter(loaded.values()))
+        if split not in loaded:
+            raise UserError(
+                f"{name}: {f'no split {split!r}' if split else 'name a split'}; there are {', '.join(loaded)}"
+            )
+        return loaded[split]
+    if split is not None and (folder / "state.json").is_file() and str(loaded.split) != split:
+        raise UserError(
+            f"{name} holds one dataset, saved without splits: name it without a split, not with {split!r}"
+        )
+    return loaded
+
+
+def _utterances(
+    rows: datasets.Dataset, *, name: str, audio_column: str | None, text_column: str | None
+) -> list[Utterance]:
+    import datasets
+
+    audio_column = _column(
+        rows.features, audio_column, AUDIO_COLUMNS, what="audio", name=name, test=_is_audio
+    )
+    text_column = _column(rows.features, text_column, TEXT_COLUMNS, what="text", name=name, test=_is_text)
+    logger.info("%s: audio from column %s, text from column %s", name, audio_column, text_column)
+    optional = {}
+    for field, known in OPTIONAL_COLUMNS.items():
+        if (column := _first(known, rows.features)) is not None:
+            optional[field] = column
+    rows = rows.with_format(None)
+    recordings = rows.select_columns([audio_column]).cast_column(audio_column, datasets.Audio(decode=False))
+    table = rows.select_columns(list({text_column, *optional.values()}))[:]
+    where = f"{name} {rows.split}" if rows.split is not None else name
+    utterances = []
+    for index, text in enumerate(table[text_column]):
+        values = {field: table[column][index] for field, column in optional.items()}
+        label = f"{where} row {index}"
+        utterances.append(
+            Utterance(
+                id=_text_or_none(values.pop("id", None)) or label,
+                text=text or "",
+                audio=DatasetRow(recordings, audio_column, index, label),
+                duration=_seconds_or_none(values.pop("duration", None)),
+                **{field: _text_or_none(value) for field, value in values.items()},
+            )
+        )
+    return utterances
+
+
+def _column(
+    features: datasets.Features,
+    asked: str | None,
+    known: Sequence[str],
+    *,
+    what: str,
+    name: str,
+    test: Callable[[Any], bool],
+) -> str:
+    column = asked or _first(known, features)
+    if column in features and test(features[column]):
+        return column
+    if column is None:
+        problem = f"no {what} column known by its name ({', '.join(known)})"
+    elif column not in features:
+        problem = f"no column {column!r}"
+    else:
+        problem = f"column {column!r} holds no {what}"
+    raise UserError(f"{name}: {problem}; name it by --{what}_column, the columns are {', '.join(features)}")
+
+
+def _first(known: Sequence[str], columns: Container[str]) -> str | None:
+    return next((column for column in known if column in columns), None)
+
+
+def _is_audio(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Audio) or getattr(feature, "dtype", None) in ("string", "binary")
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _seconds_or_none(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,304 @@
+"""RWKV-6 ("x060") weight files: which tensors they hold, what size the model is, and reading them in place.
+
+One table of names and shapes, written in symbols, serves for everything: telling the sizes from the tensors,
+checking the tensors, and (`initialise`) making new ones.
+"""
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rwkv_speech.errors import UserError
+
+# C width, V vocabulary, H heads, N head size, F ffn width, D and E ranks of token-shift and decay products.
+_OUTER_SHAPES = {
+    "emb.weight": "V C",
+    "blocks.0.ln0.weight": "C",
+    "blocks.0.ln0.bias": "C",
+    "ln_out.weight": "C",
+    "ln_out.bias": "C",
+    "head.weight": "V C",
+}
+_BLOCK_SHAPES = {
+    **{f"{norm}.{part}": "C" for norm in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")},
+    **{f"att.time_maa_{part}": "1 1 C" for part in "xwkvrg"},
+    "att.time_maa_w1": "C 5D",
+    "att.time_maa_w2": "5 D C",
+    "att.time_decay": "1 1 C",
+    "att.time_decay_w1": "C E",
+    "att.time_decay_w2": "E C",
+    "att.time_faaaa": "H N",
+    **{f"att.{matrix}.weight": "C C" for matrix in ("receptance", "key", "value", "gate", "output")},
+    "ffn.time_maa_k": "1 1 C",
+    "ffn.time_maa_r": "1 1 C",
+    "ffn.key.weight": "F C",
+    "ffn.receptance.weight": "C C",
+    "ffn.value.weight": "C F",
+}
+_STATE, _STATE_SHAPE = "att.time_state", "H N N"
+
+# What only this generation (and none above it in the list) has; the names are those of BlinkDL/RWKV-LM.
+_GENERATIONS = (
+    (7, re.compile(r"\.att\.(r_k|x_r|w0|a0)$")),
+    (6, re.compile(r"\.time_maa_")),
+    (5, re.compile(r"\.att\.(ln_x\.weight|gate\.weight|time_mix_g|time_faaaa)$")),
+    (4, re.compile(r"\.att\.(time_mix_k|time_first)$")),
+)
+_ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6
+_PICKLE_MAGIC = b"\x80"  # torch.save before
+
+
+class WeightsError(UserError):
+    """A weight file that can't be read, or that holds no complete RWKV-6."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """All that the tensors' shapes say about a model."""
+
+    n_layer: int
+    """Blocks."""
+    n_embd: int
+    """Width C of the residual stream."""
+    n_head: int
+    """Heads H of the time mix; H * N = C."""
+    head_size: int
+    """Channels N of a head."""
+    dim_ffn: int
+    """Hidden width F of the channel mix."""
+    dim_mix: int
+    """Rank D of each of the five low-rank token-shift products."""
+    dim_decay: int
+    """Rank E of the low-rank decay product."""
+    vocab_size: int
+    """Rows V of the embedding and of the head."""
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in an official file, the initial state not counted."""
+        return sum(map(prod, expected_shapes(self).values()))
+
+
+def expected_shapes(sizes: ModelSizes, *, time_state: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an official file and its shape, in the order of the model.
+
+    Args:
+        sizes: of the model.
+        time_state: with the initial states, (H, N, N) in each block, which a plain file doesn't have.
+    """
+    values = {
+        "C": sizes.n_embd,
+        "V": sizes.vocab_size,
+        "H": sizes.n_head,
+        "N": sizes.head_size,
+        "F": sizes.dim_ffn,
+        "D": sizes.dim_mix,
+        "E": sizes.dim_decay,
+    }
+    table = _symbolic_shapes(sizes.n_layer, time_state=time_state)
+    return {name: _evaluate(symbols, values) for name, symbols in table.items()}
+
+
+def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
+    """Tells the sizes from the tensors and checks every one of them; only shapes and dtypes are looked at.
+
+    Each size is what most of the tensors that have it agree on, so that one misshapen tensor is named as such
+    instead of condemning all others. Shapes may lack or add leading 1s, as (C,) for (1, 1, C).
+
+    Raises:
+        WeightsError: the tensors are no RWKV-6 (it says which generation they look like), or some are
+            missing, misshapen, no floating-point numbers or unknown: one message with all of them. Unknown
+            tensors are an error because variations of RWKV-6 show in nothing else (a mixture of experts, an
+            added attention): without them the model would run, and compute what nobody has trained.
+    """
+    _check_generation(tensors)
+    layers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if match]
+    n_layer = max(layers, default=-1) + 1
+    table = _symbolic_shapes(n_layer, time_state=_has_state(tensors))
+    values = _majority(tensors, _symbolic_shapes(n_layer, time_state=False))
+
+    missing = [(name, "") for name in table if name not in tensors]
+    unknown = [(name, "") for name in tensors if name not in table]
+    wrong = []
+    for name, symbols in table.items():
+        if name not in tensors:
+            continue
+        core = _core(symbols)
+        if _trimmed(tensors[name].shape, len(core)) != _evaluate(core, values):
+            given, expected = tuple(tensors[name].shape), _evaluate(symbols, values)
+            wrong.append((name, f" is {_written(given)}, expected {_written(expected)}"))
+        if not tensors[name].is_floating_point():
+            wrong.append((name, f" holds {tensors[name].dtype}, expected floating-point numbers"))
+    heads, size, width = (values.get(symbol) for symbol in "HNC")
+    if heads and size and width and heads * size != width:
+        wrong.append(("time_faaaa", f" has {heads} heads of {size}, which do not make the width {width}"))
+
+    kinds = {"missing": missing, "misshapen": wrong, "unknown": unknown}
+    if problems := [f"{kind}: {_by_layer(found, n_layer)}" for kind, found in kinds.items() if found]:
+        raise WeightsError(
+            f"not the tensors of a whole RWKV-6 (x060) with {n_layer} layers; {'; '.join(problems)}; "
+            "get the file again, or one that was not converted to another form"
+        )
+    return ModelSizes(
+        n_layer=n_layer,
+        n_embd=values["C"],
+        n_head=values["H"],
+        head_size=values["N"],
+        dim_ffn=values["F"],
+        dim_mix=values["D"],
+        dim_decay=values["E"],
+        vocab_size=values["V"],
+    )
+
+
+def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
+    """Opens a `.pth` or `.safetensors` file of an RWKV-6 in place.
+
+    The tensors are memory-mapped, privately: nothing is read before it is used, and changing one never
+    reaches the file. Only a file in torch's form from before version 1.6 is read into memory, once.
+
+    Returns:
+        The sizes, and the tensors in the file's dtypes under their official names with the shapes of
+        `expected_shapes`; with `blocks.{l}.att.time_state` (H, N, N), indexed [value, key], if it has them.
+
+    Raises:
+        WeightsError: one line that says what is wrong with the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise WeightsError(f"{path}: {what}; expected an RWKV-6 weight file (.pth or .safetensors)")
+    try:
+        content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+        if not isinstance(content, dict):
+            what = type(content).__name__
+            raise WeightsError(f"holds a {what}; expected a dict of tensors: save the model's state_dict()")
+        named = {key for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if strangers := [str(key) for key in content if key not in named]:
+            raise WeightsError(
+                f"holds more than named tensors ({_few(strangers)}); expected a plain dict of tensors: "
+                "save the model's state_dict(), not a whole checkpoint"
+            )
+        sizes = infer_sizes(content)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror or error}); expected a readable file") from None
+    shapes = expected_shapes(sizes, time_state=_has_state(content))
+    return sizes, {name: content[name].detach().reshape(shape) for name, shape in shapes.items()}
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise WeightsError(f"is truncated or no safetensors file ({_reason(error)}); get the file again") from None
+
+
+def _open_torch(path: Path) -> object:
+    with path.open("rb") as file:
+        start = file.read(16)
+    is_zip = start.startswith(_ZIP_MAGIC)
+    if not is_zip and not start.startswith(_PICKLE_MAGIC):
+        what = f"starts with {start!r}" if start else "is empty"
+        raise WeightsError(f"{what}; expected a weight file of torch.save (or a .safetensors); get the file again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
+    except Exception as error:  # from damaged bytes torch raises almost any class
+        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise WeightsError(
+                f"holds Python objects ({found[1]}), which are not loaded because they could run code, or is "
+                "damaged; expected only tensors: save the model's state_dict()"
+            ) from None
+        raise WeightsError(f"is truncated or damaged ({_reason(error)}); get the file again") from None
+
+
+def _symbolic_shapes(n_layer: int, *, time_state: bool) -> dict[str, list[str]]:
+    block = {**_BLOCK_SHAPES, **({_STATE: _STATE_SHAPE} if time_state else {})}
+    shapes = dict(_OUTER_SHAPES)
+    for layer in range(n_layer):
+        shapes.update({f"blocks.{layer}.{name}": symbols for name, symbols in block.items()})
+    return {name: symbols.split() for name, symbols in shapes.items()}
+
+
+def _has_state(names: Iterable[str]) -> bool:
+    return any(name.endswith(_STATE) for name in names)
+
+
+def _core(symbols: list[str]) -> list[str]:
+    return [symbol for symbol in symbols if symbol != "1"]
+
+
+def _trimmed(shape: Sequence[int], n_dims: int) -> tuple[int, ...]:
+    """The shape without as many leading 1s as it has too many dimensions."""
+    spare = max(len(shape) - n_dims, 0)
+    return tuple(shape[spare:]) if all(size == 1 for size in shape[:spare]) else tuple(shape)
+
+
+def _evaluate(symbols: list[str], values: Mapping[str, int]) -> tuple:
+    """The shape in numbers; a symbol of unknown value stays as it is, and equals no size."""
+    known = {"1": 1, "5": 5, **values}
+    if "D" in values:
+        known["5D"] = 5 * values["D"]
+    return tuple(known.get(symbol, symbol) for symbol in symbols)
+
+
+def _majority(tensors: Mapping[str, Tensor], table: Mapping[str, list[str]]) -> dict[str, int]:
+    """The value of each symbol that most tensors agree on; at a tie, that of the first in the table."""
+    votes: dict[str, Counter[int]] = {}
+    for name, symbols in table.items():
+        core = _core(symbols)
+        shape = _trimmed(tensors[name].shape, len(core)) if name in tensors else ()
+        if len(shape) == len(core):
+            for symbol, size in zip(core, shape, strict=True):
+                votes.setdefault(symbol, Counter())[size] += 1
+    return {symbol: votes[symbol].most_common(1)[0][0] for symbol in "CVHNFDE" if symbol in votes}
+
+
+def _check_generation(names: Iterable[str]) -> None:
+    names = list(names)
+    looks = next((number for number, mark in _GENERATIONS if any(map(mark.search, names))), None)
+    if looks is None:
+        raise WeightsError(
+            f"its tensors ({_few(names) or 'none'}) look like no RWKV of generation 4 to 7; expected RWKV-6 "
+            "in the official form (x060): take such a file, e.g. RWKV-x060-World-1B6"
+        )
+    if looks != 6:
+        raise WeightsError(
+            f"its tensors look like RWKV-{looks}; expected RWKV-6 (x060): take such a file, e.g. RWKV-x060-World-1B6"
+        )
+
+
+def _by_layer(problems: list[tuple[str, str]], n_layer: int) -> str:
+    """(name, what is wrong) pairs as text; what every layer has is said once, as `blocks.*`."""
+    groups: dict[str, list[str]] = {}
+    for name, what in problems:
+        groups.setdefault(re.sub(r"^blocks\.\d+", "blocks.*", name) + what, []).append(name + what)
+    texts = []
+    for pattern, members in groups.items():
+        texts.extend([pattern] if len(members) == n_layer > 1 else members)
+    return ", ".join(texts)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _written(shape: tuple) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error's text, or its class where it has none."""
+    return re.split(r"\. |\n", str(error).strip())[0][:150] or type(error).__name__

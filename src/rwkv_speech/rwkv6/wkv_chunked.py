@@ -1,0 +1,132 @@
+"""The WKV operator in plain torch, for machines without a compiler: a chunk of steps at a time as matrix products.
+
+Within a chunk that starts from the state S, with L_t the sum of the log-decays of the chunk's steps before t,
+
+    y_t  = (r_t e^{L_t}) S^T + sum_{s<t} A[t,s] v_s + A[t,t] v_t
+    A[t,s] = sum_j r_t k_s e^{L_t - L_{s+1}}   (s < t),      A[t,t] = sum_j r_t u k_t
+    S'   = S e^{L_C} + sum_s v_s (k_s e^{L_C - L_{s+1}})^T
+
+Every exponent is a sum of log-decays over a stretch of steps, so no factor exceeds 1 and nothing overflows, however
+strong the decay. The price is the (C, C, N) tensor of the factors; hence short chunks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 16
+
+
+class _Chunk:
+    """The factors of one chunk; every tensor (B, H, C, N), fp32."""
+
+    def __init__(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
+        self.r, self.k, self.v, self.u = r, k, v, u[:, None]
+        self.log_decay = -torch.exp(w)
+        C = r.shape[-2]
+        earlier = torch.ones(C, C, dtype=torch.bool, device=r.device).tril(-1)[..., None]  # (t, s, 1): s < t
+        # Each stretch of steps is summed by itself: differences of running sums would lose strong decays' digits.
+        stretch = (self.log_decay[..., :, None, :] * earlier).cumsum(-3)  # (B, H, C t, C s, N): steps s+1 .. t
+        self.between = torch.exp(_after_none(stretch)) * earlier
+        self.from_start = torch.exp(_after_none(self.log_decay[..., None, :].cumsum(-3)))[..., 0, :]
+        self.to_end = torch.exp(stretch[..., -1, :, :])
+        self.whole = torch.exp(self.log_decay.sum(-2, keepdim=True))  # (B, H, 1, N)
+
+    def attention(self) -> Tensor:  # (B, H, C t, C s)
+        A = torch.einsum("bhtn,bhsn,bhtsn->bhts", self.r, self.k, self.between)
+        return A + torch.diag_embed((self.r * self.u * self.k).sum(-1))
+
+    def forward(self, S: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.attention() @ self.v + (self.r * self.from_start) @ S.mT
+        return y, S * self.whole + self.v.mT @ (self.k * self.to_end)
+
+    def backward(self, S: Tensor, gy: Tensor, G: Tensor) -> tuple[Tensor, ...]:
+        """From gy and the gradient G of the state after the chunk: those of r, k, v, w, u, and of S."""
+        gA = gy @ self.v.mT
+        now = torch.diagonal(gA, dim1=-2, dim2=-1)[..., None]  # (B, H, C, 1)
+        # Through the past: each factor e^{...} of r and k is also a factor of the decays on its way.
+        gr_inside = torch.einsum("bhts,bhsn,bhtsn->bhtn", gA, self.k, self.between)
+        gk_inside = torch.einsum("bhts,bhtn,bhtsn->bhsn", gA, self.r, self.between)
+        gr_state = gy @ S * self.from_start
+        gk_state = self.v @ G * self.to_end
+        g_before = self.r * (gr_inside + gr_state)
+        g_after = -self.k * (gk_inside + gk_state)
+        g_after[..., -1:, :] += (self.k * gk_state).sum(-2, keepdim=True) + (G * S).sum(-2, keepdim=True) * self.whole
+        # L_t sums the log-decays before t, L_{t+1} those up to t.
+        g_log_decay = (g_before + g_after).flip(-2).cumsum(-2).flip(-2) - g_before
+        return (
+            gr_inside + gr_state + now * self.u * self.k,
+            gk_inside + gk_state + now * self.u * self.r,
+            self.attention().mT @ gy + (self.k * self.to_end) @ G.mT,
+            g_log_decay * self.log_decay,
+            (now * self.r * self.k).sum(-2),
+            (gy.mT @ (self.r * self.from_start)) + G * self.whole,
+        )
+
+
+def wkv6_chunked_forward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    lengths: Tensor | None,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `rwkv_speech.rwkv6.wkv`: y, the final state, and the states before each chunk (empty unless saved)."""
+    B, T, H, N = r.shape
+    S = state.expand(B, H, N, N)
+    outputs, states = [], []
+    inputs = _inputs(r, k, v, w, lengths)
+    for t in range(0, T, CHUNK):
+        states.append(S)
+        y, S = _Chunk(*(x[:, :, t : t + CHUNK] for x in inputs), u).forward(S)
+        outputs.append(y)
+    saved = torch.stack(states, 2) if save_states else S.new_empty(0, H, len(states), N, N)
+    return torch.cat(outputs, 2).transpose(1, 2).to(r.dtype, copy=True).contiguous(), S.contiguous(), saved
+
+
+def wkv6_chunked_backward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    chunk_states: Tensor,
+    lengths: Tensor | None,
+    gy: Tensor,
+    g_final: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of r, k, v, w (B, T, H, N), and per sample of u (B, H, N) and the state (B, H, N, N)."""
+    G, gu = g_final, torch.zeros_like(g_final[..., 0, :])
+    inputs, gy = _inputs(r, k, v, w, lengths), _steps(gy, lengths)
+    parts = []
+    for index in reversed(range(chunk_states.shape[2])):
+        span = slice(index * CHUNK, (index + 1) * CHUNK)
+        chunk = _Chunk(*(x[:, :, span] for x in inputs), u)
+        *part, gu_part, G = chunk.backward(chunk_states[:, :, index], gy[:, :, span], G)
+        parts.append(part)
+        gu = gu + gu_part
+    gr, gk, gv, gw = (torch.cat(x[::-1], 2) for x in zip(*parts, strict=True))
+    grads = (_steps(g.transpose(1, 2), lengths).transpose(1, 2).to(r.dtype).contiguous() for g in (gr, gk, gv, gw))
+    return (*grads, gu, G)
+
+
+def _after_none(sums: Tensor) -> Tensor:
+    """Running sums over the steps (dimension -3), up to but not including each step."""
+    return F.pad(sums[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+
+
+def _inputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
+    # After a sample's length k = 0 and w = -inf (a decay of 1) leave its state as it is, and r = 0 its output zero.
+    return (*(_steps(x, lengths) for x in (r, k, v)), _steps(w, lengths, -torch.inf))
+
+
+def _steps(x: Tensor, lengths: Tensor | None, beyond: float = 0.0) -> Tensor:
+    """(B, T, H, N) -> (B, H, T, N) in fp32, with the value `beyond` after each sample's own length."""
+    x = x.float().transpose(1, 2)
+    if lengths is None:
+        return x
+    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]  # (B, T)
+    return torch.where(valid[:, None, :, None], x, beyond)

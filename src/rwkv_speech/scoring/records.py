@@ -1,0 +1,121 @@
+"""One line of JSON per utterance evaluated: the memory of an evaluation that may be interrupted."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from ..errors import UserError
+
+logger = logging.getLogger("rwkv_speech")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypothesis:
+    """What was said, what was heard, and what it cost.
+
+    Attributes:
+        id: name of the utterance, unique within its split.
+        reference: the transcript, as the data set has it.
+        hypothesis: the transcript, as the model has it.
+        seconds: length of the audio.
+        speaker: who speaks, where the data set tells.
+        score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
+        loop: the decoder saw itself repeating.
+        wall_seconds: time the utterance took: that of its batch, divided by the utterances in it. Kept per
+            utterance, so that speed adds up over interruptions and processes.
+    """
+
+    id: str
+    reference: str
+    hypothesis: str
+    seconds: float
+    speaker: str | None = None
+    score: float | None = None
+    loop: bool = False
+    wall_seconds: float | None = None
+
+
+class RecordWriter:
+    """Appends records to a file, each handed to the operating system before `write` returns.
+
+    A process killed half-way through a line leaves it without its newline; with `resume` that tail is cut off
+    before anything is appended. One writer per file.
+
+    Args:
+        path: the `.jsonl` file; its folder is made where it is missing.
+        resume: go on behind the records already there, instead of starting afresh.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume: bool = False) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = len(_whole_lines(path)) if resume else 0
+        self._file = path.open("ab")
+        self._file.truncate(whole)
+
+    def write(self, record: Hypothesis) -> None:
+        """Append one record and flush."""
+        self._file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; also done on leaving the `with` block."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_records(path: str | os.PathLike) -> list[Hypothesis]:
+    """The records of a file, in its order; none where there is no file.
+
+    A last line without its newline was being written when the process died: it is left out, and its utterance
+    is to be decoded again. An utterance that stands there twice counts once, as first written.
+
+    Raises:
+        UserError: a whole line is not a record.
+    """
+    records: dict[str, Hypothesis] = {}
+    lines = _whole_lines(Path(path)).split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line, where=f"{path}, line {number}")
+        records.setdefault(record.id, record)
+    if len(records) < len(lines):
+        logger.warning(
+            "%s: %d records repeat an utterance; the first counts", path, len(lines) - len(records)
+        )
+    return list(records.values())
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(line: bytes, *, where: str) -> Hypothesis:
+    try:
+        record = Hypothesis(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: not a record of an evaluation ({error}); expected a JSON object with id, reference, "
+            "hypothesis and seconds; remove the file, or evaluate without --resume"
+        ) from None
+    kinds: Iterable[tuple[str, type | tuple[type, ...]]] = (
+        ("id", str),
+        ("reference", str),
+        ("hypothesis", str),
+        ("seconds", (int, float)),
+    )
+    for name, kind in kinds:
+        if not isinstance(getattr(record, name), kind):
+            raise UserError(
+                f"{where}: {name} is {getattr(record, name)!r}; expected text, or a number of seconds"
+            )
+    return record

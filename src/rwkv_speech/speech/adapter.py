@@ -1,0 +1,53 @@
+"""The trained bridge: K encoder frames -> one position of the language model."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module):
+    """Stack K consecutive frames channel-major, then Linear, ReLU, Linear.
+
+    `layers.state_dict()` holds the published names: `0.weight` (hidden, K * width), `0.bias`, `2.weight`
+    (n_embd, hidden), `2.bias`. The weights stay in their own type (fp32 masters) and compute in that of the frames.
+
+    Args:
+        width: channels of one encoder frame.
+        n_embd: width of the language model.
+        downsample_k: frames per position, K.
+        hidden: units between the two matrices.
+    """
+
+    def __init__(self, width: int, n_embd: int, *, downsample_k: int = 5, hidden: int = 2048) -> None:
+        super().__init__()
+        self.downsample_k = downsample_k
+        self.layers = nn.Sequential(_Linear(downsample_k * width, hidden), nn.ReLU(), _Linear(hidden, n_embd))
+
+    def group_count(self, frames: int) -> int:
+        """Positions that an utterance of so many valid frames gets: an incomplete last group is dropped, but
+        audio too short for one group is padded to one."""
+        return max(1, frames // self.downsample_k)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Args:
+            frames: (B, F, width), padded on the right with anything.
+            lengths: (B,) int64, valid frames of each.
+
+        Returns:
+            (B, G, n_embd) in the type of the frames, G = group_count(F), and (B,) int64, the valid positions of
+            each: group_count(length). Positions beyond those hold no meaning.
+        """
+        K = self.downsample_k
+        # Only an utterance shorter than one group can see its padding: it must be zeros there.
+        padding = torch.arange(frames.shape[1], device=frames.device) >= lengths[:, None]  # (B, F)
+        frames = frames.masked_fill(padding[..., None], 0)
+        frames = F.pad(frames, (0, 0, 0, max(0, K - frames.shape[1])))
+        stacked = frames.unfold(1, K, K).flatten(2)  # (B, G, width * K), input = channel * K + offset
+        return self.layers(stacked), (lengths // K).clamp(min=1)
+
+
+class _Linear(nn.Linear):
+    """A Linear that computes in the type of its input; the gradient arrives in the type of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))

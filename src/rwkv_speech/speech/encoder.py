@@ -1,0 +1,275 @@
+"""The frozen ears: a pretrained speech encoder of the Hugging Face kind, 16 kHz waveforms -> frames.
+
+- Three ways of hearing: `_Wav2Vec2` (wav2vec 2.0, HuBERT, WavLM), `_Wav2Vec2Bert` (w2v-BERT 2.0) and `_Whisper`
+  (the encoder half). Each works with the checkpoint's own feature extractor and normalisation.
+- A sample gets the same frames in any company: nothing of a batch's padding reaches a valid frame.
+- The number of frames follows from the number of samples alone (`frame_count`).
+- Frozen for good: no gradients, no dropout, no layer drop, no masking; `train()` changes nothing.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.huggingface import import_transformers, quiet
+
+_CALL_SAMPLES = 8 * 30 * SAMPLE_RATE  # padded audio per call of the network, so that memory is bounded
+
+# What training would do to the input, and a checkpoint's own downsampling behind the encoder: ours comes after it.
+_LEFT_OUT = {
+    "mask_time_prob": 0.0,
+    "mask_feature_prob": 0.0,
+    "use_intermediate_ffn_before_adapter": False,
+    "add_adapter": False,
+}
+
+
+class SpeechEncoder(nn.Module):
+    """A frozen pretrained encoder; make one by `SpeechEncoder.from_pretrained`.
+
+    Attributes:
+        name: the hub name or folder it came from.
+        width: channels of a frame.
+        frame_rate: frames per second.
+        model: the Hugging Face network.
+        feature_extractor: the Hugging Face feature extractor that belongs to it.
+    """
+
+    frame_rate: float
+    min_samples: int  # shorter audio is padded to this with zeros
+    window: int | None = None  # longer audio is cut into pieces of this many samples
+    call_samples = _CALL_SAMPLES
+    key_mapping: ClassVar[dict[str, str] | None] = None  # checkpoint names -> the network's names
+
+    def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model.requires_grad_(False).eval()
+        self.feature_extractor = feature_extractor
+        self.width: int = model.config.hidden_size
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "SpeechEncoder":
+        """Load a checkpoint from a folder or from the Hugging Face hub, without running any code it brings.
+
+        Of a checkpoint with a task head (such as CTC), the head is left out; of Whisper, the decoder.
+
+        Args:
+            name_or_path: a folder, or a name such as `microsoft/wavlm-large`.
+            device: where the encoder lives.
+            dtype: the type that it computes in, and of its frames.
+
+        Raises:
+            UserError: there is no such folder or model (or no network), its type is not supported, its weights are
+                incomplete, or its feature extractor is absent or made for another sample rate.
+        """
+        return _load(name_or_path, dtype).to(device)
+
+    def train(self, mode: bool = True) -> "SpeechEncoder":
+        """Stay in evaluation mode, whatever the module around this one is switched to."""
+        return super().train(False)
+
+    @abstractmethod
+    def frame_count(self, samples: int) -> int:
+        """The exact number of valid frames of a waveform with so many samples, at least 1."""
+
+    @abstractmethod
+    def _encode(self, waveforms: list[Tensor]) -> Tensor:
+        """One call of the network: waveforms of at most `window` samples -> (B, F_max, width), padding included."""
+
+    @torch.no_grad()  # not inference_mode: the frames take part in autograd afterwards
+    def forward(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Args:
+            waveforms: B tensors (samples_b,), floating point, 16 kHz, at least one sample each, on any device.
+
+        Returns:
+            frames (B, F_max, width) on the encoder's device in its type, zero beyond each length, and
+            lengths (B,) int64: `frame_count(samples_b)`. A context of autocast has no effect.
+        """
+        pieces = [waveform.split(self.window) if self.window else (waveform,) for waveform in waveforms]
+        flat = [piece for utterance in pieces for piece in utterance]
+        encoded: dict[int, Tensor] = {}
+        with torch.autocast(self._device.type, enabled=False):
+            for call in self._calls([len(piece) for piece in flat]):
+                for i, frames in zip(call, self._encode([flat[i] for i in call]), strict=True):
+                    encoded[i] = frames[: self.frame_count(len(flat[i]))]
+        rest = iter(range(len(flat)))
+        utterances = [torch.cat([encoded[next(rest)] for _ in utterance]) for utterance in pieces]
+        lengths = torch.tensor([len(frames) for frames in utterances], device=self._device)
+        return pad_sequence(utterances, batch_first=True), lengths
+
+    def _calls(self, samples: list[int]) -> Iterator[list[int]]:
+        """Indices of the pieces to encode together: alike in length, and no more than `call_samples` padded."""
+        order = sorted(range(len(samples)), key=lambda i: -samples[i])
+        while order:
+            count = max(1, self.call_samples // max(samples[order[0]], self.min_samples))
+            yield order[:count]
+            order = order[count:]
+
+    def _extract(self, waveforms: list[Tensor]) -> Any:
+        """The checkpoint's own features and normalisation, on the CPU as it wants."""
+        arrays = [waveform.float().cpu().numpy() for waveform in waveforms]
+        return self.feature_extractor(arrays, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+
+class _Wav2Vec2(SpeechEncoder):
+    """Strided convolutions over the samples, then a transformer (wav2vec 2.0, HuBERT, WavLM).
+
+    The convolutions run on one utterance at a time: the base models normalise over time behind the first of them
+    (GroupNorm), which padding would change, and for the others it costs no more than padding does. The transformer runs
+    on the batch with the mask of the valid frames, also where the feature extractor declares none.
+    """
+
+    def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
+        super().__init__(name, model, feature_extractor)
+        config = model.config
+        self.convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.frame_rate = SAMPLE_RATE / math.prod(config.conv_stride)
+        self.min_samples = 1
+        for kernel, stride in reversed(self.convolutions):
+            self.min_samples = (self.min_samples - 1) * stride + kernel
+        if getattr(config, "conv_pos_batch_norm", False):
+            self.call_samples = 0  # this HuBERT variant shifts padded frames off zero again: one utterance per call
+
+    def frame_count(self, samples: int) -> int:
+        frames = max(samples, self.min_samples)
+        for kernel, stride in self.convolutions:
+            frames = (frames - kernel) // stride + 1
+        return frames
+
+    def _encode(self, waveforms: list[Tensor]) -> Tensor:
+        features = [self._convolve(waveform) for waveform in waveforms]
+        lengths = torch.tensor([len(x) for x in features], device=self._device)
+        mask = torch.arange(int(lengths.max()), device=self._device) < lengths[:, None]  # (B, F)
+        projected = self.model.feature_projection(pad_sequence(features, batch_first=True))
+        hidden = projected if isinstance(projected, Tensor) else projected[0]  # HuBERT returns it alone
+        return self.model.encoder(hidden, attention_mask=mask).last_hidden_state
+
+    def _convolve(self, waveform: Tensor) -> Tensor:
+        """(samples,) -> (F, channels)."""
+        values = self._extract([waveform]).input_values  # normalised over the true samples: pad afterwards
+        values = F.pad(values, (0, max(0, self.min_samples - len(waveform))))
+        return self.model.feature_extractor(values.to(self._device, self._dtype))[0].T
+
+
+class _Wav2Vec2Bert(SpeechEncoder):
+    """Log-mel frames of 25 ms every 10 ms, stacked by twos, then a conformer (w2v-BERT 2.0)."""
+
+    _FRAME, _HOP = 400, 160  # samples; fixed in the feature extractor
+
+    def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
+        super().__init__(name, model, feature_extractor)
+        self.stride: int = feature_extractor.stride
+        self.frame_rate = SAMPLE_RATE / (self._HOP * self.stride)
+        self.min_samples = self._FRAME + (self.stride - 1) * self._HOP
+
+    def frame_count(self, samples: int) -> int:
+        mel_frames = (max(samples, self.min_samples) - self._FRAME) // self._HOP + 1
+        return mel_frames // self.stride
+
+    def _encode(self, waveforms: list[Tensor]) -> Tensor:
+        features = self._extract([F.pad(x, (0, max(0, self.min_samples - len(x)))) for x in waveforms])
+        return self.model(
+            input_features=features.input_features.to(self._device, self._dtype),
+            attention_mask=features.attention_mask.to(self._device),
+        ).last_hidden_state
+
+
+class _Whisper(SpeechEncoder):
+    """Log-mel frames of a 30 s window, two convolutions, then a transformer (the encoder half of Whisper).
+
+    The network knows windows of 30 s only: shorter audio is padded with silence, as in its training, and the frames
+    that hold none of it are dropped; longer audio goes through in consecutive windows.
+    """
+
+    key_mapping: ClassVar[dict[str, str]] = {r"^(model\.)?encoder\.": ""}
+
+    def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
+        super().__init__(name, model, feature_extractor)
+        self.samples_per_frame: int = feature_extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]
+        self.frame_rate = SAMPLE_RATE / self.samples_per_frame
+        self.window = self.min_samples = feature_extractor.n_samples
+
+    def frame_count(self, samples: int) -> int:
+        return max(1, math.ceil(samples / self.samples_per_frame))
+
+    def _encode(self, waveforms: list[Tensor]) -> Tensor:
+        features = self._extract(waveforms).input_features  # (B, mels, 3000)
+        return self.model(features.to(self._device, self._dtype)).last_hidden_state
+
+
+_FAMILIES: dict[str, type[SpeechEncoder]] = {
+    "wavlm": _Wav2Vec2,
+    "hubert": _Wav2Vec2,
+    "wav2vec2": _Wav2Vec2,
+    "wav2vec2-bert": _Wav2Vec2Bert,
+    "whisper": _Whisper,
+}
+
+
+def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
+    where = Path(name).expanduser()
+    if not where.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"speech encoder {name}: no such folder; expected a folder or a Hugging Face model name")
+    source = str(where) if where.is_dir() else name
+    transformers = import_transformers()
+
+    def fetch(part: str, loader: Any, **settings: Any) -> Any:
+        try:
+            with quiet():
+                return loader.from_pretrained(source, trust_remote_code=False, **settings)
+        except Exception as error:  # of a dozen kinds, by what is wrong with the folder, the hub or the network
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+            raise UserError(
+                f"speech encoder {name}: cannot load its {part} ({reason}); "
+                "expected a folder or a Hugging Face model name with config, weights and preprocessor_config.json"
+            ) from error
+
+    config = fetch("configuration", transformers.AutoConfig)
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(
+            f"speech encoder {name}: type {config.model_type!r} is not supported; "
+            f"expected one of {', '.join(_FAMILIES)}"
+        )
+    extractor = fetch("feature extractor", transformers.AutoFeatureExtractor)
+    if extractor.sampling_rate != SAMPLE_RATE:
+        raise UserError(
+            f"speech encoder {name}: is made for {extractor.sampling_rate} Hz; "
+            f"expected {SAMPLE_RATE} Hz: choose another"
+        )
+    for key, value in _LEFT_OUT.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    loader = transformers.AutoModel
+    if family is _Whisper:
+        loader = transformers.models.whisper.modeling_whisper.WhisperEncoder
+    model, report = fetch(
+        "weights", loader, config=config, dtype=dtype, key_mapping=family.key_mapping, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        example = min(report["missing_keys"])
+        raise UserError(
+            f"speech encoder {name}: {len(report['missing_keys'])} weights are missing, such as {example}; "
+            "expected a whole checkpoint: fetch it again"
+        )
+    return family(name, model, extractor)

@@ -1,0 +1,231 @@
+"""Order, sharing between processes, contents of batches, and what becomes of bad samples."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import SequentialSampler
+
+from rwkv_speech.data.bad_audio import BadAudio
+from rwkv_speech.data.batches import Batch, SharedBatches, Speech, loader
+from rwkv_speech.data.utterance import BadSample, Utterance
+from rwkv_speech.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def utterances(tmp_path_factory) -> list[Utterance]:
+    """Eleven utterances; number n is n + 1 milliseconds of the constant n / 100."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for n in range(11):
+        soundfile.write(folder / f"{n}.wav", np.full(16 * (n + 1), n / 100), 16000, subtype="FLOAT")
+    return [Utterance(str(n), f"text {n}", folder / f"{n}.wav") for n in range(11)]
+
+
+def ids(batches) -> list[list[str]]:
+    return [batch.ids for batch in batches]
+
+
+def test_batch_holds_its_utterances_in_step(utterances):
+    batches = list(loader(Speech(utterances), batch_size=4, shuffle=False))
+    assert ids(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10"]]
+    last = batches[-1]
+    assert len(last) == 3
+    assert last.texts == ["text 8", "text 9", "text 10"]
+    assert last.indices == [8, 9, 10]
+    assert last.seconds == pytest.approx(0.009 + 0.010 + 0.011)
+    for n, waveform in zip(last.indices, last.waveforms, strict=True):
+        torch.testing.assert_close(waveform, torch.full((16 * (n + 1),), n / 100))
+
+
+def test_order_is_the_same_for_any_number_of_workers(utterances):
+    dataset = Speech(utterances)
+    runs = [
+        ids(loader(dataset, batch_size=3, shuffle=True, seed=5, epoch=2, num_workers=workers))
+        for workers in (0, 1, 2)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert sorted((id for batch in runs[0] for id in batch), key=int) == [str(n) for n in range(11)]
+
+
+def test_order_depends_on_seed_and_epoch_only(utterances):
+    def order(seed, epoch):
+        torch.manual_seed(torch.seed())  # whatever the global stream holds
+        return ids(loader(Speech(utterances), batch_size=11, shuffle=True, seed=seed, epoch=epoch))[0]
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_loading_leaves_the_global_random_stream_alone(utterances):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(loader(Speech(utterances), batch_size=4, shuffle=True))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_shares_worked_by_hand():
+    def shares(size, even):
+        return [
+            list(SharedBatches(SequentialSampler(range(size)), 2, rank=rank, world_size=2, even=even))
+            for rank in (0, 1)
+        ]
+
+    assert shares(6, even=True) == [[[0, 2], [4]], [[1, 3], [5]]]
+    assert shares(5, even=True) == [[[0, 2]], [[1, 3]]]  # 4 would leave one process without a batch
+    assert shares(5, even=False) == [[[0, 2], [4]], [[1, 3]]]
+    assert shares(1, even=True) == [[[0]], [[0]]]
+    assert shares(1, even=False) == [[[0]], []]
+    assert shares(0, even=True) == [[], []]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 24, 31])
+def test_shares_cover_the_corpus(size, batch_size, world_size):
+    def shares(even):
+        samplers = [
+            SharedBatches(
+                SequentialSampler(range(size)), batch_size, rank=rank, world_size=world_size, even=even
+            )
+            for rank in range(world_size)
+        ]
+        batches = [list(sampler) for sampler in samplers]
+        assert [len(sampler) for sampler in samplers] == [len(mine) for mine in batches]
+        assert all(0 < len(batch) <= batch_size for mine in batches for batch in mine)
+        return batches
+
+    evaluated = [index for mine in shares(even=False) for batch in mine for index in batch]
+    assert sorted(evaluated) == list(range(size))
+
+    trained = shares(even=True)
+    assert len({len(mine) for mine in trained}) == 1
+    counts = np.bincount([index for mine in trained for batch in mine for index in batch], minlength=size)
+    if size < world_size:
+        assert counts.min() >= 1
+    else:
+        assert counts.max() == 1
+        assert size - counts.sum() < world_size
+
+
+def test_global_batches_are_the_same_for_one_process_and_two(utterances):
+    dataset = Speech(utterances)
+    whole = ids(loader(dataset, batch_size=4, shuffle=True, seed=3, even=True))
+    halves = [
+        ids(loader(dataset, batch_size=2, shuffle=True, seed=3, even=True, rank=rank, world_size=2))
+        for rank in (0, 1)
+    ]
+    together = [set(first) | set(second) for first, second in zip(*halves, strict=True)]
+    assert together[:2] == [set(batch) for batch in whole[:2]]
+
+
+def test_lightning_drives_the_loader(utterances):
+    lightning = pytest.importorskip("pytorch_lightning")
+    seen = []
+
+    class Recorder(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, _):
+            assert isinstance(batch, Batch)
+            seen.append((self.current_epoch, batch.ids))
+            return self.weight * batch.seconds
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    dataset = Speech([*utterances, Utterance("bad", "x", Path("missing.wav"))])
+    trainer.fit(Recorder(), loader(dataset, batch_size=4, shuffle=True, seed=1, even=True))
+    for epoch in (0, 1):
+        expected = ids(loader(dataset, batch_size=4, shuffle=True, seed=1, epoch=epoch, even=True))
+        assert [batch for when, batch in seen if when == epoch] == expected
+
+
+# Bad samples
+
+
+@pytest.fixture
+def with_bad(tmp_path, utterances) -> Speech:
+    """Good, missing, good, not audio, no text, too long."""
+    (tmp_path / "noise.wav").write_bytes(b"not audio")
+    return Speech(
+        [
+            utterances[0],
+            Utterance("missing", "x", tmp_path / "missing.wav"),
+            utterances[1],
+            Utterance("noise", "x", tmp_path / "noise.wav"),
+            Utterance("mute", " \n", utterances[2].audio),
+            utterances[10],
+        ],
+        check=lambda utterance, waveform: "too long" if len(waveform) > 100 else None,
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_travel_beside_the_good(with_bad, num_workers):
+    (batch,) = loader(with_bad, batch_size=6, shuffle=False, num_workers=num_workers)
+    assert batch.ids == ["0", "1"]
+    assert batch.indices == [0, 2]
+    assert [sample.id for sample in batch.bad] == ["missing", "noise", "mute", "10"]
+    assert "missing.wav" in batch.bad[0].reason
+    assert [sample.reason for sample in batch.bad[2:]] == ["text with no tokens", "too long"]
+    assert [Path(sample.audio).name for sample in batch.bad] == [
+        "missing.wav",
+        "noise.wav",
+        "2.wav",
+        "10.wav",
+    ]
+
+
+def test_batch_of_bad_samples_only(with_bad):
+    batch = list(loader(with_bad, batch_size=3, shuffle=False))[1]
+    assert (len(batch), batch.waveforms, batch.seconds, len(batch.bad)) == (0, [], 0, 3)
+
+
+def test_stop_names_the_first_bad_sample(tmp_path, with_bad):
+    bad_audio = BadAudio("stop", tmp_path / "bad_audio.jsonl")
+    (batch,) = loader(with_bad, batch_size=6, shuffle=False)
+    with pytest.raises(UserError) as error:
+        bad_audio.add(batch.bad)
+    assert str(tmp_path / "missing.wav") in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"bad sample 10: .*10\.wav: too long; "):
+        bad_audio.add(batch.bad[3:])
+    bad_audio.add([])
+    assert not bad_audio.path.exists()
+
+
+def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
+    path = tmp_path / "output" / "bad_audio.jsonl"
+    first, second = BadAudio("skip", path), BadAudio("skip", path)  # as two processes of a run
+    assert first.report() == "no bad samples"
+    for epoch in range(3):
+        for batch in loader(with_bad, batch_size=2, shuffle=True, epoch=epoch):
+            first.add(batch.bad)
+    more = BadSample("é", "é.wav", "silent")
+    second.add([BadSample("10", str(with_bad.utterances[5].audio), "too long"), more])
+    first.add([more])
+    listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sorted(entry["id"] for entry in listed) == ["10", "missing", "mute", "noise", "é"]
+    assert listed[-1] == {"id": "é", "audio": "é.wav", "reason": "silent"}
+    assert first.report() == f"5 bad samples skipped, listed in {path}"
+    assert second.report() == f"2 bad samples skipped, listed in {path}"
+
+
+def test_unknown_policy_is_refused(tmp_path):
+    with pytest.raises(UserError, match="expected 'stop' or 'skip'"):
+        BadAudio("ignore", tmp_path / "bad_audio.jsonl")

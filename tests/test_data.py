@@ -1,0 +1,416 @@
+"""Where utterances come from: LibriSpeech's layout, manifests, Hugging Face datasets, tables of files."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from rwkv_speech.data import huggingface, librispeech
+from rwkv_speech.data.bad_audio import BadAudio
+from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.sources import load_split
+from rwkv_speech.data.utterance import DatasetRow, Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.speech.audio import AudioError
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "speech"
+
+
+def tone(frequency: float, seconds: float = 0.1) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(16000 * seconds)) / 16000)).astype(np.float32)
+
+
+def write_tone(path: Path, frequency: float = 440) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(frequency), 16000)
+    return path
+
+
+def encoded_tone(frequency: float) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(frequency), 16000, format="WAV")
+    return buffer.getvalue()
+
+
+def write_chapter(split: Path, speaker: str, chapter: str, texts: list[str], suffix: str = ".flac") -> Path:
+    folder = split / speaker / chapter
+    ids = [f"{speaker}-{chapter}-{number:04}" for number in range(len(texts))]
+    for id in ids:
+        write_tone(folder / f"{id}{suffix}")
+    lines = "".join(f"{id} {text}\n" for id, text in zip(ids, texts, strict=True))
+    (folder / f"{speaker}-{chapter}.trans.txt").write_text(lines)
+    return folder
+
+
+def is_tone(utterance: Utterance, frequency: float) -> bool:
+    waveform = utterance.waveform().numpy()
+    return waveform.shape == (1600,) and np.abs(waveform - tone(frequency)).max() < 1e-4
+
+
+# LibriSpeech's layout
+
+
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [("", "test-clean"), ("LibriSpeech", "test-clean"), ("LibriSpeech/test-clean", "test-clean")],
+    ids=["parent of LibriSpeech", "folder of splits", "the split itself"],
+)
+def test_librispeech_is_found_from_each_level(tmp_path, folder, split):
+    write_chapter(tmp_path / "LibriSpeech" / "test-clean", "7", "20", ["ON AND ON"])
+    write_chapter(tmp_path / "LibriSpeech" / "test-clean", "10", "3", ["IT'S ONE", "TWO  WORDS"])
+    write_chapter(tmp_path / "LibriSpeech" / "train-clean-100", "8", "1", ["NOT THIS"])
+    utterances = load_split(split, data_dir=str(tmp_path / folder))
+    assert [utterance.id for utterance in utterances] == ["10-3-0000", "10-3-0001", "7-20-0000"]
+    assert [utterance.text for utterance in utterances] == ["it's one", "two  words", "on and on"]
+    assert [utterance.speaker for utterance in utterances] == ["10", "10", "7"]
+    assert all(is_tone(utterance, 440) for utterance in utterances)
+
+
+def test_librispeech_case_joining_and_paths_as_splits(tmp_path):
+    write_chapter(tmp_path / "a", "1", "1", ["FIRST"])
+    write_chapter(tmp_path / "b", "2", "1", ["SECOND"], suffix=".ogg")
+    joined = load_split("b+a", data_dir=str(tmp_path), lower_case=False)
+    assert [utterance.text for utterance in joined] == ["SECOND", "FIRST"]
+    assert joined[0].waveform().shape == (1600,)
+    assert [utterance.text for utterance in load_split(str(tmp_path / "a"))] == ["first"]
+    assert [utterance.text for utterance in load_split(None, data_dir=str(tmp_path / "a"))] == ["first"]
+
+
+def test_librispeech_takes_the_lossless_of_two_formats_and_leaves_hidden_files(tmp_path):
+    chapter = write_chapter(tmp_path, "1", "1", ["FIRST"])
+    write_tone(chapter / "1-1-0000.mp3")
+    write_tone(chapter / "1-1-0000.wav")
+    (chapter / "._1-1-0000.flac").write_bytes(b"resource fork")
+    (utterance,) = load_split(None, data_dir=str(tmp_path))
+    assert utterance.audio.name == "1-1-0000.flac"
+
+
+def test_librispeech_mismatches_are_one_error_or_listed(tmp_path):
+    corpus = tmp_path / "corpus"
+    chapter = write_chapter(corpus, "1", "1", ["A", "B", "C", "D", "E"])
+    for number in (0, 1, 2, 4):
+        (chapter / f"1-1-000{number}.flac").unlink()
+    stray = write_tone(corpus / "1" / "2" / "1-2-0000.flac")
+    with pytest.raises(UserError) as error:
+        load_split(None, data_dir=str(corpus))
+    assert "transcript lines without an audio file: 4 (1-1-0000, 1-1-0001, 1-1-0002, ...)" in str(error.value)
+    assert "audio files without a transcript line: 1 (1-2-0000)" in str(error.value)
+    assert "\n" not in str(error.value)
+
+    bad_audio = BadAudio("skip", tmp_path / "bad_audio.jsonl")
+    utterances = load_split(None, data_dir=str(corpus), bad_audio=bad_audio)
+    assert [utterance.id for utterance in utterances] == ["1-1-0003"]
+    listed = [json.loads(line) for line in bad_audio.path.read_text().splitlines()]
+    assert [entry["id"] for entry in listed] == ["1-1-0000", "1-1-0001", "1-1-0002", "1-1-0004", "1-2-0000"]
+    assert listed[-1] == {"id": "1-2-0000", "audio": str(stray), "reason": "the audio file has no transcript"}
+
+
+@pytest.mark.skipif(not (SHARED / "LibriSpeech").is_dir(), reason="needs ../shared/speech/LibriSpeech")
+def test_real_librispeech():
+    utterances = load_split("test-clean", data_dir=str(SHARED / "LibriSpeech"))
+    assert [utterance.id for utterance in utterances] == [
+        "1089-134686-0000",
+        "1089-134686-0001",
+        "1089-134691-0000",
+        "1089-134691-0001",
+    ]
+    assert utterances[2].text == "he could wait no longer"
+    for utterance in utterances:
+        info = soundfile.info(utterance.audio)
+        assert utterance.waveform().shape == (info.frames,)
+
+
+@pytest.mark.skipif(
+    not (SHARED / "speechocean762-train").is_dir(), reason="needs ../shared/speech/speechocean762-train"
+)
+def test_real_folder_without_splits():
+    utterances = load_split(None, data_dir=str(SHARED / "speechocean762-train"))
+    assert len(utterances) == len({utterance.id for utterance in utterances}) == 1340
+    assert len({utterance.speaker for utterance in utterances}) == 67
+    assert utterances == sorted(utterances, key=lambda utterance: utterance.id)
+
+
+def unpacking(url_text: dict[str, str]):
+    """Stands for torchaudio's class: unpacks a split under root unless its folder is there."""
+
+    def unpack(root, url, download):
+        folder = Path(root) / "LibriSpeech" / url
+        if not folder.is_dir():
+            write_chapter(folder, "1", "1", [url_text[url]])
+
+    return SimpleNamespace(LIBRISPEECH=unpack)
+
+
+def test_download_replaces_half_unpacked_splits_and_leaves_complete_ones(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace())
+    monkeypatch.setitem(
+        sys.modules, "torchaudio.datasets", unpacking({"dev-clean": "NEW", "dev-other": "NEW"})
+    )
+    write_chapter(tmp_path / "dev-other", "9", "9", ["OWN"])
+    (tmp_path / "archives" / "LibriSpeech" / "dev-clean" / "1").mkdir(parents=True)
+    utterances = load_split("dev-clean+dev-other", data_dir=str(tmp_path), download=True)
+    assert [utterance.text for utterance in utterances] == ["new", "own"]
+    assert utterances[0].audio == tmp_path / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac"
+
+
+def test_download_errors_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", None)
+    with pytest.raises(UserError, match="needs torchaudio, which fails to import"):
+        librispeech.download(["dev-clean"], tmp_path)
+
+    def unreachable(root, url, download):
+        raise OSError("name or service not known\nmore")
+
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", SimpleNamespace(LIBRISPEECH=unreachable))
+    with pytest.raises(
+        UserError, match=r"^downloading LibriSpeech dev-clean .*name or service not known\).*$"
+    ):
+        librispeech.download(["dev-clean"], tmp_path)
+    with pytest.raises(UserError, match="no split 'dev-cleen'"):
+        librispeech.download(["dev-cleen"], tmp_path)
+
+
+# Manifests
+
+
+def test_manifest_fields_and_paths(tmp_path):
+    entries = [
+        {"audio": "clips/a.wav", "text": "Grüße\u2028an", "id": "one", "duration": 1, "speaker": "s"},
+        {
+            "audio_filepath": str(tmp_path / "b.flac"),
+            "text": "",
+            "language": "de",
+            "mission": "m",
+            "lang_id": 3,
+        },
+    ]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    path = tmp_path / "my train+dev.jsonl"
+    path.write_text("\ufeff" + lines[0] + "\r\n\n" + lines[1] + "\n", encoding="utf-8")
+    expected = [
+        Utterance("one", "Grüße\u2028an", tmp_path / "clips" / "a.wav", duration=1.0, speaker="s"),
+        Utterance(str(tmp_path / "b.flac"), "", tmp_path / "b.flac", language="de", mission="m"),
+    ]
+    assert read_manifest(path) == expected
+    assert load_split(None, data=str(path)) == load_split(str(path)) == expected
+    write_tone(tmp_path / "clips" / "a.wav", 300)
+    assert is_tone(expected[0], 300)
+    with pytest.raises(AudioError, match=r"b\.flac"):
+        expected[1].waveform()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"audio": "a.wav", "text": "x"', "not JSON"),
+        ('["a.wav", "x"]', "a JSON list, not an object"),
+        ('{"text": "x"}', "no 'audio'"),
+        ('{"audio": "", "text": "x"}', "'audio' is empty"),
+        ('{"audio": "a.wav"}', "no 'text'"),
+        ('{"audio": "a.wav", "text": null}', "'text' is None, not a string"),
+        ('{"audio": "a.wav", "text": "x", "id": 7}', "'id' is 7, not a string"),
+        ('{"audio": "a.wav", "text": "x", "duration": "2 s"}', "'duration' is '2 s', not a number"),
+        ('{"audio": "a.wav", "text": "x", "duration": NaN}', "'duration' is nan, not a number"),
+        ('{"audio": "a.wav", "text": "x", "duration": true}', "'duration' is True, not a number"),
+        ('{"audio": "a.wav", "audio_filepath": "b.wav", "text": "x"}', "both 'audio' and 'audio_filepath'"),
+        ('{"audio": "a.wav", "text": "x", "offset": 0.0, "duration": 2}', "'offset' isn't supported"),
+    ],
+)
+def test_manifest_names_the_malformed_line(tmp_path, line, problem):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"audio": "a.wav", "text": "x"}\n\n' + line)
+    with pytest.raises(UserError) as error:
+        read_manifest(path)
+    assert f"1 malformed line (line 3: {problem}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_manifest_counts_malformed_lines(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text("x\n" * 5)
+    with pytest.raises(UserError, match=r"5 malformed lines \(line 1: .*line 2: .*line 3: .*; and 2 more\)"):
+        read_manifest(path)
+
+
+# Hugging Face datasets
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def audio_rows(datasets, frequencies, **columns):
+    """A dataset as they come with audio inside: `{"bytes", "path"}`, typed as Audio."""
+    column = [{"bytes": encoded_tone(frequency), "path": f"{frequency}.wav"} for frequency in frequencies]
+    return datasets.Dataset.from_dict({"audio": column, **columns}).cast_column("audio", datasets.Audio())
+
+
+def test_saved_dataset(tmp_path, datasets):
+    rows = audio_rows(datasets, [300, 500], id=["x", "y"], sentence=["One", "Two"], speaker_id=[7, 8])
+    rows.save_to_disk(tmp_path / "saved")
+    one, two = load_split(None, data=str(tmp_path / "saved"))
+    assert (one.id, one.text, one.speaker, two.speaker) == ("x", "One", "7", "8")
+    assert is_tone(one, 300)
+    assert is_tone(two, 500)
+    with pytest.raises(UserError, match="saved without splits"):
+        load_split("train", data=str(tmp_path / "saved"))
+
+
+def test_saved_splits_and_columns(tmp_path, datasets):
+    train = audio_rows(datasets, [300], text=["english"], translation=["deutsch"])
+    train = train.rename_column("audio", "clip")
+    saved = datasets.DatasetDict({"train": train, "test": train})
+    saved.save_to_disk(tmp_path / "saved")
+    columns = {"audio_column": "clip", "text_column": "translation"}
+    (utterance,) = load_split("test", data_dir=str(tmp_path / "saved"), **columns)
+    assert utterance.text == "deutsch"
+    assert is_tone(utterance, 300)
+    for split, columns, problem in (
+        ("dev", {}, "no split 'dev'; there are train, test"),
+        (None, {}, "name a split; there are train, test"),
+        ("test", {}, "no audio column known by its name .*the columns are clip, text, translation"),
+        (
+            "test",
+            {"audio_column": "clip", "text_column": "words"},
+            "no column 'words'; .*are clip, text, trans",
+        ),
+        ("test", {"audio_column": "clip", "text_column": "clip"}, "column 'clip' holds no text"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            load_split(split, data=str(tmp_path / "saved"), **columns)
+
+
+def test_parquet_folder_is_decoded_only_on_demand(tmp_path, datasets):
+    broken = {"bytes": b"not audio", "path": "broken.wav"}
+    rows = datasets.Dataset.from_dict(
+        {
+            "audio": [{"bytes": encoded_tone(300), "path": None}, broken, {"bytes": None, "path": None}],
+            "transcription": ["good", "broken", None],
+        }
+    ).cast_column("audio", datasets.Audio())
+    (tmp_path / "corpus").mkdir()
+    rows.to_parquet(tmp_path / "corpus" / "test-00000-of-00001.parquet")
+    utterances = load_split("test", data_dir=str(tmp_path / "corpus"))
+    assert [utterance.text for utterance in utterances] == ["good", "broken", ""]
+    assert all(isinstance(utterance.audio, DatasetRow) for utterance in utterances)
+    assert is_tone(utterances[0], 300)
+    with pytest.raises(AudioError, match="test row 1"):
+        utterances[1].waveform()
+    with pytest.raises(AudioError, match="test row 2: the row holds no audio"):
+        utterances[2].waveform()
+    assert len(load_split("test[:2]", data_dir=str(tmp_path / "corpus"))) == 2
+    with pytest.raises(UserError, match=r"can't read split val of .*Unknown split"):
+        load_split("val", data_dir=str(tmp_path / "corpus"))
+
+
+def test_columns_of_paths(tmp_path, datasets):
+    path = write_tone(tmp_path / "a.wav", 300)
+    rows = datasets.Dataset.from_dict({"speech": [str(path)], "text": ["x"]})
+    rows.save_to_disk(tmp_path / "saved")
+    (utterance,) = load_split(None, data=str(tmp_path / "saved"))
+    assert is_tone(utterance, 300)
+
+
+def test_librispeech_from_the_hub_takes_only_the_split(tmp_path, datasets, monkeypatch):
+    hub = tmp_path / "librispeech_asr"
+    (hub / "all" / "test.clean").mkdir(parents=True)
+    (hub / "all" / "test.other").mkdir()
+    rows = audio_rows(datasets, [300], file=["f"], text=["HELLO"], speaker_id=[61], id=["61-70968-0000"])
+    rows.to_parquet(hub / "all" / "test.clean" / "0000.parquet")
+    (hub / "all" / "test.other" / "0000.parquet").write_bytes(b"opening this fails")
+    (hub / "README.md").write_text(
+        "---\ndataset_info:\n- config_name: all\n  splits:\n"
+        "  - name: test.clean\n    num_bytes: 1\n    num_examples: 2620\n"
+        "  - name: test.other\n    num_bytes: 1\n    num_examples: 2939\n"
+        "configs:\n- config_name: all\n  default: true\n  data_files:\n"
+        "  - split: test.clean\n    path: all/test.clean/*.parquet\n"
+        "  - split: test.other\n    path: all/test.other/*.parquet\n---\n"
+    )
+    monkeypatch.setattr(huggingface, "LIBRISPEECH", str(hub))
+    (utterance,) = load_split("test-clean")
+    assert (utterance.id, utterance.text, utterance.speaker) == ("61-70968-0000", "hello", "61")
+    assert is_tone(utterance, 300)
+    with pytest.raises(UserError, match="no split 'test'; there are train-clean-100"):
+        load_split("test")
+
+
+def test_unreachable_hub_is_one_line(datasets, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'openslr/librispeech_asr' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"^can't read split test.clean of openslr/librispeech_asr .*Hub$"):
+        load_split("test-clean")
+
+
+# Tables of audio files
+
+
+def write_csv(folder: Path) -> None:
+    (folder / "metadata.csv").write_text('file_name,sentence\na.wav,"One, two"\nsub/b.wav,null\n')
+
+
+def write_jsonl(folder: Path) -> None:
+    rows = [{"file_name": "a.wav", "text": "One, two"}, {"file_name": "sub/b.wav", "text": "null"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("write_table", [write_csv, write_jsonl], ids=["csv", "jsonl"])
+def test_audio_folder(tmp_path, write_table):
+    write_tone(tmp_path / "train" / "a.wav", 300)
+    write_tone(tmp_path / "train" / "sub" / "b.wav", 500)
+    write_table(tmp_path / "train")
+    a, b = load_split("train", data=str(tmp_path))
+    assert (a.id, a.text, b.text) == ("a.wav", "One, two", "null")
+    assert is_tone(b, 500)
+    assert load_split(None, data=str(tmp_path / "train")) == [a, b]
+    with pytest.raises(UserError, match="no split 'test'; there are train"):
+        load_split("test", data=str(tmp_path))
+    with pytest.raises(UserError, match=r"entry 1 has no 'words'.*columns are file_name, (sentence|text)"):
+        load_split("train", data=str(tmp_path), text_column="words")
+
+
+# What a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("split", "arguments", "problem"),
+    [
+        ("train", {"data_dir": "missing"}, "no such file or folder: missing"),
+        ("missing/train.jsonl", {}, "no such file or folder: missing/train.jsonl"),
+        ("train", {"data": "missing.jsonl"}, "is a manifest, without splits"),
+        (None, {"data": "missing.jsonl"}, "no such manifest: missing.jsonl"),
+        ("train", {"data": "librispech"}, "no such folder: librispech; expected one, or owner/name"),
+        ("train", {"data": "./owner/name"}, "no such folder: ./owner/name"),
+        ("train", {"data": "corpus", "data_dir": "corpus"}, "both say where the data is"),
+        (None, {}, "name a split of LibriSpeech"),
+        ("one+", {"data_dir": "corpus"}, "has an empty name"),
+        ("two", {"data_dir": "corpus"}, "it has no split 'two'; splits there: one"),
+        (None, {"data_dir": "corpus"}, "splits there: one"),
+        ("one", {"data_dir": "corpus/one/1"}, "no such file"),
+        ("empty", {"data_dir": "corpus"}, "split 'empty' holds no utterances"),
+        ("empty.jsonl", {}, "empty.jsonl: it holds no utterances"),
+        ("one", {"data_dir": "corpus", "text_column": "text"}, "has no columns"),
+        ("dev-clean", {"download": True}, "--download fetches LibriSpeech into a folder: give --data_dir"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, split, arguments, problem):
+    monkeypatch.chdir(tmp_path)
+    write_chapter(Path("corpus/one"), "2", "1", ["X"])
+    os.mkdir("corpus/empty")
+    Path("empty.jsonl").touch()
+    with pytest.raises(UserError) as error:
+        load_split(split, **arguments)
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
