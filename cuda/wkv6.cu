@@ -27,7 +27,8 @@ constexpr int WARP = 32;
 constexpr int TILE = 4;                 // a thread's tile of the state: TILE x TILE
 constexpr int GROUP = 4;                // steps between two reductions, and of states recomputed in registers
 constexpr int VALUES = GROUP * TILE;    // what one thread brings to a reduction: index = step * TILE + place in tile
-static_assert(CHUNK % GROUP == 0, "chunks are walked in whole groups");
+constexpr int ROWS = 8;                 // steps are staged in multiples of this
+static_assert(ROWS % GROUP == 0 && CHUNK % ROWS == 0, "chunks are walked in whole groups");
 
 template <int N>
 struct Geometry {
@@ -130,7 +131,8 @@ __device__ inline void stage(const T *from, int64_t stride, int steps, int rows,
   stage<WIDTH>(from, stride, steps, rows, 0.f, [=](int at, float4 x) { *reinterpret_cast<float4 *>(to + at) = x; });
 }
 
-// The way back: (steps, WIDTH) of fp32 in shared memory to a (B, T, H, N) tensor.
+// The way back: (steps, WIDTH) of fp32 in shared memory to a (B, T, H, N) tensor. A thread reads what it would stage, so
+// that the next chunk may be staged in the same place without a barrier.
 template <int WIDTH, typename T>
 __device__ inline void unstage(const float *from, T *to, int64_t stride, int steps) {
   constexpr int packs = WIDTH / Pack<T>::size;
@@ -143,15 +145,25 @@ __device__ inline void unstage(const float *from, T *to, int64_t stride, int ste
   }
 }
 
-// out[t] = sum_c a[t][c] b[t][c] scale(c) for `rows` rows of width WIDTH: one warp per row.
-template <int WIDTH, typename Scale>
-__device__ inline void dot_rows(const float *a, const float *b, int rows, Scale scale, float *out) {
-  const int lane = threadIdx.x % WARP;
-  for (int t = threadIdx.x / WARP; t < rows; t += blockDim.x / WARP) {
-    float sum = 0.f;
-    for (int c = lane; c < WIDTH; c += WARP) sum = fmaf(a[t * WIDTH + c] * b[t * WIDTH + c], scale(c), sum);
-    reduce_scatter<WARP, 1>(&sum);
-    if (lane == 0) out[t] = sum;
+// out[t] = sum_c scale[c] a[t][c] b[t][c] for `rows` rows of width WIDTH. WIDTH / TILE lanes share a row; `scale` holds
+// the four factors of the calling thread's columns, which begin at first_of<WIDTH>().
+template <int WIDTH>
+__device__ inline int first_of() {
+  return threadIdx.x % (WIDTH / TILE) * TILE;
+}
+
+template <int WIDTH>
+__device__ inline void dot_rows(const float *a, const float *b, const float (&scale)[TILE], int rows, float *out) {
+  constexpr int lanes = WIDTH / TILE;
+  static_assert(ROWS % (WARP / lanes) == 0, "all lanes of a warp must take part in a shuffle");
+  for (int t = threadIdx.x / lanes; t < rows; t += blockDim.x / lanes) {
+    float x[TILE], y[TILE], sum = 0.f;
+    load4(x, a + t * WIDTH + first_of<WIDTH>());
+    load4(y, b + t * WIDTH + first_of<WIDTH>());
+#pragma unroll
+    for (int e = 0; e < TILE; e++) sum = fmaf(scale[e] * x[e], y[e], sum);
+    reduce_scatter<lanes, 1>(&sum);
+    if (threadIdx.x % lanes == 0) out[t] = sum;
   }
 }
 
@@ -184,7 +196,8 @@ struct Place {
 };
 
 __device__ inline int steps_in_chunk(int steps, int chunk) { return min(CHUNK, steps - chunk * CHUNK); }
-__device__ inline int whole_groups(int steps) { return (steps + GROUP - 1) / GROUP; }
+__device__ inline int groups_of(int steps) { return (steps + GROUP - 1) / GROUP; }
+__device__ inline int rows_of(int steps) { return (steps + ROWS - 1) / ROWS * ROWS; }
 
 template <int N>
 struct ForwardShared {
@@ -203,15 +216,16 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
   const int lane = threadIdx.x % G::lanes;
   const int col = lane * TILE, row = threadIdx.x / G::lanes * TILE;  // of the tile: in the state, in the slice
   const int64_t tile = int64_t(place.from + row) * N + col;          // of the tile in a state
-  const float *u = p.u + place.h * N;
 
+  float u[TILE];
+  load4(u, p.u + place.h * N + first_of<N>());
   float S[TILE][TILE];
   const float *initial = args.state + (args.shared_state ? int64_t(place.h) * N * N : place.matrix) + tile;
 #pragma unroll
   for (int i = 0; i < TILE; i++) load4(S[i], initial + i * N);
 
   for (int chunk = 0; chunk < place.chunks; chunk++) {
-    const int steps = steps_in_chunk(place.steps, chunk), groups = whole_groups(steps), rows = groups * GROUP;
+    const int steps = steps_in_chunk(place.steps, chunk), groups = groups_of(steps), rows = rows_of(steps);
     const int64_t first = place.first + int64_t(chunk) * CHUNK * place.stride;
     if (args.chunk_states) {
       const int64_t all = (p.T + CHUNK - 1) / CHUNK;
@@ -226,10 +240,10 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
       *reinterpret_cast<float4 *>(shared.d + at) = make_float4(Decay(w.x).d, Decay(w.y).d, Decay(w.z).d, Decay(w.w).d);
     });
     __syncthreads();  // the chunk is staged
-    dot_rows<N>(shared.r, shared.k, rows, [=](int c) { return u[c]; }, shared.bonus);
+    dot_rows<N>(shared.r, shared.k, u, rows, shared.bonus);
     __syncthreads();  // bonus is complete
 
-    for (int t = 0; t < rows; t += GROUP) {
+    for (int t = 0; t < groups * GROUP; t += GROUP) {
       float y[VALUES] = {};
 #pragma unroll
       for (int s = 0; s < GROUP; s++) {
@@ -246,7 +260,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
       }
       reduce_scatter<G::lanes, VALUES>(y);
       __syncwarp();  // these rows of v belong to this warp, which has read them
-      if (lane % G::copies == 0) {
+      if (lane % G::copies == 0) {  // one lane for each sum
 #pragma unroll
         for (int q = 0; q < G::owned; q++) {
           const int value = lane / G::copies * G::owned + q, step = t + value / TILE;
@@ -257,7 +271,6 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
     }
     __syncthreads();  // y is complete; r, k, d are read
     unstage<G::slice>(shared.v, static_cast<T *>(args.y) + first + place.from, place.stride, steps);
-    __syncthreads();  // y is read
   }
   float *final_state = args.final_state + place.matrix + tile;
 #pragma unroll
@@ -273,7 +286,7 @@ struct BackwardShared {
   float bonus[CHUNK], gyv[CHUNK];                                // sum_j r u k over the slice; sum_i gy v
   float gv[G::strips][GROUP][N];                              // parts of gv, one for each strip of columns
   float states[CHUNK / GROUP - 1][TILE][G::threads][TILE];    // before each group but the last; each thread its own
-  float gu[GROUP][G::slice];
+  float gu[GROUP][G::slice];  // parts of gu, one for each step of a group
 };
 
 template <typename T, int N>
@@ -286,17 +299,22 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
   const int lane = threadIdx.x % G::lanes, strip = threadIdx.x / G::lanes;
   const int row = lane * TILE, col = strip * TILE;           // of the tile: in the state, in the slice
   const int64_t tile = int64_t(row) * N + place.from + col;  // of the tile in a state
-  const float *u = p.u + place.h * N + place.from;
+
+  // The sums over rows that this thread holds after a reduction, if it is the first to hold them.
+  const bool owner = lane % G::copies == 0;
+  const int value = lane / G::copies * G::owned;
+  float u[G::owned], gu[G::owned] = {};
+#pragma unroll
+  for (int q = 0; q < G::owned; q++) u[q] = p.u[place.h * N + place.from + col + (value + q) % TILE];
 
   float g[TILE][TILE] = {};  // dL/dS after the step at hand
   if (args.g_final_state)
 #pragma unroll
     for (int i = 0; i < TILE; i++) load4(g[i], args.g_final_state + place.matrix + tile + i * N);
-  float gu[G::owned] = {};
   float *gv_part = args.gv_parts + int64_t(place.from / G::slice) * p.B * p.T * place.stride;
 
   for (int chunk = place.chunks - 1; chunk >= 0; chunk--) {
-    const int steps = steps_in_chunk(place.steps, chunk), groups = whole_groups(steps), rows = groups * GROUP;
+    const int steps = steps_in_chunk(place.steps, chunk), groups = groups_of(steps), rows = rows_of(steps);
     const int64_t first = place.first + int64_t(chunk) * CHUNK * place.stride, mine = first + place.from;
     stage<G::slice>(static_cast<const T *>(p.r) + mine, place.stride, steps, rows, shared.r);
     stage<G::slice>(static_cast<const T *>(p.k) + mine, place.stride, steps, rows, shared.k);
@@ -314,8 +332,10 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
 #pragma unroll
     for (int i = 0; i < TILE; i++) load4(S[0][i], saved + i * N);
     __syncthreads();  // the chunk is staged
-    dot_rows<G::slice>(shared.r, shared.k, rows, [=](int c) { return u[c]; }, shared.bonus);
-    dot_rows<N>(shared.gy, shared.v, rows, [](int) { return 1.f; }, shared.gyv);
+    float scale[TILE];
+    load4(scale, p.u + place.h * N + place.from + first_of<G::slice>());
+    dot_rows<G::slice>(shared.r, shared.k, scale, rows, shared.bonus);
+    dot_rows<N>(shared.gy, shared.v, {1.f, 1.f, 1.f, 1.f}, rows, shared.gyv);
     __syncthreads();  // bonus and gyv are complete
 
     for (int group = 0; group < groups - 1; group++) {
@@ -372,14 +392,13 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
       reduce_scatter<G::lanes, VALUES>(gk);
       reduce_scatter<G::lanes, VALUES>(gd);
       __syncwarp();  // these columns of r, k and slope belong to this warp, which has read them
-      if (lane % G::copies == 0) {
+      if (owner) {
 #pragma unroll
         for (int q = 0; q < G::owned; q++) {
-          const int value = lane / G::copies * G::owned + q, step = t + value / TILE, c = col + value % TILE;
-          const int at = step * G::slice + c;
+          const int step = t + (value + q) / TILE, at = step * G::slice + col + (value + q) % TILE;
           const float r = shared.r[at], k = shared.k[at], gyv = shared.gyv[step];
-          shared.r[at] = fmaf(u[c] * k, gyv, gr[q]);
-          shared.k[at] = fmaf(u[c] * r, gyv, gk[q]);
+          shared.r[at] = fmaf(u[q] * k, gyv, gr[q]);
+          shared.k[at] = fmaf(u[q] * r, gyv, gk[q]);
           shared.slope[at] *= gd[q];
           gu[q] = fmaf(r * k, gyv, gu[q]);
         }
@@ -403,17 +422,13 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
     unstage<G::slice>(shared.r, static_cast<T *>(args.gr) + mine, place.stride, steps);
     unstage<G::slice>(shared.k, static_cast<T *>(args.gk) + mine, place.stride, steps);
     unstage<G::slice>(shared.slope, static_cast<T *>(args.gw) + mine, place.stride, steps);
-    __syncthreads();  // gr, gk, gw are read
   }
 
 #pragma unroll
   for (int i = 0; i < TILE; i++) store4_global(args.gstate + place.matrix + tile + i * N, g[i]);
-  if (lane % G::copies == 0) {
+  if (owner) {
 #pragma unroll
-    for (int q = 0; q < G::owned; q++) {
-      const int value = lane / G::copies * G::owned + q;
-      shared.gu[value / TILE][col + value % TILE] = gu[q];
-    }
+    for (int q = 0; q < G::owned; q++) shared.gu[(value + q) / TILE][col + (value + q) % TILE] = gu[q];
   }
   __syncthreads();  // gu of each step of a group is complete
   if (const int c = threadIdx.x; c < G::slice) {

@@ -27,10 +27,12 @@ class _Chunk:
         earlier = torch.ones(C, C, dtype=torch.bool, device=r.device).tril(-1)[..., None]  # (t, s, 1): s < t
         # Each stretch of steps is summed by itself: differences of running sums would lose strong decays' digits.
         stretch = (self.log_decay[..., :, None, :] * earlier).cumsum(-3)  # (B, H, C t, C s, N): steps s+1 .. t
-        self.between = torch.exp(_after_none(stretch)) * earlier
-        self.from_start = torch.exp(_after_none(self.log_decay[..., None, :].cumsum(-3)))[..., 0, :]
+        self.between = torch.exp(F.pad(stretch[..., :-1, :, :], (0, 0, 0, 0, 1, 0))) * earlier  # steps s+1 .. t-1
+        self.from_start = torch.exp(_before(self.log_decay))
         self.to_end = torch.exp(stretch[..., -1, :, :])
         self.whole = torch.exp(self.log_decay.sum(-2, keepdim=True))  # (B, H, 1, N)
+        step = torch.arange(C, device=r.device)
+        self.passes = ((step < step[:, None, None]) & (step[:, None, None] < step[:, None])).to(r.dtype)  # s < o < t
 
     def attention(self) -> Tensor:  # (B, H, C t, C s)
         A = torch.einsum("bhtn,bhsn,bhtsn->bhts", self.r, self.k, self.between)
@@ -44,16 +46,19 @@ class _Chunk:
         """From gy and the gradient G of the state after the chunk: those of r, k, v, w, u, and of S."""
         gA = gy @ self.v.mT
         now = torch.diagonal(gA, dim1=-2, dim2=-1)[..., None]  # (B, H, C, 1)
-        # Through the past: each factor e^{...} of r and k is also a factor of the decays on its way.
         gr_inside = torch.einsum("bhts,bhsn,bhtsn->bhtn", gA, self.k, self.between)
         gk_inside = torch.einsum("bhts,bhtn,bhtsn->bhsn", gA, self.r, self.between)
         gr_state = gy @ S * self.from_start
         gk_state = self.v @ G * self.to_end
-        g_before = self.r * (gr_inside + gr_state)
-        g_after = -self.k * (gk_inside + gk_state)
-        g_after[..., -1:, :] += (self.k * gk_state).sum(-2, keepdim=True) + (G * S).sum(-2, keepdim=True) * self.whole
-        # L_t sums the log-decays before t, L_{t+1} those up to t.
-        g_log_decay = (g_before + g_after).flip(-2).cumsum(-2).flip(-2) - g_before
+        # A decay lies on every way that passes its step: from s to t, from the state to t, from s to the end, and from
+        # end to end. Each kind is summed by itself, for the reason given above.
+        ways = torch.einsum("bhts,bhtn,bhsn,bhtsn->bhtsn", gA, self.r, self.k, self.between)
+        g_log_decay = (
+            torch.einsum("bhtsn,ots->bhon", ways, self.passes)
+            + _before((self.r * gr_state).flip(-2)).flip(-2)
+            + _before(self.k * gk_state)
+            + (G * S).sum(-2, keepdim=True) * self.whole
+        )
         return (
             gr_inside + gr_state + now * self.u * self.k,
             gk_inside + gk_state + now * self.u * self.r,
@@ -113,9 +118,9 @@ def wkv6_chunked_backward(
     return (*grads, gu, G)
 
 
-def _after_none(sums: Tensor) -> Tensor:
-    """Running sums over the steps (dimension -3), up to but not including each step."""
-    return F.pad(sums[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+def _before(x: Tensor) -> Tensor:
+    """Sums over the steps (dimension -2) before each step."""
+    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
 
 
 def _inputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,0 +1,29 @@
+"""The product with a frozen weight matrix, for many rows and for the few of a decoding step."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_speech.rwkv6 import wkv
+
+# Up to so many rows our kernel, which reads the weights once, beats torch's on the CPU; measured by bench/decode.py.
+FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K), weight (O, K), both on one device -> x @ weight.T, (..., O)."""
+    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS.get(x.dtype, 0) * x.shape[-1]
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    if few and not traced and wkv.backend("cpu").name == "cpu":
+        return torch.ops.rwkv_speech_cpu.few_rows_linear(x, weight)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, as RWKV has them; the input is (..., in_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
