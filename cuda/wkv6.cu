@@ -1,33 +1,24 @@
 // Kernels of the WKV-6 operator; wkv6.h has the formulas and what the launchers take, docs/wkv-cuda.md the reckoning.
 //
-// - The state of one sample and head is cut over blocks. Forward cuts its rows: y[i] needs row i only. Backward cuts its
-//   columns: gr, gk, gw and gu are sums over i at fixed j; only gv crosses blocks, and a small kernel adds its parts.
+// - The state of one sample and head is cut over blocks. Forward cuts its rows, as y[i] needs row i only. Backward
+//   cuts its columns, as gr, gk, gw and gu are sums over i at fixed j; only gv crosses blocks: each leaves its part,
+//   and a small kernel adds them.
 // - A thread holds a 4 x 4 tile of the state in registers. The threads along the uncut side are neighbours in one warp,
 //   so that sums along it are shuffles, four steps (16 values) at a time.
 // - Time is walked in chunks. A chunk's inputs are staged in shared memory as fp32. Steps past a sample's length are
 //   staged as r = k = v = gy = 0, d = 1, which leaves states as they are and gives zero gradients.
-// - Backward meets S_t in reverse. From a chunk's saved state it walks forward once and keeps each fourth state in shared
-//   memory; then, group by group from the end, it recomputes four states in registers. Nothing is divided by a decay.
+// - Backward meets S_t in reverse. From a chunk's saved state it walks forward once, keeping every fourth state in
+//   shared memory; then, group by group from the end, it recomputes four states in registers. It never divides by a
+//   decay, and finds gw from S and G themselves, not as a difference of sums, which cancels where decays are strong.
 // - No atomics: results do not depend on the order of blocks.
 #include "wkv6.h"
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, args) kernel<<<grid, block, shared_bytes, stream>>>(args)
-#define DYNAMIC_SHARED(name) extern __shared__ float4 name[]
-#else
-#include "cuda_stand_in.h"  // the tests' stand-in for the language: the same source, run on a CPU
-#endif
+#include "wkv6_tiles.cuh"
 
 namespace wkv6 {
 namespace {
 
-constexpr int WARP = 32;
-constexpr int TILE = 4;                 // a thread's tile of the state: TILE x TILE
-constexpr int GROUP = 4;                // steps between two reductions, and of states recomputed in registers
-constexpr int VALUES = GROUP * TILE;    // what one thread brings to a reduction: index = step * TILE + place in tile
-constexpr int ROWS = 8;                 // steps are staged in multiples of this
+constexpr int GROUP = 4;              // steps between two reductions, and of states recomputed in registers
+constexpr int VALUES = GROUP * TILE;  // what a thread brings to a reduction: index = step * TILE + place in its tile
 static_assert(ROWS % GROUP == 0 && CHUNK % ROWS == 0, "chunks are walked in whole groups");
 
 template <int N>
@@ -42,38 +33,6 @@ struct Geometry {
   static_assert(lanes <= WARP && threads % WARP == 0, "sums along the uncut side must stay in a warp");
 };
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline void from_float(float x, float &out) { out = x; }
-__device__ inline void from_float(float x, __nv_bfloat16 &out) { out = __float2bfloat16(x); }
-__device__ inline void from_float(float x, __half &out) { out = __float2half(x); }
-
-__device__ inline void load4(float (&x)[TILE], const float *from) {
-  const float4 q = *reinterpret_cast<const float4 *>(from);
-  x[0] = q.x, x[1] = q.y, x[2] = q.z, x[3] = q.w;
-}
-
-__device__ inline void store4_shared(float *to, const float (&x)[TILE]) {
-  *reinterpret_cast<float4 *>(to) = make_float4(x[0], x[1], x[2], x[3]);
-}
-
-// By the intrinsic, as nvcc 13 splits some plain 16-byte stores to global memory into four.
-__device__ inline void store4_global(float *to, const float (&x)[TILE]) {
-  __stcg(reinterpret_cast<float4 *>(to), make_float4(x[0], x[1], x[2], x[3]));
-}
-
-template <typename T>
-struct alignas(16) Pack {  // one 16-byte load or store
-  static constexpr int size = 16 / sizeof(T);
-  T x[size];
-
-  __device__ void load(const T *from) { *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(from); }
-  __device__ void store(T *to) const {
-    __stcg(reinterpret_cast<float4 *>(to), *reinterpret_cast<const float4 *>(x));
-  }
-};
-
 // One step of the state's recurrence on a thread's tile.
 __device__ inline void advance(float (&next)[TILE][TILE], const float (&S)[TILE][TILE], const float (&d)[TILE],
                                const float (&k)[TILE], const float (&v)[TILE]) {
@@ -81,90 +40,6 @@ __device__ inline void advance(float (&next)[TILE][TILE], const float (&S)[TILE]
   for (int i = 0; i < TILE; i++)
 #pragma unroll
     for (int j = 0; j < TILE; j++) next[i][j] = fmaf(d[j], S[i][j], k[j] * v[i]);
-}
-
-// Sums x over LANES neighbouring lanes by halving: a lane sends away the half of the values that it will not keep.
-// Lane l ends with the sums of values l * COUNT / LANES ... in x[0] ...; if LANES > COUNT, LANES / COUNT lanes agree.
-template <int LANES, int COUNT>
-__device__ inline void reduce_scatter(float *x) {
-  if constexpr (LANES > 1) {
-    constexpr int half = LANES / 2;
-    if constexpr (COUNT > 1) {
-      const bool upper = threadIdx.x & half;
-#pragma unroll
-      for (int q = 0; q < COUNT / 2; q++) {
-        const float low = x[q], high = x[q + COUNT / 2];
-        x[q] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, half);
-      }
-      reduce_scatter<half, COUNT / 2>(x);
-    } else {
-      x[0] += __shfl_xor_sync(0xffffffffu, x[0], half);
-      reduce_scatter<half, 1>(x);
-    }
-  }
-}
-
-// Copies (steps, WIDTH) of a (B, T, H, N) tensor to shared memory as fp32, `missing` in the rows up to `rows`.
-// put(index, float4) stores four neighbouring values of the (rows, WIDTH) tile.
-template <int WIDTH, typename T, typename Put>
-__device__ inline void stage(const T *from, int64_t stride, int steps, int rows, float missing, Put put) {
-  constexpr int packs = WIDTH / Pack<T>::size;
-  for (int q = threadIdx.x; q < rows * packs; q += blockDim.x) {
-    const int t = q / packs, c = q % packs * Pack<T>::size;
-    float x[Pack<T>::size];
-    if (t < steps) {
-      Pack<T> pack;
-      pack.load(from + t * stride + c);
-#pragma unroll
-      for (int e = 0; e < Pack<T>::size; e++) x[e] = to_float(pack.x[e]);
-    } else {
-#pragma unroll
-      for (int e = 0; e < Pack<T>::size; e++) x[e] = missing;
-    }
-#pragma unroll
-    for (int e = 0; e < Pack<T>::size; e += 4) put(t * WIDTH + c + e, make_float4(x[e], x[e + 1], x[e + 2], x[e + 3]));
-  }
-}
-
-template <int WIDTH, typename T>
-__device__ inline void stage(const T *from, int64_t stride, int steps, int rows, float *to) {
-  stage<WIDTH>(from, stride, steps, rows, 0.f, [=](int at, float4 x) { *reinterpret_cast<float4 *>(to + at) = x; });
-}
-
-// The way back: (steps, WIDTH) of fp32 in shared memory to a (B, T, H, N) tensor. A thread reads what it would stage, so
-// that the next chunk may be staged in the same place without a barrier.
-template <int WIDTH, typename T>
-__device__ inline void unstage(const float *from, T *to, int64_t stride, int steps) {
-  constexpr int packs = WIDTH / Pack<T>::size;
-  for (int q = threadIdx.x; q < steps * packs; q += blockDim.x) {
-    const int t = q / packs, c = q % packs * Pack<T>::size;
-    Pack<T> pack;
-#pragma unroll
-    for (int e = 0; e < Pack<T>::size; e++) from_float(from[t * WIDTH + c + e], pack.x[e]);
-    pack.store(to + t * stride + c);
-  }
-}
-
-// out[t] = sum_c scale[c] a[t][c] b[t][c] for `rows` rows of width WIDTH. WIDTH / TILE lanes share a row; `scale` holds
-// the four factors of the calling thread's columns, which begin at first_of<WIDTH>().
-template <int WIDTH>
-__device__ inline int first_of() {
-  return threadIdx.x % (WIDTH / TILE) * TILE;
-}
-
-template <int WIDTH>
-__device__ inline void dot_rows(const float *a, const float *b, const float (&scale)[TILE], int rows, float *out) {
-  constexpr int lanes = WIDTH / TILE;
-  static_assert(ROWS % (WARP / lanes) == 0, "all lanes of a warp must take part in a shuffle");
-  for (int t = threadIdx.x / lanes; t < rows; t += blockDim.x / lanes) {
-    float x[TILE], y[TILE], sum = 0.f;
-    load4(x, a + t * WIDTH + first_of<WIDTH>());
-    load4(y, b + t * WIDTH + first_of<WIDTH>());
-#pragma unroll
-    for (int e = 0; e < TILE; e++) sum = fmaf(scale[e] * x[e], y[e], sum);
-    reduce_scatter<lanes, 1>(&sum);
-    if (threadIdx.x % lanes == 0) out[t] = sum;
-  }
 }
 
 // d = exp(-exp(w)), and its slope in w. The slope's limit is 0 where exp(w) overflows.
@@ -181,17 +56,18 @@ struct Decay {
 template <int N>
 struct Place {
   using G = Geometry<N>;
-  int b, h, from;                      // from: first row or column of the slice
-  int steps, chunks;                   // the sample's own
-  int64_t head, stride, first, matrix; // index of (b, h); between steps; of (b, 0, h, 0); of state (b, h)
+  int h, from;           // from: the first row or column of the slice
+  int steps, chunks;     // the sample's own
+  int64_t head, matrix;  // index of (b, h) in a (B, H) tensor; of its state
+  int64_t first, stride; // index of (b, 0, h, 0) in a (B, T, H, N) tensor; from step to step
 
   __device__ explicit Place(const Problem &p) {
-    const int bh = blockIdx.x / G::slices;
-    b = bh / p.H, h = bh % p.H, from = blockIdx.x % G::slices * G::slice;
+    const int bh = blockIdx.x / G::slices, b = bh / p.H;
+    h = bh % p.H, from = blockIdx.x % G::slices * G::slice;
     steps = p.lengths ? int(max(int64_t(0), min(p.lengths[b], int64_t(p.T)))) : p.T;
     chunks = (steps + CHUNK - 1) / CHUNK;
-    head = bh, stride = int64_t(p.H) * N, matrix = head * N * N;
-    first = (int64_t(b) * p.T * p.H + h) * N;
+    head = bh, matrix = head * N * N;
+    first = (int64_t(b) * p.T * p.H + h) * N, stride = int64_t(p.H) * N;
   }
 };
 
@@ -217,6 +93,9 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
   const int col = lane * TILE, row = threadIdx.x / G::lanes * TILE;  // of the tile: in the state, in the slice
   const int64_t tile = int64_t(place.from + row) * N + col;          // of the tile in a state
 
+  // After a reduction this lane holds the sums of the values held, held + 1 ...; of lanes with the same, one is owner.
+  const bool owner = lane % G::copies == 0;
+  const int held = lane / G::copies * G::owned;
   float u[TILE];
   load4(u, p.u + place.h * N + first_of<N>());
   float S[TILE][TILE];
@@ -260,11 +139,11 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
       }
       reduce_scatter<G::lanes, VALUES>(y);
       __syncwarp();  // these rows of v belong to this warp, which has read them
-      if (lane % G::copies == 0) {  // one lane for each sum
+      if (owner) {
 #pragma unroll
         for (int q = 0; q < G::owned; q++) {
-          const int value = lane / G::copies * G::owned + q, step = t + value / TILE;
-          float &v = shared.v[step * G::slice + row + value % TILE];
+          const int step = t + (held + q) / TILE;
+          float &v = shared.v[step * G::slice + row + (held + q) % TILE];
           v = fmaf(shared.bonus[step], v, y[q]);
         }
       }
@@ -283,10 +162,10 @@ struct BackwardShared {
   float r[CHUNK * G::slice], k[CHUNK * G::slice], slope[CHUNK * G::slice];  // gr, gk, gw take their places
   float d[CHUNK * G::slice];
   float v[CHUNK * N], gy[CHUNK * N];
-  float bonus[CHUNK], gyv[CHUNK];                                // sum_j r u k over the slice; sum_i gy v
-  float gv[G::strips][GROUP][N];                              // parts of gv, one for each strip of columns
-  float states[CHUNK / GROUP - 1][TILE][G::threads][TILE];    // before each group but the last; each thread its own
-  float gu[GROUP][G::slice];  // parts of gu, one for each step of a group
+  float bonus[CHUNK], gyv[CHUNK];                           // sum_j r u k over the slice; sum_i gy v
+  float gv[G::strips][GROUP][N];                            // parts of gv, one for each strip of columns
+  float states[CHUNK / GROUP - 1][TILE][G::threads][TILE];  // before each group but the last; each thread its own
+  float gu[GROUP][G::slice];                                // parts of gu, one for each step of a group
 };
 
 template <typename T, int N>
@@ -300,12 +179,12 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
   const int row = lane * TILE, col = strip * TILE;           // of the tile: in the state, in the slice
   const int64_t tile = int64_t(row) * N + place.from + col;  // of the tile in a state
 
-  // The sums over rows that this thread holds after a reduction, if it is the first to hold them.
+  // After a reduction this lane holds the sums of the values held, held + 1 ...; of lanes with the same, one is owner.
   const bool owner = lane % G::copies == 0;
-  const int value = lane / G::copies * G::owned;
+  const int held = lane / G::copies * G::owned;
   float u[G::owned], gu[G::owned] = {};
 #pragma unroll
-  for (int q = 0; q < G::owned; q++) u[q] = p.u[place.h * N + place.from + col + (value + q) % TILE];
+  for (int q = 0; q < G::owned; q++) u[q] = p.u[place.h * N + place.from + col + (held + q) % TILE];
 
   float g[TILE][TILE] = {};  // dL/dS after the step at hand
   if (args.g_final_state)
@@ -395,7 +274,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
       if (owner) {
 #pragma unroll
         for (int q = 0; q < G::owned; q++) {
-          const int step = t + (value + q) / TILE, at = step * G::slice + col + (value + q) % TILE;
+          const int step = t + (held + q) / TILE, at = step * G::slice + col + (held + q) % TILE;
           const float r = shared.r[at], k = shared.k[at], gyv = shared.gyv[step];
           shared.r[at] = fmaf(u[q] * k, gyv, gr[q]);
           shared.k[at] = fmaf(u[q] * r, gyv, gk[q]);
@@ -428,7 +307,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
   for (int i = 0; i < TILE; i++) store4_global(args.gstate + place.matrix + tile + i * N, g[i]);
   if (owner) {
 #pragma unroll
-    for (int q = 0; q < G::owned; q++) shared.gu[(value + q) / TILE][col + (value + q) % TILE] = gu[q];
+    for (int q = 0; q < G::owned; q++) shared.gu[(held + q) / TILE][col + (held + q) % TILE] = gu[q];
   }
   __syncthreads();  // gu of each step of a group is complete
   if (const int c = threadIdx.x; c < G::slice) {

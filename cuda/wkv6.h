@@ -30,7 +30,7 @@ struct Forward {
   int32_t shared_state;  // 0 or 1
   void *y;               // (B, T, H, N)
   float *final_state;    // (B, H, N, N), after each sample's own length
-  float *chunk_states;   // (B, H, ceil(T / CHUNK), N, N): the state before each chunk; null: not wanted
+  float *chunk_states;   // (B, H, ceil(T / CHUNK), N, N): the state before each chunk that a sample reaches; or null
 };
 
 struct Backward {

@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -73,7 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor &r, const Tensor &k, con
   if (shared) check(state, "state", r, at::kFloat, {H, N, N});
   else check(state, "state", r, at::kFloat, {B, H, N, N});
   const Tensor y = output_like(r, lengths), final_state = at::empty({B, H, N, N}, u.options());
-  const Tensor chunk_states = at::empty({save_states ? B : 0, H, chunks_of(T), N, N}, u.options());
+  const std::array<int64_t, 5> saved = {save_states ? B : 0, H, chunks_of(T), N, N};
+  const Tensor chunk_states = lengths ? at::zeros(saved, u.options()) : at::empty(saved, u.options());
   wkv6::forward({problem, state.const_data_ptr<float>(), shared, y.mutable_data_ptr(),
                  final_state.mutable_data_ptr<float>(), save_states ? chunk_states.mutable_data_ptr<float>() : nullptr},
                 c10::cuda::getCurrentCUDAStream());

@@ -1,8 +1,8 @@
 // Stands in for the part of the CUDA language that cuda/wkv6.cu uses, so that the same source runs on a CPU as C++.
 //
 // Every thread of a block is a fiber. Between two barriers (of the block or of a warp) the fibers run one after another
-// in random order, so that code which needs a barrier that is not there computes something else under some seed. In half
-// of the blocks all warps go forward at about the same pace; in the others some run as far ahead as barriers let them.
+// in random order, so that code which needs a barrier that is not there computes something else under some seed. In
+// half of the blocks all warps keep about the same pace; in the others some run as far ahead as barriers let them.
 // - Shared memory holds NaN when a block starts, and lies between red zones that are looked at when it ends.
 // - A shuffle is a meeting of all 32 lanes of a warp. Lanes that meet at different operations, threads that meet at
 //   different barriers, and threads that wait for ever are errors.

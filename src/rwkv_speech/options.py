@@ -1,0 +1,166 @@
+"""Every flag of `train.py`, once: its name, default, help and check."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rwkv_speech.errors import UserError
+
+
+def flag(default: Any, help: str, **how: Any) -> Any:
+    """A field of `Options`: its default, its help, and what argparse needs besides (type, choices, nargs)."""
+    if default is not MISSING and default is not None:
+        how.setdefault("type", type(default))
+    return field(default=default, metadata={"help": help, **how})
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def device_list(text: str) -> int | list[int]:
+    """A number of devices (`2`), or a list of their indices (`0,3` or `3,`)."""
+    return [int(i) for i in text.split(",") if i.strip()] if "," in text else positive(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one run of `train.py` is asked to do. `None` means: not said, the program decides."""
+
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict"))
+
+    # The frozen parts, and the trained one
+    load_model: str = flag(MISSING, "RWKV-6 weight file, .pth or .safetensors", type=str)
+    encoder: str = flag("microsoft/wavlm-large", "speech encoder: Hugging Face name or local folder")
+    adapter: str | None = flag(
+        None, "mission file: where training starts from; what eval and predict use (default: the newest in proj_dir)"
+    )
+    downsample_k: int | None = flag(None, "encoder frames to a position (default: 5)", type=positive)
+    adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
+    n_layer: int | None = flag(None, "layers of the language model; the file tells, so this only checks", type=positive)
+    n_embd: int | None = flag(None, "width of the language model; the file tells, so this only checks", type=positive)
+    train_type: str = flag("state", "what is trained beside the adapter: the initial state", choices=("state",))
+    wkv: str = flag("auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"))
+
+    # Data
+    data: str = flag("librispeech", "librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset")
+    data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout")
+    train_split: str | None = flag(
+        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
+    )
+    eval_split: str | None = flag(
+        None, "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)"
+    )
+    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)")
+    text_column: str | None = flag(None, "column of the transcript in a Hugging Face dataset (default: guessed)")
+    download: bool = flag(False, "fetch the LibriSpeech splits that data_dir lacks")
+    on_bad_audio: str = flag(
+        "stop", "a sample that can't be used stops the run, or is left out", choices=("stop", "skip")
+    )
+    num_workers: int = flag(2, "processes that read audio, for each device", type=count)
+    proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
+
+    # Training
+    ctx_len: int = flag(2048, "longest sample in positions; a longer one is a bad sample", type=positive)
+    micro_bsz: int = flag(4, "utterances per device and step", type=positive)
+    accumulate_grad_batches: int = flag(1, "micro-batches to an optimiser step", type=positive)
+    epoch_steps: int = flag(0, "optimiser steps to an epoch; 0: one pass over the data", type=count)
+    epoch_count: int = flag(3, "epochs to train", type=positive)
+    epoch_save: int = flag(1, "epochs between mission files", type=positive)
+    save_steps: int = flag(1000, "optimiser steps between mission files, within an epoch; 0: none", type=count)
+    lr_init: float = flag(1e-4, "learning rate after the warm-up")
+    lr_final: float = flag(1e-4, "learning rate at the end; reached exponentially where it differs from lr_init")
+    warmup_steps: int = flag(100, "optimiser steps from 0.2 of the learning rate to all of it", type=count)
+    state_lr_scale: float = flag(1.0, "learning rate of the initial state, as a multiple of the adapter's")
+    beta1: float = flag(0.9, "AdamW's beta1")
+    beta2: float = flag(0.99, "AdamW's beta2")
+    adam_eps: float = flag(1e-8, "AdamW's epsilon")
+    weight_decay: float = flag(0.0, "AdamW's weight decay, on the adapter's matrices")
+    grad_clip: float = flag(1.0, "norm that gradients are clipped to; 0: not at all")
+    grad_cp: int = flag(0, "1: recompute each layer in the backward pass, for less memory", choices=(0, 1))
+    random_seed: int = flag(42, "seed of the adapter's initial weights and of the data order", type=count)
+    wandb: str | None = flag(None, "Weights & Biases project to log to (default: none)")
+
+    # Machine
+    precision: str | None = flag(
+        None,
+        "of computation; trained weights are always fp32 (default: bf16 on a GPU, fp32 on a CPU)",
+        choices=("fp32", "tf32", "fp16", "bf16"),
+    )
+    accelerator: str = flag("auto", "where to compute", choices=("auto", "gpu", "cpu"))
+    devices: int | list[int] | None = flag(
+        None,
+        "GPUs or CPU processes: a number, or indices like 0,1 (default: up to 4 GPUs, or 1 process)",
+        type=device_list,
+    )
+    num_nodes: int = flag(1, "machines", type=positive)
+    strategy: str | None = flag(
+        None, "Lightning's name for how devices share the work (default: deepspeed_stage_1 on several GPUs, else auto)"
+    )
+
+    # Decoding and scoring
+    eval_bsz: int = flag(8, "utterances decoded together", type=positive)
+    beam: int = flag(1, "beams; 1 is greedy", type=positive)
+    max_new_tokens: int | None = flag(
+        None, "longest transcript in tokens (default: 50 per second of audio, at least 100)", type=positive
+    )
+    loop_guard: bool = flag(False, "cut a transcript that has begun to repeat itself")
+    resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped")
+    file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", type=str, nargs="+")
+
+    def __post_init__(self) -> None:
+        if self.lr_init <= 0 or self.lr_final <= 0:
+            raise UserError(f"--lr_init {self.lr_init} and --lr_final {self.lr_final} must be positive")
+        if self.op == "predict" and not self.file_path:
+            raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
+        if self.op != "predict" and self.file_path:
+            raise UserError(f"--file_path goes with --op predict, not {self.op}")
+        if self.accelerator == "cpu" and isinstance(self.devices, list):
+            raise UserError(
+                f"--devices {self.devices} names GPUs, but --accelerator is cpu: give a number of processes"
+            )
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None = None) -> "Options":
+        """Options from the command line.
+
+        Raises:
+            UserError: an unknown flag, a value that a flag doesn't take, or flags that contradict each other.
+        """
+        parser = _Parser(
+            prog="train.py",
+            description="Speech for a frozen RWKV-6 language model: train an adapter and an initial state, use them.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        for f in fields(cls):
+            how = {key: value for key, value in f.metadata.items() if key != "help"}
+            if f.default is False:
+                how = {"action": "store_true"}
+            if f.default is MISSING:
+                how["required"] = True
+            said = f.default in (None, False, MISSING)  # then the help says it in words
+            how["default"] = argparse.SUPPRESS if said else f.default
+            parser.add_argument(f"--{f.name}", help=f.metadata["help"], **how)
+        return cls(**vars(parser.parse_args(arguments)))
+
+    @property
+    def project(self) -> Path:
+        return Path(self.proj_dir).expanduser()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python train.py --help lists the flags")
