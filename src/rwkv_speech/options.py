@@ -43,7 +43,10 @@ class Options:
 
     # The frozen parts, and the trained one
     load_model: str = flag(MISSING, "RWKV-6 weight file, .pth or .safetensors", type=str)
-    encoder: str = flag("microsoft/wavlm-large", "speech encoder: Hugging Face name or local folder")
+    encoder: str | None = flag(
+        None,
+        "speech encoder: Hugging Face name or local folder (default: the mission file's, or microsoft/wavlm-large)",
+    )
     adapter: str | None = flag(
         None, "mission file: where training starts from; what eval and predict use (default: the newest in proj_dir)"
     )
@@ -151,7 +154,7 @@ class Options:
                 how = {"action": "store_true"}
             if f.default is MISSING:
                 how["required"] = True
-            said = f.default in (None, False, MISSING)  # then the help says it in words
+            said = any(f.default is value for value in (None, False, MISSING))  # then the help says it in words
             how["default"] = argparse.SUPPRESS if said else f.default
             parser.add_argument(f"--{f.name}", help=f.metadata["help"], **how)
         return cls(**vars(parser.parse_args(arguments)))

@@ -92,7 +92,7 @@ def _load(name: str) -> Backend:
     if name == "cuda":
         extension.load_cuda()
         ops = torch.ops.rwkv_speech_cuda
-        return Backend("cuda", 16, ops.wkv6_forward, ops.wkv6_backward)
+        return Backend("cuda", 24, ops.wkv6_forward, ops.wkv6_backward)
     return Backend("torch", CHUNK, wkv6_chunked_forward, wkv6_chunked_backward)
 
 

@@ -1,0 +1,285 @@
+"""SpeechRWKV: a frozen speech encoder, a trained adapter, a frozen RWKV-6 and its trained initial state, joined.
+
+    RWKV([initial state], [adapter](encoder(audio)), "#") -> transcript, end of text
+
+What stands in brackets is trained. Usable from a notebook (`transcribe`, `loss`) and by Lightning's Trainer.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rwkv_speech.data.batches import Batch
+from rwkv_speech.decoding import Decoded, decode, default_max_new_tokens
+from rwkv_speech.mission import ADAPTER, STATE, Mission, MissionError, read_mission
+from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.audio import SAMPLE_RATE, check_waveform, load_audio
+from rwkv_speech.speech.encoder import SpeechEncoder
+
+log = logging.getLogger("rwkv_speech")
+
+DEFAULT_ENCODER = "microsoft/wavlm-large"
+DOWNSAMPLE_K = 5
+ADAPTER_HIDDEN = 2048
+TURN = 36  # id of "#", which stands between the audio and the transcript
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW and the course of its learning rate; the defaults are those of the published recipe."""
+
+    lr_init: float = 1e-4
+    lr_final: float = 1e-4
+    """Reached exponentially at the last step, where it differs from lr_init."""
+    warmup_steps: int = 100
+    """From 0.2 of lr_init to all of it."""
+    state_lr_scale: float = 1.0
+    """The initial state's learning rate, as a multiple of the adapter's."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """On the adapter's two matrices only."""
+
+    def factor(self, step: int, total: int) -> float:
+        """The learning rate of a step, counted from 0 of `total`, as a multiple of lr_init."""
+        if step < self.warmup_steps:
+            return 0.2 + 0.8 * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        return (self.lr_final / self.lr_init) ** min(1.0, progress)
+
+
+class SpeechRWKV(pl.LightningModule):
+    """See the module's text. Only `adapter` and the language model's `time_state`s take gradients."""
+
+    def __init__(self, language_model: RWKV6, speech_encoder: SpeechEncoder, adapter: Adapter) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.speech_encoder = speech_encoder
+        self.adapter = adapter
+        self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
+        self.optimisation = Optimisation()
+        self.strict_loading = False  # a resume point holds what is trained, not the frozen parts
+        for block in language_model.blocks:
+            block.att.time_state.requires_grad_()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        load_model: str | Path,
+        *,
+        encoder: str | None = None,
+        adapter: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        downsample_k: int | None = None,
+        adapter_hidden: int | None = None,
+    ) -> "SpeechRWKV":
+        """Loads the frozen parts, and the trained ones from a mission file.
+
+        Args:
+            load_model: an RWKV-6 weight file, .pth or .safetensors.
+            encoder: a Hugging Face name or folder; None is the one that the mission file names, or WavLM-large.
+            adapter: a mission file; None starts from torch's initialisation of the adapter and the model's own
+                initial state (zero, unless its file holds one).
+            device: where to compute.
+            dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
+            downsample_k: encoder frames to a position; None is what the mission file tells, or 5.
+            adapter_hidden: hidden units of the adapter; None is what the mission file tells, or 2048.
+
+        Raises:
+            UserError: a file or encoder that can't be read, or parts that don't fit each other.
+        """
+        mission = read_mission(adapter) if adapter is not None else None
+        info = mission.info if mission else {}
+        named = info.get("encoder")
+        if encoder and named and encoder != named:
+            log.warning("%s was trained with the encoder %s, not %s", mission.path, named, encoder)
+        language_model = RWKV6.from_file(load_model, device=device, dtype=dtype)
+        speech_encoder = SpeechEncoder.from_pretrained(
+            encoder or named or DEFAULT_ENCODER, device=device, dtype=language_model.dtype
+        )
+        if mission:
+            _check_fit(mission, language_model, speech_encoder, downsample_k, adapter_hidden)
+            downsample_k, adapter_hidden = mission.inputs // speech_encoder.width, mission.hidden
+        bridge = Adapter(
+            speech_encoder.width,
+            language_model.sizes.n_embd,
+            downsample_k=downsample_k or DOWNSAMPLE_K,
+            hidden=adapter_hidden or ADAPTER_HIDDEN,
+        )
+        model = cls(language_model, speech_encoder, bridge.to(device))
+        if mission:
+            model.load_mission(mission)
+        return model
+
+    def trainable_state_dict(self) -> dict[str, nn.Parameter]:
+        """The trained parameters themselves, under the names of a mission file."""
+        blocks = self.language_model.blocks
+        states = {STATE.format(i): block.att.time_state for i, block in enumerate(blocks)}
+        return states | {f"{ADAPTER}{name}": x for name, x in self.adapter.layers.named_parameters()}
+
+    @torch.no_grad()
+    def load_mission(self, mission: Mission) -> None:
+        """Takes over the trained tensors of a mission file that fits."""
+        for name, parameter in self.trainable_state_dict().items():
+            parameter.copy_(mission.tensors[name])
+
+    def positions(self, samples: int, text: str) -> int:
+        """Positions that an utterance of so many samples takes with its transcript: frames, "#", tokens."""
+        groups = self.adapter.group_count(self.speech_encoder.frame_count(samples))
+        return groups + 1 + len(self.tokenizer.encode(text))
+
+    def embed_audio(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Waveforms (samples,) at 16 kHz -> embeddings (B, G, n_embd) and the valid positions (B,) of each."""
+        frames, lengths = self.speech_encoder(waveforms)
+        return self.adapter(frames.to(self.language_model.dtype), lengths)
+
+    def loss_sum(self, waveforms: Sequence[Tensor], texts: Sequence[str]) -> tuple[Tensor, int]:
+        """The cross-entropy summed over transcript tokens and ends of text (fp32 scalar), and how many they are."""
+        audio, lengths = self.embed_audio(waveforms)
+        tokens = [
+            torch.tensor([TURN, *self.tokenizer.encode(text), END_OF_TEXT], device=audio.device) for text in texts
+        ]
+        embedded = [self.language_model.embed(t[:-1]) for t in tokens]
+        x = pad_sequence([torch.cat([a[:n], e]) for a, n, e in zip(audio, lengths, embedded, strict=True)], True)
+        hidden, _ = self.language_model(x)
+        # Logits only where a transcript token or the end is to be told: from "#" on.
+        told = torch.cat([h[n : n + len(e)] for h, n, e in zip(hidden, lengths, embedded, strict=True)])
+        targets = torch.cat([t[1:] for t in tokens])
+        logits = self.language_model.logits(told).float()
+        return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
+
+    def loss(self, waveforms: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """Cross-entropy averaged over transcript tokens and ends of text, differentiable in adapter and state.
+
+        Args:
+            waveforms: 1-D float arrays at 16 kHz.
+            texts: their transcripts.
+        """
+        total, count = self.loss_sum([check_waveform(w, f"waveform {i}") for i, w in enumerate(waveforms)], texts)
+        return total / count
+
+    @torch.no_grad()
+    def decode_waveforms(
+        self,
+        waveforms: Sequence[Tensor],
+        *,
+        beam: int = 1,
+        max_new_tokens: int | None = None,
+        loop_guard: bool = False,
+    ) -> list[Decoded]:
+        """One batch of 16 kHz waveforms (samples,) -> what is said in each; see `decoding.decode`."""
+        audio, lengths = self.embed_audio(waveforms)
+        turn = self.language_model.embed(torch.tensor([TURN], device=audio.device))
+        x = pad_sequence([torch.cat([a[:n], turn]) for a, n in zip(audio, lengths, strict=True)], True)
+        limits = [max_new_tokens or default_max_new_tokens(len(w) / SAMPLE_RATE) for w in waveforms]
+        return decode(self.language_model, x, lengths + 1, max_new_tokens=limits, beam=beam, loop_guard=loop_guard)
+
+    def transcribe(
+        self,
+        audio: Sequence[str | Path | Tensor],
+        *,
+        batch_size: int = 8,
+        beam: int = 1,
+        max_new_tokens: int | None = None,
+        loop_guard: bool = False,
+    ) -> list[str]:
+        """Transcripts of recordings, in their order.
+
+        Args:
+            audio: paths, or 1-D float arrays at 16 kHz.
+            batch_size: how many are decoded together; recordings of like length share a batch.
+            beam: beams; 1 is greedy.
+            max_new_tokens: longest transcript in tokens; None: 50 per second of audio, and at least 100.
+            loop_guard: cut a transcript that has begun to repeat itself.
+
+        Raises:
+            AudioError: a recording that can't be used.
+        """
+        waveforms = [
+            load_audio(a) if isinstance(a, str | Path) else check_waveform(a, f"audio {i}") for i, a in enumerate(audio)
+        ]
+        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
+        texts = [""] * len(waveforms)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            decoded = self.decode_waveforms(
+                [waveforms[i] for i in batch], beam=beam, max_new_tokens=max_new_tokens, loop_guard=loop_guard
+            )
+            for i, result in zip(batch, decoded, strict=True):
+                texts[i] = self.tokenizer.decode(result.tokens).strip()
+        return texts
+
+    # What Lightning's Trainer calls
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """Mean loss over the tokens of the optimiser step that this batch belongs to, in all processes."""
+        if len(batch):
+            total, _ = self.loss_sum(batch.waveforms, batch.texts)
+        else:  # all samples were bad; the other processes still expect gradients
+            total = sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
+        # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.
+        share = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return total * (share / max(1, batch.step_tokens))
+
+    def configure_optimizers(self) -> dict:
+        plan = self.optimisation
+        matrices = [self.adapter.layers[i].weight for i in (0, 2)]
+        biases = [self.adapter.layers[i].bias for i in (0, 2)]
+        states = [block.att.time_state for block in self.language_model.blocks]
+        groups = [
+            {"params": matrices, "weight_decay": plan.weight_decay, "name": "adapter"},
+            {"params": biases, "name": "adapter biases"},
+            {"params": states, "lr": plan.lr_init * plan.state_lr_scale, "name": "state"},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=plan.lr_init, betas=plan.betas, eps=plan.eps, weight_decay=0.0)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch  # feature extractors work on the CPU; the encoder moves what it makes of the waveforms
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in trained}
+
+
+def _check_fit(
+    mission: Mission, model: RWKV6, encoder: SpeechEncoder, downsample_k: int | None, hidden: int | None
+) -> None:
+    """One error that names everything in which the mission file and the parts around it differ."""
+    sizes = model.sizes
+    state_shape = (sizes.n_head, sizes.head_size, sizes.head_size)
+    of_model = f"language model is {sizes.n_layer} x {sizes.n_embd}"
+    problems = []
+    state = tuple(mission.tensors[STATE.format(0)].shape)
+    if mission.n_layer != sizes.n_layer or state != state_shape:
+        problems.append(f"states of {mission.n_layer} layers x {state}, but the {of_model}, states {state_shape}")
+    out = mission.tensors[f"{ADAPTER}2.weight"].shape[0]
+    if out != sizes.n_embd:
+        problems.append(f"an adapter to width {out}, but the {of_model}")
+    told_k = mission.info.get("downsample_k")
+    for k, where in ((told_k, "its JSON file says"), (downsample_k, "--downsample_k is")):
+        if k and k * encoder.width != mission.inputs:
+            problems.append(
+                f"an adapter from {mission.inputs} inputs, but {where} K = {k} and encoder {encoder.name} has width "
+                f"{encoder.width}"
+            )
+    if not told_k and not downsample_k and mission.inputs % encoder.width:
+        problems.append(
+            f"an adapter from {mission.inputs} inputs, no multiple of encoder {encoder.name}'s width {encoder.width}"
+        )
+    if hidden and hidden != mission.hidden:
+        problems.append(f"{mission.hidden} hidden units, but --adapter_hidden is {hidden}")
+    if problems:
+        raise MissionError(f"mission file {mission.path} does not fit: it holds {'; it holds '.join(problems)}")
