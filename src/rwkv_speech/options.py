@@ -120,6 +120,7 @@ class Options:
         None, "longest transcript in tokens (default: 50 per second of audio, at least 100)", type=positive
     )
     loop_guard: bool = flag(False, "cut a transcript that has begun to repeat itself")
+    perturb: bool = flag(False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB")
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped")
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", type=str, nargs="+")
 

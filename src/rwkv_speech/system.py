@@ -8,7 +8,9 @@ What stands in brackets is trained. Usable from a notebook (`transcribe`, `loss`
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -127,6 +129,21 @@ class SpeechRWKV(pl.LightningModule):
         states = {STATE.format(i): block.att.time_state for i, block in enumerate(blocks)}
         return states | {f"{ADAPTER}{name}": x for name, x in self.adapter.layers.named_parameters()}
 
+    def describe(self, **more: Any) -> dict[str, Any]:
+        """What a reader of a mission file must know beside its weights, and `more`."""
+        sizes = self.language_model.sizes
+        return {
+            "encoder": self.speech_encoder.name,
+            "encoder_width": self.speech_encoder.width,
+            "downsample_k": self.adapter.downsample_k,
+            "adapter_hidden": self.adapter.layers[0].out_features,
+            "n_layer": sizes.n_layer,
+            "n_embd": sizes.n_embd,
+            "head_size": sizes.head_size,
+            "vocab_size": sizes.vocab_size,
+            "versions": {name: metadata.version(name) for name in ("rwkv-speech", "torch", "transformers")},
+        } | more
+
     @torch.no_grad()
     def load_mission(self, mission: Mission) -> None:
         """Takes over the trained tensors of a mission file that fits."""
@@ -227,9 +244,13 @@ class SpeechRWKV(pl.LightningModule):
             total, _ = self.loss_sum(batch.waveforms, batch.texts)
         else:  # all samples were bad; the other processes still expect gradients
             total = sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
+        self.last_loss_sum = total.detach()
+        self.log("loss", self.last_loss_sum / max(1, batch.tokens), prog_bar=True, batch_size=1)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=1)
+        here = torch.tensor(float(batch.step_tokens), device=self.device)
+        everywhere = self.trainer.strategy.reduce(here, reduce_op="sum")
         # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.
-        share = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return total * (share / max(1, batch.step_tokens))
+        return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / everywhere.clamp(min=1))
 
     def configure_optimizers(self) -> dict:
         plan = self.optimisation

@@ -40,6 +40,8 @@ class Batch:
     indices: places in the dataset.
     seconds: length of all waveforms together.
     bad: samples that couldn't be used.
+    tokens: targets in this batch, and
+    step_tokens: in all batches of its optimiser step in this process; training counts them.
     """
 
     ids: list[str]
@@ -48,6 +50,8 @@ class Batch:
     indices: list[int]
     seconds: float
     bad: list[BadSample]
+    tokens: int = 0
+    step_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,8 +60,9 @@ class Batch:
 class Speech(Dataset[Sample | BadSample]):
     """Decodes utterances when they are asked for.
 
-    check: returns why a sample can't be used (too long for the context, say), or None. It runs in the
-        loader's workers.
+    check: returns why a sample can't be used (too long for the context, say), or None.
+    change: makes another waveform of one, given the utterance's id.
+    Both run in the loader's workers.
     """
 
     def __init__(
@@ -65,9 +70,11 @@ class Speech(Dataset[Sample | BadSample]):
         utterances: Sequence[Utterance],
         *,
         check: Callable[[Utterance, Tensor], str | None] | None = None,
+        change: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         self.utterances = utterances
         self.check = check
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -84,6 +91,8 @@ class Speech(Dataset[Sample | BadSample]):
                 reason = self.check(utterance, waveform) if self.check is not None else None
         if reason is not None:
             return BadSample(utterance.id, str(utterance.audio), reason)
+        if self.change is not None:
+            waveform = self.change(utterance.id, waveform)
         return Sample(utterance.id, waveform, utterance.text, index)
 
 
@@ -143,6 +152,7 @@ class SharedBatches(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.even = even
+        self.skip = 0  # batches left out at the start of the next iteration: a resumed epoch goes on after them
 
     def __len__(self) -> int:
         size, global_size = len(self.sampler), self.batch_size * self.world_size
@@ -157,7 +167,8 @@ class SharedBatches(Sampler[list[int]]):
             order *= math.ceil(self.world_size / max(len(order), 1))
             order = order[: self.world_size]
         step = self.batch_size * self.world_size
-        for number in range(len(self)):
+        first, self.skip = self.skip, 0
+        for number in range(first, len(self)):
             yield order[number * step : (number + 1) * step][self.rank :: self.world_size]
 
 

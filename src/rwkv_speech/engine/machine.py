@@ -1,0 +1,74 @@
+"""What a run computes on: the user's wishes, fitted to the machine where they left it open."""
+
+import logging
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.options import Options
+
+log = logging.getLogger("rwkv_speech")
+
+SEED_DEVICES = 4  # GPUs of the published recipe
+SEED_STRATEGY = "deepspeed_stage_1"
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Settled: where and how to compute.
+
+    accelerator, devices, num_nodes, strategy: as Lightning's Trainer takes them.
+    precision: one of DTYPES.
+    """
+
+    accelerator: str
+    devices: int | list[int]
+    num_nodes: int
+    strategy: str
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen parts and of computation; what is trained stays fp32."""
+        return DTYPES[self.precision]
+
+    @property
+    def first_device(self) -> torch.device:
+        """Where a single process computes."""
+        if self.accelerator == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", self.devices[0] if isinstance(self.devices, list) else 0)
+
+    @property
+    def per_node(self) -> int:
+        return len(self.devices) if isinstance(self.devices, list) else self.devices
+
+
+def fit_to_machine(options: Options) -> Machine:
+    """Settles what the options leave open, in one line of the log; also sets torch's precision of fp32 products.
+
+    Raises:
+        UserError: the user asked for something that this machine doesn't have.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.accelerator == "gpu" and not gpus:
+        raise UserError("--accelerator gpu, but torch sees no GPU here; leave it out to compute on the CPU")
+    accelerator = "gpu" if gpus and options.accelerator != "cpu" else "cpu"
+    devices: Any = options.devices or (min(SEED_DEVICES, gpus) if accelerator == "gpu" else 1)
+    wanted = max(devices) + 1 if isinstance(devices, list) else devices
+    if accelerator == "gpu" and wanted > gpus:
+        raise UserError(f"--devices {options.devices}, but torch sees {gpus} GPU{'s' * (gpus > 1)} here")
+    if accelerator == "cpu" and isinstance(devices, list):
+        raise UserError(f"--devices {options.devices} names GPUs, but this run computes on the CPU: give a number")
+    processes = (len(devices) if isinstance(devices, list) else devices) * options.num_nodes
+    several_gpus = accelerator == "gpu" and processes > 1
+    strategy = options.strategy or (SEED_STRATEGY if several_gpus else "auto")
+    precision = options.precision or ("bf16" if accelerator == "gpu" else "fp32")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    name = torch.cuda.get_device_name() if accelerator == "gpu" else platform.machine()
+    log.info("computing on %d x %s (%s), %s, strategy %s", processes, accelerator.upper(), name, precision, strategy)
+    return Machine(accelerator, devices, options.num_nodes, strategy, precision)

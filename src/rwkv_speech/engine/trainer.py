@@ -1,0 +1,65 @@
+"""Lightning's Trainer, set up for one run."""
+
+import importlib.util
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from rwkv_speech.engine.machine import Machine
+from rwkv_speech.engine.runs import Run
+from rwkv_speech.errors import UserError
+from rwkv_speech.options import Options
+
+
+def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[Callback]) -> pl.Trainer:
+    """A Trainer that saves its resume point in the run's folder with every mission file.
+
+    Raises:
+        UserError: fp16 training without a GPU, or a logger that isn't installed.
+    """
+    if machine.precision == "fp16" and machine.accelerator == "cpu":
+        raise UserError("--precision fp16 trains on GPUs only, its small gradients need scaling: use bf16 or fp32")
+    every: dict[str, Any] = {"every_n_train_steps": options.save_steps} if options.save_steps else {"every_n_epochs": 1}
+    resume_point = ModelCheckpoint(run.folder, "{step}", enable_version_counter=False, **every)
+    return pl.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.num_nodes,
+        strategy=_strategy(machine.strategy),
+        # Types of weights and activations are the model's own affair; fp16 also needs its gradients scaled.
+        precision="16-mixed" if machine.precision == "fp16" else "32-true",
+        max_epochs=options.epoch_count,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        gradient_clip_val=options.grad_clip or None,
+        callbacks=[*callbacks, resume_point, TQDMProgressBar()],
+        logger=_loggers(options, run),
+        log_every_n_steps=1 if options.epoch_steps and options.epoch_steps < 50 else 10,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+
+
+def _strategy(name: str) -> Any:
+    if name.startswith("deepspeed"):
+        stage = {"deepspeed": 2}.get(name) or int(name.removeprefix("deepspeed_stage_")[:1])
+        offload = name.endswith("_offload")
+        return DeepSpeedStrategy(
+            stage=stage,
+            offload_optimizer=offload,
+            offload_parameters=offload and stage == 3,
+            exclude_frozen_parameters=True,
+        )
+    return name
+
+
+def _loggers(options: Options, run: Run) -> list[Logger]:
+    loggers: list[Logger] = [TensorBoardLogger(options.project, name="tensorboard", version=f"run-{run.number}")]
+    if options.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("--wandb needs the package wandb: pip install wandb")
+        loggers.append(WandbLogger(project=options.wandb, save_dir=options.project, config=run.asked))
+    return loggers

@@ -1,0 +1,237 @@
+"""What the program does: train, eval, predict, each a short story in the words of the rooms below."""
+
+import glob
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from torch import Tensor
+
+from rwkv_speech.data import librispeech
+from rwkv_speech.data.bad_audio import BadAudio
+from rwkv_speech.data.batches import Speech, loader
+from rwkv_speech.data.sources import LIBRISPEECH, load_split
+from rwkv_speech.data.steps import OptimiserSteps
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.engine.callbacks import BadSamples, MissionFiles, Throughput
+from rwkv_speech.engine.evaluate import claim, evaluate, write_json
+from rwkv_speech.engine.machine import Machine, fit_to_machine
+from rwkv_speech.engine.runs import find_run
+from rwkv_speech.engine.trainer import make_trainer
+from rwkv_speech.errors import UserError
+from rwkv_speech.mission import newest_mission
+from rwkv_speech.options import Options
+from rwkv_speech.rwkv6 import wkv
+from rwkv_speech.speech.perturb import ROBUSTNESS
+from rwkv_speech.system import Optimisation, SpeechRWKV
+
+log = logging.getLogger("rwkv_speech")
+
+AUDIO_SUFFIXES = librispeech.AUDIO_SUFFIXES
+
+
+def train(options: Options) -> None:
+    """Trains adapter and initial state; writes mission files into the project."""
+    machine = fit_to_machine(options)
+    run = find_run(options)
+    bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
+    (utterances,) = _splits(options, options.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True).values()
+    pl.seed_everything(options.random_seed, workers=True, verbose=False)
+    # On several GPUs Lightning moves the model to each process's own.
+    model = _load(options, options.adapter, "cpu" if machine.accelerator == "gpu" else machine.first_device, machine)
+    model.language_model.checkpointing = bool(options.grad_cp)
+    model.optimisation = Optimisation(
+        lr_init=options.lr_init,
+        lr_final=options.lr_final,
+        warmup_steps=options.warmup_steps,
+        state_lr_scale=options.state_lr_scale,
+        betas=(options.beta1, options.beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+    )
+    mission_files = MissionFiles(
+        options.project,
+        run,
+        model.describe(mission="transcribe", language_model=Path(options.load_model).name),
+        epoch_save=options.epoch_save,
+        save_steps=options.save_steps,
+    )
+    trainer = make_trainer(options, machine, run, [BadSamples(bad_audio), mission_files, Throughput()])
+    batches = OptimiserSteps(
+        loader(
+            Speech(utterances, check=_too_long(model, options.ctx_len)),
+            batch_size=options.micro_bsz,
+            shuffle=True,
+            seed=options.random_seed,
+            num_workers=options.num_workers,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            even=True,
+        ),
+        accumulate=options.accumulate_grad_batches,
+        count=lambda text: len(model.tokenizer.encode(text)) + 1,
+        limit=options.epoch_steps,
+    )
+    log.info("training on %d utterances, %d batches an epoch", len(utterances), len(batches))
+    trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
+    log.info("%s; the newest mission file is %s", bad_audio.report(), newest_mission(options.project))
+
+
+def evaluate_splits(options: Options) -> None:
+    """Measures error rates; hypotheses, summary and report go to `eval/` in the project."""
+    from rwkv_speech.scoring import score, score_table, summary, write_report
+
+    machine = fit_to_machine(options)
+    adapter = Path(options.adapter) if options.adapter else newest_mission(options.project)
+    log.info("evaluating %s", adapter)
+    fabric = Fabric(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.num_nodes,
+        strategy="auto" if machine.per_node * machine.num_nodes == 1 else "ddp",
+    )
+    fabric.launch()
+    bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
+    splits = _splits(options, options.eval_split, librispeech.EVAL_SPLITS)
+    model = _load(options, adapter, fabric.device, machine)
+    folder = options.project / "eval"
+    if fabric.is_global_zero:
+        identity = {name: getattr(options, name) for name in ("load_model", "beam", "max_new_tokens", "loop_guard")}
+        stamp = {"adapter": str(adapter), "written": adapter.stat().st_mtime_ns, "precision": machine.precision}
+        claim(folder, identity | stamp | {"encoder": model.speech_encoder.name}, resume=options.resume)
+    scores: dict[str, Any] = {}
+    for name, utterances in splits.items():
+        for change in (None, *(ROBUSTNESS if options.perturb else ())):
+            row = f"{name}, {change.name}" if change else name
+            records = evaluate(
+                model,
+                utterances,
+                name=_file_name(row),
+                change=change,
+                options=options,
+                fabric=fabric,
+                bad_audio=bad_audio,
+            )
+            if fabric.is_global_zero:
+                scores[row] = score(records, peak_memory=_peak_memory(fabric.device))
+    if not fabric.is_global_zero:
+        return
+    write_json(folder / "summary.json", {"adapter": str(adapter)} | summary(scores))
+    write_report(folder / "report.html", scores)
+    Console().print(score_table(scores))
+    for row, result in scores.items():
+        texts = result.raw
+        print(f"{row}: WER {texts.words.rate:.2%}, mean of utterances {texts.mean_utterance_wer:.2%}")
+    log.info("%s; %s holds hypotheses, summary.json and report.html", bad_audio.report(), folder)
+
+
+def predict(options: Options) -> None:
+    """Transcribes files: one line for each on standard output, and nothing else there.
+
+    Raises:
+        UserError: files that can't be read, after all others have been transcribed.
+    """
+    paths = list(_audio_files(options.file_path or []))
+    machine = fit_to_machine(options)
+    adapter = Path(options.adapter) if options.adapter else newest_mission(options.project)
+    model = _load(options, adapter, machine.first_device, machine)
+    failed = 0
+    for path in paths:
+        try:
+            (text,) = model.transcribe(
+                [path], beam=options.beam, max_new_tokens=options.max_new_tokens, loop_guard=options.loop_guard
+            )
+        except UserError as error:
+            log.error("%s", error)
+            failed += 1
+        else:
+            print(" ".join(text.split()), flush=True)
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} files could not be transcribed")
+
+
+OPS: dict[str, Callable[[Options], None]] = {"train": train, "eval": evaluate_splits, "predict": predict}
+
+
+def _load(options: Options, adapter: str | Path | None, device: torch.device | str, machine: Machine) -> SpeechRWKV:
+    wkv.set_backend(options.wkv)
+    model = SpeechRWKV.from_pretrained(
+        options.load_model,
+        encoder=options.encoder,
+        adapter=adapter,
+        device=device,
+        dtype=machine.dtype,
+        downsample_k=options.downsample_k,
+        adapter_hidden=options.adapter_hidden,
+    )
+    sizes = model.language_model.sizes
+    for flag, said, is_so in (("n_layer", options.n_layer, sizes.n_layer), ("n_embd", options.n_embd, sizes.n_embd)):
+        if said is not None and said != is_so:
+            raise UserError(f"--{flag} {said}, but {options.load_model} has {is_so}; leave the flag out")
+    return model
+
+
+def _splits(
+    options: Options, asked: str | None, defaults: tuple[str, ...] | list[str], *, join: bool = False
+) -> dict[str, list[Utterance]]:
+    """The utterances of each split by its name: those asked for, else those of the defaults that are there."""
+    names: list[str | None] = asked.split("+") if asked else [None]
+    if not asked and options.data == LIBRISPEECH:
+        root = Path(options.data_dir).expanduser() if options.data_dir else None
+        here = [n for n in defaults if not root or (root / n).is_dir() or (root / "LibriSpeech" / n).is_dir()]
+        names = list(defaults) if options.download else here or [None]
+        if here and len(here) < len(defaults):
+            log.info("of %s, %s holds %s", ", ".join(defaults), root, ", ".join(here))
+    settings = {
+        "data": options.data,
+        "data_dir": options.data_dir,
+        "audio_column": options.audio_column,
+        "text_column": options.text_column,
+        "download": options.download,
+    }
+    if join:
+        return {"train": load_split("+".join(n for n in names if n) or None, **settings)}
+    return {name or "all": load_split(name, **settings) for name in names}
+
+
+def _too_long(model: SpeechRWKV, ctx_len: int) -> Callable[[Utterance, Tensor], str | None]:
+    def reason(utterance: Utterance, waveform: Tensor) -> str | None:
+        positions = model.positions(len(waveform), utterance.text)
+        return f"{positions} positions, more than --ctx_len {ctx_len}" if positions > ctx_len else None
+
+    return reason
+
+
+def _audio_files(patterns: list[str]) -> Iterator[str]:
+    """Files, the audio files of folders, and what globs find, in the order given."""
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            found = sorted(str(p) for p in Path(pattern).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        elif os.path.exists(pattern) or not glob.has_magic(pattern):
+            found = [pattern]
+        else:
+            found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"--file_path {pattern}: no audio files there")
+        yield from found
+
+
+def _file_name(row: str) -> str:
+    """A split's name as a file name; that of a path is its last part."""
+    return Path(row).name.replace(", ", "-").replace(" ", "-").removesuffix(".jsonl").removesuffix(".json")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

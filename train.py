@@ -1,0 +1,27 @@
+"""The door: read the flags, then do what they ask."""
+
+import logging
+import sys
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.options import Options
+
+
+def main() -> int:
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("rwkv_speech").setLevel(logging.INFO)
+    try:
+        options = Options.parse()
+        from rwkv_speech.ops import OPS  # torch and Lightning take seconds, which a wrong flag need not wait for
+
+        OPS[options.op](options)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1 if getattr(error, "partial", False) else 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
