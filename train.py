@@ -14,13 +14,12 @@ def main() -> int:
         options = Options.parse()
         from rwkv_speech.ops import OPS  # torch and Lightning take seconds, which a wrong flag need not wait for
 
-        OPS[options.op](options)
+        return OPS[options.op](options)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 1 if getattr(error, "partial", False) else 2
+        return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

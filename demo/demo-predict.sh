@@ -40,7 +40,7 @@ fail() {
 }
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P) || exit
 case "$load_model $* " in
-' '*' --load_model'* | ' '*' --help '* | [!\ ]*) ;; # given here, or as an argument
+[!\ ]* | *' --load_model'* | *' --help '*) ;; # given here, or as an argument
 *) fail "load_model is not set: pass the RWKV-6 weight file of the mission as load_model=FILE sh $0; Hugging Face's BlinkDL/rwkv-6-world has" \
     "1.6B (RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth), 3B (RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth)" \
     "and 7B (RWKV-x060-World-7B-v2.1-20240507-ctx4096.pth)" ;;

@@ -13,13 +13,13 @@ OP="${OP:-train}" # train, eval
 
 # --- models ---
 load_model="${load_model:-}"                       # RWKV-6 weights, .pth or .safetensors: the one thing you must give
-encoder="${encoder:-microsoft/wavlm-large}"        # speech encoder: Hugging Face name or local folder
+encoder="${encoder:-}"                             # Hugging Face name or local folder; empty: the mission file's, or microsoft/wavlm-large
 adapter="${adapter:-}"                             # mission file to start training from, or to evaluate; empty: none, or the newest
 proj_dir="${proj_dir:-}"                           # where mission files, checkpoints and scores land; empty: output/ of this project
 n_layer="${n_layer:-}"                             # layers and width of the language model: the file tells;
 n_embd="${n_embd:-}"                               #   set them to be told when it is not the file you think it is
-downsample_k="${downsample_k:-}"                   # encoder frames to one position of the language model; empty: 5
-adapter_hidden="${adapter_hidden:-}"               # hidden units of the adapter; empty: 2048
+downsample_k="${downsample_k:-}"                   # encoder frames to one position of the language model; empty: the mission file's, or 5
+adapter_hidden="${adapter_hidden:-}"               # hidden units of the adapter; empty: the mission file's, or 2048
 
 # --- data ---
 data="${data:-librispeech}"                        # librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset
@@ -69,6 +69,7 @@ eval_bsz="${eval_bsz:-8}"                          # utterances decoded together
 beam="${beam:-1}"                                  # beams; 1 is greedy
 max_new_tokens="${max_new_tokens:-}"               # longest transcript in tokens; empty: as long as the audio makes likely
 loop_guard="${loop_guard:-}"                       # 1: cut a transcript that has begun to repeat itself
+perturb="${perturb:-}"                             # 1: each split also faster, slower and in noise
 resume="${resume:-}"                               # 1: go on where an interrupted evaluation stopped
 
 # --- nothing to edit below ---
@@ -83,7 +84,7 @@ predict) fail "OP=predict has a script of its own: demo/demo-predict.sh" ;;
 *) fail "OP=$OP is neither train nor eval" ;;
 esac
 case "$load_model $* " in
-' '*' --load_model'* | ' '*' --help '* | [!\ ]*) ;; # given here, or as an argument
+[!\ ]* | *' --load_model'* | *' --help '*) ;; # given here, or as an argument
 *) fail "load_model is not set: pass an RWKV-6 weight file as load_model=FILE sh $0; Hugging Face's BlinkDL/rwkv-6-world has" \
     "1.6B (RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth), 3B (RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth)" \
     "and 7B (RWKV-x060-World-7B-v2.1-20240507-ctx4096.pth)" ;;
@@ -102,7 +103,7 @@ for name in load_model encoder adapter proj_dir n_layer n_embd downsample_k adap
     eval "value=\$$name"
     [ -z "$value" ] || set -- "--$name=$value" "$@"
 done
-for name in download loop_guard resume; do
+for name in download loop_guard perturb resume; do
     eval "value=\$$name"
     [ "${value:-0}" = 0 ] || set -- "--$name" "$@"
 done

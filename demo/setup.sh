@@ -64,6 +64,7 @@ except OSError:
 install() {
     python=$1
     shift
+    [ -t 2 ] || set -- --quiet "$@" # progress is for a terminal
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >&2
     (cd "$root" && "$python" -m pip --disable-pip-version-check --no-input install "$@" >&2) || {
         say "pip could not install the project into ${python%/bin/python}; its reason stands above"

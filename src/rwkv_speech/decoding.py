@@ -159,9 +159,7 @@ class _Search:
     `live` are the hypotheses still running, best first.
     """
 
-    def __init__(
-        self, limit: int, beam: int, n_best: int, length_penalty: float, loop_guard: bool, end: int
-    ) -> None:
+    def __init__(self, limit: int, beam: int, n_best: int, length_penalty: float, loop_guard: bool, end: int) -> None:
         self._limit, self._beam, self._n_best = limit, beam, n_best
         self._length_penalty, self._loop_guard, self._end = length_penalty, loop_guard, end
         self.live = [_Hypothesis([], [], loop=False)]
@@ -228,13 +226,9 @@ class _Search:
         return self._rank(nth.loop, nth.score, nth.n_scored) <= bound
 
 
-def _check(
-    embeddings: Tensor, max_new_tokens: Sequence[int], beam: int, n_best: int, length_penalty: float
-) -> None:
+def _check(embeddings: Tensor, max_new_tokens: Sequence[int], beam: int, n_best: int, length_penalty: float) -> None:
     if len(max_new_tokens) != len(embeddings) or min(max_new_tokens) < 1:
-        raise ValueError(
-            f"decode: expected {len(embeddings)} limits of at least 1 token, not {list(max_new_tokens)}"
-        )
+        raise ValueError(f"decode: expected {len(embeddings)} limits of at least 1 token, not {list(max_new_tokens)}")
     if not 1 <= n_best <= beam:
         raise ValueError(f"decode: expected 1 <= n_best <= beam, not n_best = {n_best}, beam = {beam}")
     if length_penalty < 0:

@@ -1,4 +1,7 @@
-"""What the program does: train, eval, predict, each a short story in the words of the rooms below."""
+"""What the program does: train, eval, predict, each a short story in the words of the rooms below.
+
+Each gives the exit status.
+"""
 
 import glob
 import logging
@@ -38,7 +41,7 @@ log = logging.getLogger("rwkv_speech")
 AUDIO_SUFFIXES = librispeech.AUDIO_SUFFIXES
 
 
-def train(options: Options) -> None:
+def train(options: Options) -> int:
     """Trains adapter and initial state; writes mission files into the project."""
     machine = fit_to_machine(options)
     run = find_run(options)
@@ -83,9 +86,10 @@ def train(options: Options) -> None:
     log.info("training on %d utterances, %d batches an epoch", len(utterances), len(batches))
     trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
     log.info("%s; the newest mission file is %s", bad_audio.report(), newest_mission(options.project))
+    return 0
 
 
-def evaluate_splits(options: Options) -> None:
+def evaluate_splits(options: Options) -> int:
     """Measures error rates; hypotheses, summary and report go to `eval/` in the project."""
     from rwkv_speech.scoring import score, score_table, summary, write_report
 
@@ -123,7 +127,7 @@ def evaluate_splits(options: Options) -> None:
             if fabric.is_global_zero:
                 scores[row] = score(records, peak_memory=_peak_memory(fabric.device))
     if not fabric.is_global_zero:
-        return
+        return 0
     write_json(folder / "summary.json", {"adapter": str(adapter)} | summary(scores))
     write_report(folder / "report.html", scores)
     Console().print(score_table(scores))
@@ -131,13 +135,13 @@ def evaluate_splits(options: Options) -> None:
         texts = result.raw
         print(f"{row}: WER {texts.words.rate:.2%}, mean of utterances {texts.mean_utterance_wer:.2%}")
     log.info("%s; %s holds hypotheses, summary.json and report.html", bad_audio.report(), folder)
+    return 0
 
 
-def predict(options: Options) -> None:
+def predict(options: Options) -> int:
     """Transcribes files: one line for each on standard output, and nothing else there.
 
-    Raises:
-        UserError: files that can't be read, after all others have been transcribed.
+    A file that can't be used is named in the log; the others go on, and the exit status is 1.
     """
     paths = list(_audio_files(options.file_path or []))
     machine = fit_to_machine(options)
@@ -155,10 +159,11 @@ def predict(options: Options) -> None:
         else:
             print(" ".join(text.split()), flush=True)
     if failed:
-        raise UserError(f"{failed} of {len(paths)} files could not be transcribed")
+        log.error("%d of %d files could not be transcribed", failed, len(paths))
+    return int(failed > 0)
 
 
-OPS: dict[str, Callable[[Options], None]] = {"train": train, "eval": evaluate_splits, "predict": predict}
+OPS: dict[str, Callable[[Options], int]] = {"train": train, "eval": evaluate_splits, "predict": predict}
 
 
 def _load(options: Options, adapter: str | Path | None, device: torch.device | str, machine: Machine) -> SpeechRWKV:

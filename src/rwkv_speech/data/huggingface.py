@@ -73,9 +73,7 @@ def read_librispeech_from_hub(split: str) -> list[Utterance]:
     return _utterances(rows, name=LIBRISPEECH, audio_column="audio", text_column="text")
 
 
-def _open(
-    name: str | Path, split: str | None, *, data_files: dict[str, str] | None = None
-) -> datasets.Dataset:
+def _open(name: str | Path, split: str | None, *, data_files: dict[str, str] | None = None) -> datasets.Dataset:
     import datasets  # takes a second or two, and most runs do without
 
     folder = Path(name)
@@ -106,9 +104,7 @@ def _open(
             )
         return loaded[split]
     if split is not None and (folder / "state.json").is_file() and str(loaded.split) != split:
-        raise UserError(
-            f"{name} holds one dataset, saved without splits: name it without a split, not with {split!r}"
-        )
+        raise UserError(f"{name} holds one dataset, saved without splits: name it without a split, not with {split!r}")
     return loaded
 
 
@@ -117,9 +113,7 @@ def _utterances(
 ) -> list[Utterance]:
     import datasets
 
-    audio_column = _column(
-        rows.features, audio_column, AUDIO_COLUMNS, what="audio", name=name, test=_is_audio
-    )
+    audio_column = _column(rows.features, audio_column, AUDIO_COLUMNS, what="audio", name=name, test=_is_audio)
     text_column = _column(rows.features, text_column, TEXT_COLUMNS, what="text", name=name, test=_is_text)
     logger.info("%s: audio from column %s, text from column %s", name, audio_column, text_column)
     optional = {}

@@ -36,9 +36,7 @@ def has_layout(folder: Path) -> bool:
     return next(folder.rglob("*.trans.txt"), None) is not None
 
 
-def read_librispeech(
-    folder: Path, *, split: str | None = None, bad_audio: BadAudio | None = None
-) -> list[Utterance]:
+def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadAudio | None = None) -> list[Utterance]:
     """Read one split in the order of speaker, chapter and transcript line; texts as they are written.
 
     folder: the folder that holds the splits, or a `LibriSpeech` folder that holds them, or one split
@@ -127,10 +125,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
             "name no split, or the folder's path instead of one"
         )
     splits = sorted(
-        path.name
-        for parent in (folder, folder / "LibriSpeech")
-        for path in _folders(parent)
-        if _is_split(path)
+        path.name for parent in (folder, folder / "LibriSpeech") for path in _folders(parent) if _is_split(path)
     )
     raise UserError(f"{folder}: {problem}; splits there: {', '.join(splits) or 'none'}")
 

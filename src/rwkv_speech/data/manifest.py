@@ -29,9 +29,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     if not path.is_file():
         raise UserError(f"no such manifest: {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines: JSON strings may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as UTF-8 text ({error})") from error
     utterances, problems = [], []

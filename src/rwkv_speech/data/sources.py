@@ -49,9 +49,7 @@ def load_split(
             contents.
     """
     if data_dir is not None and data != LIBRISPEECH:
-        raise UserError(
-            f"--data {data} and --data_dir {data_dir} both say where the data is: give one of them"
-        )
+        raise UserError(f"--data {data} and --data_dir {data_dir} both say where the data is: give one of them")
     parts = _parts(split)
     if download:
         if data != LIBRISPEECH or data_dir is None or not split:
@@ -99,22 +97,16 @@ def _read(
     if place != LIBRISPEECH and not place.endswith(MANIFEST_SUFFIXES):
         if not path.is_dir():
             if path.is_absolute() or place.startswith(".") or place.count("/") != 1:
-                raise UserError(
-                    f"no such folder: {place}; expected one, or owner/name of a Hugging Face dataset"
-                )
+                raise UserError(f"no such folder: {place}; expected one, or owner/name of a Hugging Face dataset")
             return read_dataset(place, split=split, **columns), False
         if not librispeech.has_layout(path):
             read = read_audio_folder if has_table(path) else read_dataset
             return read(path, split=split, **columns), False
     if any(columns.values()):
-        raise UserError(
-            f"{place} has no columns: --audio_column and --text_column are for Hugging Face datasets"
-        )
+        raise UserError(f"{place} has no columns: --audio_column and --text_column are for Hugging Face datasets")
     if place.endswith(MANIFEST_SUFFIXES):
         if split is not None:
-            raise UserError(
-                f"{place} is a manifest, without splits: give a manifest as the split, not {split!r}"
-            )
+            raise UserError(f"{place} is a manifest, without splits: give a manifest as the split, not {split!r}")
         return read_manifest(path), False
     if place != LIBRISPEECH:
         return read_librispeech(path, split=split, bad_audio=bad_audio), True

@@ -58,7 +58,7 @@ def evaluate(
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
-    edits = sum((a.edits for a in align(done.values())), Edits())
+    edits = sum((a.edits for a in align(list(done.values()))), Edits())
     with RecordWriter(mine, resume=options.resume) as writer, _progress(fabric.is_global_zero) as progress:
         task = progress.add_task(name, total=len(batches.dataset), wer="")
         for batch in batches:

@@ -1,6 +1,8 @@
 """Lightning's Trainer, set up for one run."""
 
 import importlib.util
+import logging
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +22,7 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
     Raises:
         UserError: fp16 training without a GPU, or a logger that isn't installed.
     """
+    _quiet()
     if machine.precision == "fp16" and machine.accelerator == "cpu":
         raise UserError("--precision fp16 trains on GPUs only, its small gradients need scaling: use bf16 or fp32")
     every: dict[str, Any] = {"every_n_train_steps": options.save_steps} if options.save_steps else {"every_n_epochs": 1}
@@ -41,6 +44,18 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+
+
+def _quiet() -> None:
+    """Silences what Lightning says of things that are as they are meant to be."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*exists and is not empty.*",
+        ".*module\\(s\\) in eval mode.*",  # the frozen parts
+        ".*does not have many workers.*",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _strategy(name: str) -> Any:

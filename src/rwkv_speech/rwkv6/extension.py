@@ -49,6 +49,7 @@ def load_cuda() -> None:
 
 
 def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> None:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     from torch.utils import cpp_extension
 
     digest = hashlib.sha256(repr((torch.__version__, platform.python_version(), flags, variant)).encode())

@@ -43,6 +43,4 @@ def _spellings() -> dict[str, str]:
     package = find_spec("whisper_normalizer")
     if package is None or package.origin is None:
         return {}
-    return json.loads(
-        (Path(package.origin).parent / "normalizers" / "english.json").read_text(encoding="utf-8")
-    )
+    return json.loads((Path(package.origin).parent / "normalizers" / "english.json").read_text(encoding="utf-8"))

@@ -64,9 +64,7 @@ def error_kinds(splits: Mapping[str, Scores]) -> str:
         start = [0.0] * len(names)
         for kind, colour, hatch in KINDS:
             width = [100 * getattr(t.words, kind) / max(1, t.words.length) for t in texts]
-            axes.barh(
-                names, width, 0.62, start, label=kind, color=colour, hatch=hatch, edgecolor=PAGE, linewidth=0
-            )
+            axes.barh(names, width, 0.62, start, label=kind, color=colour, hatch=hatch, edgecolor=PAGE, linewidth=0)
             start = [a + b for a, b in zip(start, width, strict=True)]
         for row, (total, text) in enumerate(zip(start, texts, strict=True)):
             low, high = (total if math.isnan(bound) else 100 * bound for bound in text.interval)
@@ -85,9 +83,7 @@ def error_kinds(splits: Mapping[str, Scores]) -> str:
         axes.set_xlim(0, 1.14 * max([1e-9, *(100 * t.interval[1] for t in texts if t.words.length), *start]))
         axes.set_xlabel("errors per 100 words of the reference")
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.6, borderpad=0)
-        return _svg(
-            figure, "Word errors by kind: " + "; ".join(f"{n} {_kinds(s)}" for n, s in splits.items())
-        )
+        return _svg(figure, "Word errors by kind: " + "; ".join(f"{n} {_kinds(s)}" for n, s in splits.items()))
 
 
 def wer_by_length(name: str, groups: Sequence[Group]) -> str:
@@ -114,9 +110,7 @@ def wer_by_length(name: str, groups: Sequence[Group]) -> str:
             capsize=4,
         )
         for place, rate in zip(places, rates, strict=True):
-            axes.annotate(
-                f"{rate:.1f}", (place, rate), xytext=(8, 0), textcoords="offset points", va="center"
-            )
+            axes.annotate(f"{rate:.1f}", (place, rate), xytext=(8, 0), textcoords="offset points", va="center")
         axes.set_xticks(places, [f"{group.name}\n{group.utterances:,} utt." for group in groups])
         axes.set_xlim(-0.5, len(groups) - 0.3)
         axes.set_ylim(bottom=0)
@@ -150,7 +144,5 @@ def _svg(figure: Figure, label: str) -> str:
         drawing = drawing.replace(stand_in, f"var({variable})")
     opening, body = drawing.split(">", 1)
     box = opening[opening.index("viewBox=") :].split('"')[1]
-    body = re.sub(
-        r' id="[\w.]+_\d+"', "", body
-    )  # figure_1, axes_1: referred to by nothing, the same in every plot
+    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # figure_1, axes_1: referred to by nothing, the same in every plot
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(label)}">{body}'

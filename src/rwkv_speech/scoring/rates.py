@@ -176,6 +176,8 @@ def score(records: Iterable[Hypothesis], *, peak_memory: int | None = None) -> S
 
 def align(records: Sequence[Hypothesis], clean: Callable[[str], str] = lower_case) -> list[Aligned]:
     """Align the words of every record, by jiwer, after passing both texts through `clean`."""
+    if not records:  # jiwer makes one utterance of none
+        return []
     output = jiwer.process_words(
         [clean(record.reference) for record in records], [clean(record.hypothesis) for record in records]
     )

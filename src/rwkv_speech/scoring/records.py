@@ -88,9 +88,7 @@ def read_records(path: str | os.PathLike) -> list[Hypothesis]:
         record = _parse(line, where=f"{path}, line {number}")
         records.setdefault(record.id, record)
     if len(records) < len(lines):
-        logger.warning(
-            "%s: %d records repeat an utterance; the first counts", path, len(lines) - len(records)
-        )
+        logger.warning("%s: %d records repeat an utterance; the first counts", path, len(lines) - len(records))
     return list(records.values())
 
 
@@ -115,7 +113,5 @@ def _parse(line: bytes, *, where: str) -> Hypothesis:
     )
     for name, kind in kinds:
         if not isinstance(getattr(record, name), kind):
-            raise UserError(
-                f"{where}: {name} is {getattr(record, name)!r}; expected text, or a number of seconds"
-            )
+            raise UserError(f"{where}: {name} is {getattr(record, name)!r}; expected text, or a number of seconds")
     return record

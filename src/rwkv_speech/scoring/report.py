@@ -127,10 +127,7 @@ def _accuracy_rows(name: str, scores: Scores) -> list[str]:
             + cells(percent(words.rate), kind="main")
             + cells(
                 percent_range(texts.interval, 2),
-                *(
-                    f"{count:,}"
-                    for count in (words.substitutions, words.deletions, words.insertions, words.length)
-                ),
+                *(f"{count:,}" for count in (words.substitutions, words.deletions, words.insertions, words.length)),
                 percent(texts.characters.rate),
                 percent(texts.sentence_error_rate, 1),
                 percent(texts.mean_utterance_wer),
@@ -221,9 +218,7 @@ def _facts(utterance: Aligned) -> str:
         facts.append(f"speaker {record.speaker}")
     if record.score is not None:
         facts.append(f"mean log-probability {f'{record.score:.2f}'.replace('-', '−')}")
-    flags = [
-        name for name, raised in (("loop", record.loop), ("empty", not record.hypothesis.strip())) if raised
-    ]
+    flags = [name for name, raised in (("loop", record.loop), ("empty", not record.hypothesis.strip())) if raised]
     return (
         f'<div><strong>{escape(record.id)}</strong> <span class="note">{escape(" · ".join(facts))}</span>'
         + "".join(f' <span class="flag">{flag}</span>' for flag in flags)

@@ -36,10 +36,11 @@ def import_transformers() -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from listing the weights that we leave out on purpose."""
+    """Keep transformers from listing the weights that we leave out on purpose, and from its progress bars."""
     logging = import_transformers().utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
