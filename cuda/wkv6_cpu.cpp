@@ -22,11 +22,13 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "vec.h"
 
 namespace {
+
+constexpr int ROWS = 16;  // rows of the state that the backward pass takes at a time
 
 template <int N>
 struct Row {  // N floats in registers
@@ -108,6 +110,15 @@ void forward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar_
   });
 }
 
+// What the backward pass of one chunk works on, as fp32 rows: inputs, and sums over the value index i.
+template <int N>
+struct ChunkRows {
+  float r[CHUNK][N], k[CHUNK][N], v[CHUNK][N], d[CHUNK][N], gy[CHUNK][N];
+  float gr[CHUNK][N], gk[CHUNK][N], gd[CHUNK][N], gv[CHUNK][N];
+  float now[CHUNK];             // r_t u k_t
+  float S[CHUNK][ROWS * N];     // some rows of the state before each step
+};
+
 template <typename scalar_t, int N>
 void backward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar_t* v, const float* e, const float* d,
               const float* u, const float* chunk_states, const scalar_t* gy, const float* g_final, scalar_t* gr,
@@ -115,62 +126,78 @@ void backward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar
   constexpr int V = Row<N>::V;
   const int64_t stride = n.H * N, chunks = (n.T + CHUNK - 1) / CHUNK;
   at::parallel_for(0, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> history(CHUNK * N * N);  // S_t of one chunk
+    const auto rows = std::make_unique<ChunkRows<N>>();
+    auto& c = *rows;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / n.H, h = task % n.H, first = b * n.T * stride + h * N, steps = n.steps(b);
-      float vt[N], gyt[N], gvt[N];
       float* G = g_state + task * N * N;
       std::copy_n(g_final + task * N * N, N * N, G);
       const auto bonus = Row<N>::from(u + h * N);
       Row<N> gu_sum{};
 
       for (int64_t chunk = (steps + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
-        const int64_t t0 = chunk * CHUNK, t1 = std::min(t0 + CHUNK, steps);
-        std::copy_n(chunk_states + (task * chunks + chunk) * N * N, N * N, history.data());
-        for (int64_t t = t0; t < t1 - 1; ++t) {
-          const int64_t at = first + t * stride;
-          const auto kt = Row<N>::from(k + at), dt = Row<N>::from(d + at);
-          Row<N>::from(v + at).to(vt);
-          const float* S = history.data() + (t - t0) * N * N;
-          float* next = history.data() + (t - t0 + 1) * N * N;
-          for (int i = 0; i < N; ++i)
-            for (int c = 0; c < V; ++c)
-              store(next + i * N + c * LANES, dt.x[c] * load(S + i * N + c * LANES) + kt.x[c] * vt[i]);
+        const int64_t t0 = chunk * CHUNK, length = std::min(CHUNK, steps - t0);
+        for (int64_t t = 0; t < length; ++t) {
+          const int64_t at = first + (t0 + t) * stride;
+          Row<N>::from(r + at).to(c.r[t]);
+          Row<N>::from(k + at).to(c.k[t]);
+          Row<N>::from(v + at).to(c.v[t]);
+          Row<N>::from(d + at).to(c.d[t]);
+          Row<N>::from(gy + at).to(c.gy[t]);
+          c.now[t] = dot(Row<N>::from(c.r[t]) * bonus, Row<N>::from(c.k[t]));
+          Row<N>{}.to(c.gr[t]);
+          Row<N>{}.to(c.gk[t]);
+          Row<N>{}.to(c.gd[t]);
         }
-        for (int64_t t = t1 - 1; t >= t0; --t) {
-          const int64_t at = first + t * stride;
-          const auto rt = Row<N>::from(r + at), kt = Row<N>::from(k + at), dt = Row<N>::from(d + at);
-          const auto v_row = Row<N>::from(v + at), gy_row = Row<N>::from(gy + at);
-          v_row.to(vt);
-          gy_row.to(gyt);
-          const float* S = history.data() + (t - t0) * N * N;
-          const float now = dot(rt * bonus, kt), gy_v = dot(gy_row, v_row);
-          Row<N> gr_sum{}, gk_sum{}, gd_sum{};
-          for (int i = 0; i < N; ++i) {
-            float* row = G + i * N;
-            vec acc{};
-            for (int c = 0; c < V; ++c) {
-              const vec g = load(row + c * LANES), s = load(S + i * N + c * LANES);
-              gr_sum.x[c] += s * gyt[i];
-              gk_sum.x[c] += g * vt[i];
-              gd_sum.x[c] += g * s;
-              acc += g * kt.x[c];
-              store(row + c * LANES, dt.x[c] * g + rt.x[c] * gyt[i]);
+        // A few rows of the state at a time: their states of the whole chunk fit the first-level cache.
+        for (int i0 = 0; i0 < N; i0 += ROWS) {
+          std::copy_n(chunk_states + ((task * chunks + chunk) * N + i0) * N, ROWS * N, c.S[0]);
+          for (int64_t t = 0; t + 1 < length; ++t) {
+            const auto kt = Row<N>::from(c.k[t]), dt = Row<N>::from(c.d[t]);
+            for (int i = 0; i < ROWS; ++i)
+              for (int q = 0; q < V; ++q) {
+                const int at = i * N + q * LANES;
+                store(c.S[t + 1] + at, dt.x[q] * load(c.S[t] + at) + kt.x[q] * c.v[t][i0 + i]);
+              }
+          }
+          for (int64_t t = length - 1; t >= 0; --t) {
+            const auto rt = Row<N>::from(c.r[t]), kt = Row<N>::from(c.k[t]), dt = Row<N>::from(c.d[t]);
+            auto gr_sum = Row<N>::from(c.gr[t]), gk_sum = Row<N>::from(c.gk[t]), gd_sum = Row<N>::from(c.gd[t]);
+            for (int i = 0; i < ROWS; ++i) {
+              const float vi = c.v[t][i0 + i], gyi = c.gy[t][i0 + i];
+              float* row = G + (i0 + i) * N;
+              vec acc{};
+              for (int q = 0; q < V; ++q) {
+                const vec g = load(row + q * LANES), s = load(c.S[t] + i * N + q * LANES);
+                gr_sum.x[q] += s * gyi;
+                gk_sum.x[q] += g * vi;
+                gd_sum.x[q] += g * s;
+                acc += g * kt.x[q];
+                store(row + q * LANES, dt.x[q] * g + rt.x[q] * gyi);
+              }
+              c.gv[t][i0 + i] = sum(acc) + c.now[t] * gyi;
             }
-            gvt[i] = sum(acc) + now * gyt[i];
+            gr_sum.to(c.gr[t]);
+            gk_sum.to(c.gk[t]);
+            gd_sum.to(c.gd[t]);
           }
-          const auto et = Row<N>::from(e + at);
-          Row<N> gw_row;
-          for (int c = 0; c < V; ++c) {
-            gr_sum.x[c] += bonus.x[c] * kt.x[c] * gy_v;
-            gk_sum.x[c] += bonus.x[c] * rt.x[c] * gy_v;
-            gu_sum.x[c] += rt.x[c] * kt.x[c] * gy_v;
-            gw_row.x[c] = -dt.x[c] * et.x[c] * gd_sum.x[c];
+        }
+        for (int64_t t = 0; t < length; ++t) {
+          const int64_t at = first + (t0 + t) * stride;
+          const auto rt = Row<N>::from(c.r[t]), kt = Row<N>::from(c.k[t]);
+          auto gr_row = Row<N>::from(c.gr[t]), gk_row = Row<N>::from(c.gk[t]);
+          const float gy_v = dot(Row<N>::from(c.gy[t]), Row<N>::from(c.v[t]));
+          for (int q = 0; q < V; ++q) {
+            gr_row.x[q] += bonus.x[q] * kt.x[q] * gy_v;
+            gk_row.x[q] += bonus.x[q] * rt.x[q] * gy_v;
+            gu_sum.x[q] += rt.x[q] * kt.x[q] * gy_v;
           }
-          gr_sum.to(gr + at);
-          gk_sum.to(gk + at);
+          gr_row.to(gr + at);
+          gk_row.to(gk + at);
+          Row<N>::from(c.gv[t]).to(gv + at);
+          auto gw_row = Row<N>::from(c.gd[t]) * Row<N>::from(d + at) * Row<N>::from(e + at);
+          for (int q = 0; q < V; ++q) gw_row.x[q] = -gw_row.x[q];
           gw_row.to(gw + at);
-          Row<N>::from(gvt).to(gv + at);
         }
       }
       gu_sum.to(gu + task * N);

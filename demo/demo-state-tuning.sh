@@ -12,65 +12,65 @@
 OP="${OP:-train}" # train, eval
 
 # --- models ---
-load_model="${load_model:-}"                       # RWKV-6 weights, .pth or .safetensors: the one thing you must give
-encoder="${encoder:-}"                             # Hugging Face name or local folder; empty: the mission file's, or microsoft/wavlm-large
-adapter="${adapter:-}"                             # mission file to start training from, or to evaluate; empty: none, or the newest
-proj_dir="${proj_dir:-}"                           # where mission files, checkpoints and scores land; empty: output/ of this project
-n_layer="${n_layer:-}"                             # layers and width of the language model: the file tells;
-n_embd="${n_embd:-}"                               #   set them to be told when it is not the file you think it is
-downsample_k="${downsample_k:-}"                   # encoder frames to one position of the language model; empty: the mission file's, or 5
-adapter_hidden="${adapter_hidden:-}"               # hidden units of the adapter; empty: the mission file's, or 2048
+load_model="${load_model:-}"                 # RWKV-6 weights, .pth or .safetensors: the one thing you must give
+encoder="${encoder:-}"                       # Hugging Face name or folder; empty: the mission file's, else microsoft/wavlm-large
+adapter="${adapter:-}"                       # mission file to train on from, or to evaluate; empty: none, or the newest
+proj_dir="${proj_dir:-}"                     # where mission files, checkpoints and scores land; empty: output/
+n_layer="${n_layer:-}"                       # layers and width of the language model: the file tells;
+n_embd="${n_embd:-}"                         #   set them to be told when it is not the file you think it is
+downsample_k="${downsample_k:-}"             # encoder frames to a position; empty: the mission file's, else 5
+adapter_hidden="${adapter_hidden:-}"         # hidden units of the adapter; empty: the mission file's, else 2048
 
 # --- data ---
-data="${data:-librispeech}"                        # librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset
-data_dir="${data_dir:-}"                           # folder that holds LibriSpeech, or a folder in its layout; empty: from Hugging Face
-download="${download:-}"                           # 1: fetch the LibriSpeech splits that data_dir lacks
-train_split="${train_split:-}"                     # joined by +; empty: train-clean-100+train-clean-360+train-other-500
-eval_split="${eval_split:-}"                       # joined by +, each scored for itself; empty: test-clean+test-other
-audio_column="${audio_column:-}"                   # columns of a Hugging Face dataset, where the guess is wrong
+data="${data:-librispeech}"                  # librispeech, a JSON-lines manifest, a folder, a Hugging Face dataset
+data_dir="${data_dir:-}"                     # LibriSpeech's folder, or any in its layout; empty: from Hugging Face
+download="${download:-}"                     # 1: fetch the LibriSpeech splits that data_dir lacks
+train_split="${train_split:-}"               # joined by +; empty: train-clean-100+train-clean-360+train-other-500
+eval_split="${eval_split:-}"                 # joined by +, each scored for itself; empty: test-clean+test-other
+audio_column="${audio_column:-}"             # columns of a Hugging Face dataset, where the guess is wrong
 text_column="${text_column:-}"
-on_bad_audio="${on_bad_audio:-stop}"               # stop at a sample that can't be used, or skip and list it
-num_workers="${num_workers:-2}"                    # processes that read audio, for each device; more where the GPU waits for them
+on_bad_audio="${on_bad_audio:-stop}"         # stop at a sample that can't be used, or skip and list it
+num_workers="${num_workers:-2}"              # processes that read audio, for each device; more if the GPU waits
 
 # --- length and size of training ---
-micro_bsz="${micro_bsz:-4}"                        # utterances per device and step: lower it first when memory runs out
-accumulate_grad_batches="${accumulate_grad_batches:-1}" # raise it as micro_bsz or devices go down: 4 x 4 x 1 was found good
-ctx_len="${ctx_len:-2048}"                         # longest sample in positions (10 a second, and the transcript's tokens)
-grad_cp="${grad_cp:-0}"                            # 1: less memory, about a third slower
-epoch_steps="${epoch_steps:-0}"                    # optimiser steps to an epoch; 0: one pass over the data
-epoch_count="${epoch_count:-3}"                    # epochs to train
-epoch_save="${epoch_save:-1}"                      # epochs between mission files
-save_steps="${save_steps:-1000}"                   # steps between mission files within an epoch; 0: none
-random_seed="${random_seed:-42}"                   # of the adapter's first weights and of the order of the data
+micro_bsz="${micro_bsz:-4}"                  # utterances per device and step: lower it first when memory runs out
+accumulate_grad_batches="${accumulate_grad_batches:-1}" # raise it as micro_bsz x devices falls below 16
+ctx_len="${ctx_len:-2048}"                   # longest sample in positions: 10 for each second, and its tokens
+grad_cp="${grad_cp:-0}"                      # 1: less memory, more time
+epoch_steps="${epoch_steps:-0}"              # optimiser steps to an epoch; 0: one pass over the data
+epoch_count="${epoch_count:-3}"              # epochs to train
+epoch_save="${epoch_save:-1}"                # epochs between mission files
+save_steps="${save_steps:-1000}"             # steps between mission files within an epoch; 0: none
+random_seed="${random_seed:-42}"             # of the adapter's first weights and of the order of the data
 
 # --- learning ---
-lr_init="${lr_init:-1e-4}"                         # learning rate after the warm-up
-lr_final="${lr_final:-1e-4}"                       # at the end; the same as lr_init: constant, else exponential between them
-warmup_steps="${warmup_steps:-100}"                # steps from 0.2 of the rate to all of it
-state_lr_scale="${state_lr_scale:-1.0}"            # learning rate of the initial state, as a multiple of the adapter's
-beta1="${beta1:-0.9}"                              # AdamW; seldom worth a change
+lr_init="${lr_init:-1e-4}"                   # learning rate after the warm-up
+lr_final="${lr_final:-1e-4}"                 # at the end; other than lr_init: exponential between them
+warmup_steps="${warmup_steps:-100}"          # steps from 0.2 of the rate to all of it
+state_lr_scale="${state_lr_scale:-1.0}"      # learning rate of the initial state, as a multiple of the adapter's
+beta1="${beta1:-0.9}"                        # AdamW; seldom worth a change
 beta2="${beta2:-0.99}"
 adam_eps="${adam_eps:-1e-8}"
 weight_decay="${weight_decay:-0.0}"
-grad_clip="${grad_clip:-1.0}"                      # norm that gradients are clipped to; 0: not at all
-train_type="${train_type:-state}"                  # what is trained beside the adapter
+grad_clip="${grad_clip:-1.0}"                # norm that gradients are clipped to; 0: not at all
+train_type="${train_type:-state}"            # what is trained beside the adapter
 
 # --- machine ---
-accelerator="${accelerator:-auto}"                 # auto, gpu, cpu
-devices="${devices:-${device:-}}"                  # how many, or which: 4, or 0,2; empty: up to 4 GPUs, or one process on a CPU
-num_nodes="${num_nodes:-1}"                        # machines
-strategy="${strategy:-}"                           # how they share the work; empty: deepspeed_stage_1 on several GPUs
-precision="${precision:-}"                         # bf16, fp16, tf32, fp32; empty: bf16 on a GPU, fp32 on a CPU
-wkv="${wkv:-auto}"                                 # how the WKV operator is computed: auto, cuda, cpu, torch
-wandb="${wandb:-}"                                 # Weights & Biases project to log to; empty: none
+accelerator="${accelerator:-auto}"           # auto, gpu, cpu
+devices="${devices:-${device:-}}"            # how many, or which, as 0,2; empty: up to 4 GPUs, or one CPU process
+num_nodes="${num_nodes:-1}"                  # machines
+strategy="${strategy:-}"                     # how they share the work; empty: deepspeed_stage_1 on several GPUs
+precision="${precision:-}"                   # bf16, fp16, tf32, fp32; empty: bf16 on a GPU, fp32 on a CPU
+wkv="${wkv:-auto}"                           # how the WKV operator is computed: auto, cuda, cpu, torch
+wandb="${wandb:-}"                           # Weights & Biases project to log to; empty: none
 
 # --- evaluation ---
-eval_bsz="${eval_bsz:-8}"                          # utterances decoded together
-beam="${beam:-1}"                                  # beams; 1 is greedy
-max_new_tokens="${max_new_tokens:-}"               # longest transcript in tokens; empty: as long as the audio makes likely
-loop_guard="${loop_guard:-}"                       # 1: cut a transcript that has begun to repeat itself
-perturb="${perturb:-}"                             # 1: each split also faster, slower and in noise
-resume="${resume:-}"                               # 1: go on where an interrupted evaluation stopped
+eval_bsz="${eval_bsz:-8}"                    # utterances decoded together
+beam="${beam:-1}"                            # beams; 1 is greedy
+max_new_tokens="${max_new_tokens:-}"         # longest transcript in tokens; empty: as long as the audio makes likely
+loop_guard="${loop_guard:-}"                 # 1: cut a transcript that has begun to repeat itself
+perturb="${perturb:-}"                       # 1: each split also faster, slower and in noise
+resume="${resume:-}"                         # 1: go on where an interrupted evaluation stopped
 
 # --- nothing to edit below ---
 fail() {
@@ -85,9 +85,11 @@ predict) fail "OP=predict has a script of its own: demo/demo-predict.sh" ;;
 esac
 case "$load_model $* " in
 [!\ ]* | *' --load_model'* | *' --help '*) ;; # given here, or as an argument
-*) fail "load_model is not set: pass an RWKV-6 weight file as load_model=FILE sh $0; Hugging Face's BlinkDL/rwkv-6-world has" \
-    "1.6B (RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth), 3B (RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth)" \
-    "and 7B (RWKV-x060-World-7B-v2.1-20240507-ctx4096.pth)" ;;
+*)
+    fail "load_model is not set: pass an RWKV-6 weight file, load_model=FILE sh $0; on Hugging Face, BlinkDL/rwkv-6-world" \
+        "has 1.6B (RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth), 3B (RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth)" \
+        "and 7B (RWKV-x060-World-7B-v2.1-20240507-ctx4096.pth)"
+    ;;
 esac
 proj_dir=${proj_dir:-$root/output}
 

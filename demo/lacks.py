@@ -7,6 +7,7 @@ fraction of a second. The project itself counts as there when `import rwkv_speec
 """
 
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def lacking(extra: str) -> list[str]:
-    if sys.version_info < (3, 11):
-        return ["Python 3.11 or newer"]
     try:
         from packaging.requirements import Requirement  # several of the requirements bring it
     except ImportError:
         return ["the requirements"]
-    import tomllib
 
     def missing(text: str, extra: str = "") -> list[str]:
         requirement = Requirement(text)

@@ -15,7 +15,7 @@ unfinished=$venv/unfinished # there from before an installation until it is comp
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-lacks() { "$1" "$root/demo/lacks.py" "$extra" 2>/dev/null || echo 'a working Python'; }
+lacks() { "$1" "$root/demo/lacks.py" "$extra" 2>/dev/null || echo 'a working Python 3.11 or newer'; }
 
 ready() { [ -x "$venv/bin/python" ] && [ ! -e "$unfinished" ] && [ -z "$(lacks "$venv/bin/python")" ]; }
 
@@ -45,7 +45,7 @@ find_python() {
     return 1
 }
 
-# Waits until no other launcher installs. The lock lies on file descriptor 9 and goes with this process and its children.
+# Waits until no other launcher installs. The lock lies on file descriptor 9 and goes with those who hold that open.
 lock() {
     exec 9>"$root/.venv.lock"
     "$1" -c '
@@ -68,7 +68,7 @@ install() {
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >&2
     (cd "$root" && "$python" -m pip --disable-pip-version-check --no-input install "$@" >&2) || {
         say "pip could not install the project into ${python%/bin/python}; its reason stands above"
-        exit 1
+        return 1
     }
 }
 
@@ -91,13 +91,15 @@ for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
     fi
 done
 
+base=''
 if ! ready; then
     base=$(find_python)
     lock "$base"
 fi
-if ! ready; then # nor has another launcher done it meanwhile
+if [ -n "$base" ] && ! ready; then # nor has another launcher done it meanwhile
+    updated=1
     if [ -e "$unfinished" ] || ! new_enough "$venv/bin/python"; then
-        # What an interrupted pip leaves can look complete to pip.
+        updated='' # what an interrupted pip leaves can look complete to pip
         [ ! -e "$venv" ] || say "$venv is unfinished or not usable; starting it over"
         rm -rf "$venv"
         mkdir "$venv"
@@ -105,8 +107,12 @@ if ! ready; then # nor has another launcher done it meanwhile
         "$base" -m venv "$venv" >&2
     fi
     : >"$unfinished"
-    say "installing into $venv; PyTorch with its CUDA libraries makes it large: 3 GB to download, 7 GB on disk, some minutes"
-    install "$venv/bin/python" -e ".${extra:+[$extra]}"
+    say "installing into $venv; with PyTorch's CUDA libraries that is" \
+        "3 GB to download and 7 GB on disk, and takes some minutes"
+    install "$venv/bin/python" -e ".${extra:+[$extra]}" || {
+        [ -z "$updated" ] || rm "$unfinished" # pip left the environment as it was
+        exit 1
+    }
     rm "$unfinished"
     missing=$(lacks "$venv/bin/python")
     if [ -n "$missing" ]; then

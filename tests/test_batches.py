@@ -43,8 +43,7 @@ def test_batch_holds_its_utterances_in_step(utterances):
 def test_order_is_the_same_for_any_number_of_workers(utterances):
     dataset = Speech(utterances)
     runs = [
-        ids(loader(dataset, batch_size=3, shuffle=True, seed=5, epoch=2, num_workers=workers))
-        for workers in (0, 1, 2)
+        ids(loader(dataset, batch_size=3, shuffle=True, seed=5, epoch=2, num_workers=workers)) for workers in (0, 1, 2)
     ]
     assert runs[0] == runs[1] == runs[2]
     assert sorted((id for batch in runs[0] for id in batch), key=int) == [str(n) for n in range(11)]
@@ -88,9 +87,7 @@ def test_shares_worked_by_hand():
 def test_shares_cover_the_corpus(size, batch_size, world_size):
     def shares(even):
         samplers = [
-            SharedBatches(
-                SequentialSampler(range(size)), batch_size, rank=rank, world_size=world_size, even=even
-            )
+            SharedBatches(SequentialSampler(range(size)), batch_size, rank=rank, world_size=world_size, even=even)
             for rank in range(world_size)
         ]
         batches = [list(sampler) for sampler in samplers]
@@ -115,8 +112,7 @@ def test_global_batches_are_the_same_for_one_process_and_two(utterances):
     dataset = Speech(utterances)
     whole = ids(loader(dataset, batch_size=4, shuffle=True, seed=3, even=True))
     halves = [
-        ids(loader(dataset, batch_size=2, shuffle=True, seed=3, even=True, rank=rank, world_size=2))
-        for rank in (0, 1)
+        ids(loader(dataset, batch_size=2, shuffle=True, seed=3, even=True, rank=rank, world_size=2)) for rank in (0, 1)
     ]
     together = [set(first) | set(second) for first, second in zip(*halves, strict=True)]
     assert together[:2] == [set(batch) for batch in whole[:2]]
@@ -171,7 +167,7 @@ def with_bad(tmp_path, utterances) -> Speech:
             Utterance("mute", " \n", utterances[2].audio),
             utterances[10],
         ],
-        check=lambda utterance, waveform: "too long" if len(waveform) > 100 else None,
+        check=lambda utterance, samples: "too long" if samples > 100 else None,
     )
 
 

@@ -149,9 +149,7 @@ def unpacking(url_text: dict[str, str]):
 
 def test_download_replaces_half_unpacked_splits_and_leaves_complete_ones(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace())
-    monkeypatch.setitem(
-        sys.modules, "torchaudio.datasets", unpacking({"dev-clean": "NEW", "dev-other": "NEW"})
-    )
+    monkeypatch.setitem(sys.modules, "torchaudio.datasets", unpacking({"dev-clean": "NEW", "dev-other": "NEW"}))
     write_chapter(tmp_path / "dev-other", "9", "9", ["OWN"])
     (tmp_path / "archives" / "LibriSpeech" / "dev-clean" / "1").mkdir(parents=True)
     utterances = load_split("dev-clean+dev-other", data_dir=str(tmp_path), download=True)
@@ -169,9 +167,7 @@ def test_download_errors_are_one_line(tmp_path, monkeypatch):
         raise OSError("name or service not known\nmore")
 
     monkeypatch.setitem(sys.modules, "torchaudio.datasets", SimpleNamespace(LIBRISPEECH=unreachable))
-    with pytest.raises(
-        UserError, match=r"^downloading LibriSpeech dev-clean .*name or service not known\).*$"
-    ):
+    with pytest.raises(UserError, match=r"^downloading LibriSpeech dev-clean .*name or service not known\).*$"):
         librispeech.download(["dev-clean"], tmp_path)
     with pytest.raises(UserError, match="no split 'dev-cleen'"):
         librispeech.download(["dev-cleen"], tmp_path)

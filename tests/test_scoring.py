@@ -168,9 +168,7 @@ def test_bootstrap_interval_covers_the_truth_at_its_nominal_rate():
     for seed in range(corpora):
         lengths = chance.integers(2, 30, utterances)
         difficulty = chance.beta(2, 18, utterances)  # its mean, 0.1, is the expected WER
-        low, high = bootstrap_interval(
-            chance.binomial(lengths, difficulty), lengths, resamples=1000, seed=seed
-        )
+        low, high = bootstrap_interval(chance.binomial(lengths, difficulty), lengths, resamples=1000, seed=seed)
         assert 0 < high - low < 0.06  # an interval that covers by being wide would be no use
         inside += low <= 0.1 <= high
     assert 0.91 <= inside / corpora <= 0.98
@@ -355,9 +353,7 @@ def report(tmp_path_factory):
     hostile = [record(f"one {NASTY} two", f"{NASTY} </main> two", id=f"<i>{NASTY}", speaker=NASTY, loop=True)]
     splits = {
         "test-clean": score(corpus(), peak_memory=3 * 2**30),
-        NASTY: score(
-            [*hostile, record("", "", id="b", speaker="b"), record("ok ok", "ok", id="c", speaker="c")]
-        ),
+        NASTY: score([*hostile, record("", "", id="b", speaker="b"), record("ok ok", "ok", id="c", speaker="c")]),
         "runaway": score([record("stop", "stop" + " now" * 500)]),
         "silence": score([record("", "")]),
     }

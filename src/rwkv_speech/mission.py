@@ -66,7 +66,9 @@ def read_mission(path: str | Path) -> Mission:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a damaged file
         raise MissionError(f"mission file {path}: cannot be read as a PyTorch weight file ({_line(error)})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in tensors.items()
+    ):
         raise MissionError(f"mission file {path}: expected a state dict of tensors")
     unknown = [name for name in tensors if not _NAME.fullmatch(name)]
     n_layer = sum(name.startswith("language_model.") for name in tensors)
@@ -77,6 +79,8 @@ def read_mission(path: str | Path) -> Mission:
         problems = [f"{what} {', '.join(found[:3])}{' ...' * (len(found) > 3)}"
                     for what, found in (("unknown names", unknown), ("missing", missing)) if found]  # fmt: skip
         raise MissionError(f"mission file {path}: {'; '.join(problems)}")
+    if problem := _inconsistency(tensors, n_layer):
+        raise MissionError(f"mission file {path}: {problem}")
     return Mission(path, tensors, _read_info(path.with_suffix(".json")))
 
 
@@ -86,14 +90,15 @@ def write_mission(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     A reader never meets half a file, and never weights without what belongs to them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    weights, beside = (path.with_name(f".{path.name}.{os.getpid()}{suffix}") for suffix in ("", ".json"))
     try:
-        temporary.write_text(json.dumps(dict(info), indent=2) + "\n")
-        os.replace(temporary, path.with_suffix(".json"))
-        torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        beside.write_text(json.dumps(dict(info), indent=2) + "\n")
+        torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, weights)
+        os.replace(beside, path.with_suffix(".json"))
+        os.replace(weights, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def newest_mission(folder: Path) -> Path:
@@ -108,6 +113,21 @@ def newest_mission(folder: Path) -> Path:
             f"{folder} holds no mission file (rwkv-adapter-*.pth): train first, or name one by --adapter"
         )
     return max(files, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _inconsistency(tensors: Mapping[str, Tensor], n_layer: int) -> str | None:
+    """In what the tensors are no states of one shape (H, N, N) and no two Linear layers in a row, if so."""
+    (hidden, inputs, *_), (out, *_) = ((*tensors[f"{ADAPTER}{i}.weight"].shape, 1, 1) for i in (0, 2))
+    heads, size, *_ = (*tensors[STATE.format(0)].shape, 1, 1)
+    expected = {STATE.format(layer): (heads, size, size) for layer in range(n_layer)}
+    expected |= {f"{ADAPTER}0.weight": (hidden, inputs), f"{ADAPTER}0.bias": (hidden,)}
+    expected |= {f"{ADAPTER}2.weight": (out, hidden), f"{ADAPTER}2.bias": (out,)}
+    wrong = [(name, tuple(tensors[name].shape)) for name, shape in expected.items() if tensors[name].shape != shape]
+    if wrong:
+        (name, shape), more = wrong[0], f", and {len(wrong) - 1} more like it" * (len(wrong) > 1)
+        return f"{name} is {shape}, but by its other tensors should be {expected[name]}{more}"
+    strange = [(name, x.dtype) for name, x in tensors.items() if not x.is_floating_point()]
+    return f"{strange[0][0]} holds {strange[0][1]}, expected floating-point numbers" if strange else None
 
 
 def _read_info(path: Path) -> dict[str, Any]:

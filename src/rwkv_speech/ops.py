@@ -16,7 +16,6 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
-from torch import Tensor
 
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_audio import BadAudio
@@ -26,6 +25,7 @@ from rwkv_speech.data.steps import OptimiserSteps
 from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.engine.callbacks import BadSamples, MissionFiles, Throughput
 from rwkv_speech.engine.evaluate import claim, evaluate, write_json
+from rwkv_speech.engine.features import FillFeatures
 from rwkv_speech.engine.machine import Machine, fit_to_machine
 from rwkv_speech.engine.runs import find_run
 from rwkv_speech.engine.trainer import make_trainer
@@ -33,6 +33,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.mission import newest_mission
 from rwkv_speech.options import Options
 from rwkv_speech.rwkv6 import wkv
+from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.perturb import ROBUSTNESS
 from rwkv_speech.system import Optimisation, SpeechRWKV
 
@@ -49,7 +51,9 @@ def train(options: Options) -> int:
     (utterances,) = _splits(options, options.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True).values()
     pl.seed_everything(options.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
-    model = _load(options, options.adapter, "cpu" if machine.accelerator == "gpu" else machine.first_device, machine)
+    device = "cpu" if machine.accelerator == "gpu" else machine.first_device
+    features = FeatureCache(options.cache_features, storage=options.cache_dtype) if options.cache_features else None
+    model = _load(options, options.adapter, device, machine, features)
     model.language_model.checkpointing = bool(options.grad_cp)
     model.optimisation = Optimisation(
         lr_init=options.lr_init,
@@ -67,10 +71,13 @@ def train(options: Options) -> int:
         epoch_save=options.epoch_save,
         save_steps=options.save_steps,
     )
-    trainer = make_trainer(options, machine, run, [BadSamples(bad_audio), mission_files, Throughput()])
+    callbacks = [BadSamples(bad_audio), mission_files, Throughput()]
+    if features:
+        callbacks.insert(0, FillFeatures(features, utterances, bad_audio))
+    trainer = make_trainer(options, machine, run, callbacks)
     batches = OptimiserSteps(
         loader(
-            Speech(utterances, check=_too_long(model, options.ctx_len)),
+            Speech(utterances, check=_too_long(model, options.ctx_len), features=features),
             batch_size=options.micro_bsz,
             shuffle=True,
             seed=options.random_seed,
@@ -85,6 +92,8 @@ def train(options: Options) -> int:
     )
     log.info("training on %d utterances, %d batches an epoch", len(utterances), len(batches))
     trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
+    if trainer.is_global_zero:
+        run.finish()
     log.info("%s; the newest mission file is %s", bad_audio.report(), newest_mission(options.project))
     return 0
 
@@ -166,7 +175,13 @@ def predict(options: Options) -> int:
 OPS: dict[str, Callable[[Options], int]] = {"train": train, "eval": evaluate_splits, "predict": predict}
 
 
-def _load(options: Options, adapter: str | Path | None, device: torch.device | str, machine: Machine) -> SpeechRWKV:
+def _load(
+    options: Options,
+    adapter: str | Path | None,
+    device: torch.device | str,
+    machine: Machine,
+    features: FeatureCache | None = None,
+) -> SpeechRWKV:
     wkv.set_backend(options.wkv)
     model = SpeechRWKV.from_pretrained(
         options.load_model,
@@ -176,6 +191,7 @@ def _load(options: Options, adapter: str | Path | None, device: torch.device | s
         dtype=machine.dtype,
         downsample_k=options.downsample_k,
         adapter_hidden=options.adapter_hidden,
+        load_encoder=features.encoder if features else SpeechEncoder.from_pretrained,
     )
     sizes = model.language_model.sizes
     for flag, said, is_so in (("n_layer", options.n_layer, sizes.n_layer), ("n_embd", options.n_embd, sizes.n_embd)):
@@ -207,9 +223,9 @@ def _splits(
     return {name or "all": load_split(name, **settings) for name in names}
 
 
-def _too_long(model: SpeechRWKV, ctx_len: int) -> Callable[[Utterance, Tensor], str | None]:
-    def reason(utterance: Utterance, waveform: Tensor) -> str | None:
-        positions = model.positions(len(waveform), utterance.text)
+def _too_long(model: SpeechRWKV, ctx_len: int) -> Callable[[Utterance, int], str | None]:
+    def reason(utterance: Utterance, samples: int) -> str | None:
+        positions = model.positions(samples, utterance.text)
         return f"{positions} positions, more than --ctx_len {ctx_len}" if positions > ctx_len else None
 
     return reason

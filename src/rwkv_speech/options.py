@@ -32,7 +32,10 @@ def count(text: str) -> int:
 
 def device_list(text: str) -> int | list[int]:
     """A number of devices (`2`), or a list of their indices (`0,3` or `3,`)."""
-    return [int(i) for i in text.split(",") if i.strip()] if "," in text else positive(text)
+    indices = [int(i) for i in text.split(",") if i.strip()]
+    if not indices:
+        raise argparse.ArgumentTypeError(f"{text!r} names no device")
+    return indices if "," in text else positive(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,12 @@ class Options:
     download: bool = flag(False, "fetch the LibriSpeech splits that data_dir lacks")
     on_bad_audio: str = flag(
         "stop", "a sample that can't be used stops the run, or is left out", choices=("stop", "skip")
+    )
+    cache_features: str | None = flag(
+        None, "train: folder that keeps the encoder's frames, computed once and read ever after (default: none)"
+    )
+    cache_dtype: str = flag(
+        "fp16", "how frames are kept: int8, with a scale for each, takes half the disk", choices=("fp16", "int8")
     )
     num_workers: int = flag(2, "processes that read audio, for each device", type=count)
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
@@ -125,12 +134,14 @@ class Options:
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", type=str, nargs="+")
 
     def __post_init__(self) -> None:
-        if self.lr_init <= 0 or self.lr_final <= 0:
+        if not (self.lr_init > 0 and self.lr_final > 0):  # so that nan is none either
             raise UserError(f"--lr_init {self.lr_init} and --lr_final {self.lr_final} must be positive")
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
         if self.op != "predict" and self.file_path:
             raise UserError(f"--file_path goes with --op predict, not {self.op}")
+        if self.op != "train" and self.cache_features:
+            raise UserError(f"--cache_features goes with --op train, not {self.op}")
         if self.accelerator == "cpu" and isinstance(self.devices, list):
             raise UserError(
                 f"--devices {self.devices} names GPUs, but --accelerator is cpu: give a number of processes"

@@ -6,7 +6,7 @@ What stands in brackets is trained. Usable from a notebook (`transcribe`, `loss`
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE, check_waveform, load_audio
 from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.features import AbsentEncoder
 
 log = logging.getLogger("rwkv_speech")
 
@@ -62,7 +63,7 @@ class Optimisation:
 class SpeechRWKV(pl.LightningModule):
     """See the module's text. Only `adapter` and the language model's `time_state`s take gradients."""
 
-    def __init__(self, language_model: RWKV6, speech_encoder: SpeechEncoder, adapter: Adapter) -> None:
+    def __init__(self, language_model: RWKV6, speech_encoder: SpeechEncoder | AbsentEncoder, adapter: Adapter) -> None:
         super().__init__()
         self.language_model = language_model
         self.speech_encoder = speech_encoder
@@ -84,6 +85,7 @@ class SpeechRWKV(pl.LightningModule):
         dtype: torch.dtype | None = None,
         downsample_k: int | None = None,
         adapter_hidden: int | None = None,
+        load_encoder: Callable[..., SpeechEncoder | AbsentEncoder] = SpeechEncoder.from_pretrained,
     ) -> "SpeechRWKV":
         """Loads the frozen parts, and the trained ones from a mission file.
 
@@ -96,6 +98,7 @@ class SpeechRWKV(pl.LightningModule):
             dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
             downsample_k: encoder frames to a position; None is what the mission file tells, or 5.
             adapter_hidden: hidden units of the adapter; None is what the mission file tells, or 2048.
+            load_encoder: called as `SpeechEncoder.from_pretrained` is; `FeatureCache.encoder` where frames are cached.
 
         Raises:
             UserError: a file or encoder that can't be read, or parts that don't fit each other.
@@ -106,9 +109,10 @@ class SpeechRWKV(pl.LightningModule):
         if encoder and named and encoder != named:
             log.warning("%s was trained with the encoder %s, not %s", mission.path, named, encoder)
         language_model = RWKV6.from_file(load_model, device=device, dtype=dtype)
-        speech_encoder = SpeechEncoder.from_pretrained(
-            encoder or named or DEFAULT_ENCODER, device=device, dtype=language_model.dtype
-        )
+        with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
+            speech_encoder = load_encoder(
+                encoder or named or DEFAULT_ENCODER, device=device, dtype=language_model.dtype
+            )
         if mission:
             _check_fit(mission, language_model, speech_encoder, downsample_k, adapter_hidden)
             downsample_k, adapter_hidden = mission.inputs // speech_encoder.width, mission.hidden
@@ -155,19 +159,32 @@ class SpeechRWKV(pl.LightningModule):
         groups = self.adapter.group_count(self.speech_encoder.frame_count(samples))
         return groups + 1 + len(self.tokenizer.encode(text))
 
-    def embed_audio(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Waveforms (samples,) at 16 kHz -> embeddings (B, G, n_embd) and the valid positions (B,) of each."""
-        frames, lengths = self.speech_encoder(waveforms)
-        return self.adapter(frames.to(self.language_model.dtype), lengths)
+    def hear(self, audio: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Waveforms (samples,) at 16 kHz, or the frames (F, width) that they gave the encoder -> frames
+        (B, F_max, width) and the valid ones (B,) of each."""
+        if audio[0].ndim == 1:
+            frames, lengths = self.speech_encoder(audio)
+        else:
+            device = self.adapter.layers[0].weight.device
+            lengths = torch.tensor([len(frames) for frames in audio], device=device)
+            frames = pad_sequence([frames.to(device) for frames in audio], batch_first=True)
+        return frames.to(self.language_model.dtype), lengths
 
-    def loss_sum(self, waveforms: Sequence[Tensor], texts: Sequence[str]) -> tuple[Tensor, int]:
-        """The cross-entropy summed over transcript tokens and ends of text (fp32 scalar), and how many they are."""
-        audio, lengths = self.embed_audio(waveforms)
+    def embed_audio(self, audio: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Audio as `hear` takes it -> embeddings (B, G, n_embd) and the valid positions (B,) of each."""
+        return self.adapter(*self.hear(audio))
+
+    def loss_sum(self, audio: Sequence[Tensor], texts: Sequence[str]) -> tuple[Tensor, int]:
+        """The cross-entropy summed over transcript tokens and ends of text (fp32 scalar), and how many they are.
+
+        Audio is taken as by `hear`.
+        """
+        heard, lengths = self.embed_audio(audio)
         tokens = [
-            torch.tensor([TURN, *self.tokenizer.encode(text), END_OF_TEXT], device=audio.device) for text in texts
+            torch.tensor([TURN, *self.tokenizer.encode(text), END_OF_TEXT], device=heard.device) for text in texts
         ]
         embedded = [self.language_model.embed(t[:-1]) for t in tokens]
-        x = pad_sequence([torch.cat([a[:n], e]) for a, n, e in zip(audio, lengths, embedded, strict=True)], True)
+        x = pad_sequence([torch.cat([a[:n], e]) for a, n, e in zip(heard, lengths, embedded, strict=True)], True)
         hidden, _ = self.language_model(x)
         # Logits only where a transcript token or the end is to be told: from "#" on.
         told = torch.cat([h[n : n + len(e)] for h, n, e in zip(hidden, lengths, embedded, strict=True)])
@@ -188,17 +205,18 @@ class SpeechRWKV(pl.LightningModule):
     @torch.no_grad()
     def decode_waveforms(
         self,
-        waveforms: Sequence[Tensor],
+        audio: Sequence[Tensor],
         *,
         beam: int = 1,
         max_new_tokens: int | None = None,
         loop_guard: bool = False,
     ) -> list[Decoded]:
-        """One batch of 16 kHz waveforms (samples,) -> what is said in each; see `decoding.decode`."""
-        audio, lengths = self.embed_audio(waveforms)
-        turn = self.language_model.embed(torch.tensor([TURN], device=audio.device))
-        x = pad_sequence([torch.cat([a[:n], turn]) for a, n in zip(audio, lengths, strict=True)], True)
-        limits = [max_new_tokens or default_max_new_tokens(len(w) / SAMPLE_RATE) for w in waveforms]
+        """One batch of audio, taken as by `hear` -> what is said in each; see `decoding.decode`."""
+        heard, lengths = self.embed_audio(audio)
+        turn = self.language_model.embed(torch.tensor([TURN], device=heard.device))
+        x = pad_sequence([torch.cat([a[:n], turn]) for a, n in zip(heard, lengths, strict=True)], True)
+        rate = SAMPLE_RATE if audio[0].ndim == 1 else self.speech_encoder.frame_rate
+        limits = [max_new_tokens or default_max_new_tokens(len(a) / rate) for a in audio]
         return decode(self.language_model, x, lengths + 1, max_new_tokens=limits, beam=beam, loop_guard=loop_guard)
 
     def transcribe(
@@ -241,7 +259,7 @@ class SpeechRWKV(pl.LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Mean loss over the tokens of the optimiser step that this batch belongs to, in all processes."""
         if len(batch):
-            total, _ = self.loss_sum(batch.waveforms, batch.texts)
+            total, _ = self.loss_sum(batch.audio, batch.texts)
         else:  # all samples were bad; the other processes still expect gradients
             total = sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
         self.last_loss_sum = total.detach()
@@ -276,7 +294,11 @@ class SpeechRWKV(pl.LightningModule):
 
 
 def _check_fit(
-    mission: Mission, model: RWKV6, encoder: SpeechEncoder, downsample_k: int | None, hidden: int | None
+    mission: Mission,
+    model: RWKV6,
+    encoder: SpeechEncoder | AbsentEncoder,
+    downsample_k: int | None,
+    hidden: int | None,
 ) -> None:
     """One error that names everything in which the mission file and the parts around it differ."""
     sizes = model.sizes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,28 +20,41 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from rwkv_speech.data.utterance import BadSample, Utterance
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError
+from rwkv_speech.speech.features import FeatureCache
 
 
 @dataclass(slots=True)
 class Sample:
-    """A decoded utterance. waveform: float32 (samples,) at 16 kHz; index: its place in the dataset."""
+    """An utterance that was read.
+
+    waveform: float32 (samples,) at 16 kHz; None where the encoder's frames are cached.
+    text: transcript.
+    index: its place in the dataset.
+    samples: of the waveform.
+    frames: what the cache holds, (F, width), or None.
+    """
 
     id: str
-    waveform: Tensor
+    waveform: Tensor | None
     text: str
     index: int
+    samples: int
+    frames: Tensor | None = None
 
 
 @dataclass
 class Batch:
-    """Decoded utterances, in step; len() counts the good ones, and can be 0 where all were bad.
+    """Utterances, in step; len() counts the good ones, and can be 0 where all were bad.
 
-    waveforms: float32 (samples,) each, 16 kHz, unpadded: padding is the encoder's own affair.
+    waveforms: float32 (samples,) each, 16 kHz, unpadded: padding is the encoder's own affair; none where
+        frames are cached.
     indices: places in the dataset.
-    seconds: length of all waveforms together.
+    seconds: length of all recordings together.
     bad: samples that couldn't be used.
     tokens: targets in this batch, and
     step_tokens: in all batches of its optimiser step in this process; training counts them.
+    epoch: of training, that it belongs to.
+    frames: what the encoder made of each waveform, (F, width), where that is cached.
     """
 
     ids: list[str]
@@ -52,29 +65,41 @@ class Batch:
     bad: list[BadSample]
     tokens: int = 0
     step_tokens: int = 0
+    epoch: int = 0
+    frames: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def audio(self) -> list[Tensor]:
+        """Frames where they are cached, else waveforms: the model takes either."""
+        return self.frames or self.waveforms
+
 
 class Speech(Dataset[Sample | BadSample]):
-    """Decodes utterances when they are asked for.
+    """Reads utterances when they are asked for.
 
-    check: returns why a sample can't be used (too long for the context, say), or None.
-    change: makes another waveform of one, given the utterance's id.
-    Both run in the loader's workers.
+    check: returns why a sample of so many samples can't be used (too long for the context, say), or None.
+    change: makes another waveform of one, given the utterance's id, the waveform and the epoch; cached frames are
+        taken as they are.
+    features: where the encoder's frames are cached; nothing is decoded then.
+    All run in the loader's workers.
     """
 
     def __init__(
         self,
         utterances: Sequence[Utterance],
         *,
-        check: Callable[[Utterance, Tensor], str | None] | None = None,
-        change: Callable[[str, Tensor], Tensor] | None = None,
+        check: Callable[[Utterance, int], str | None] | None = None,
+        change: Callable[[str, Tensor, int], Tensor] | None = None,
+        features: FeatureCache | None = None,
     ) -> None:
         self.utterances = utterances
         self.check = check
         self.change = change
+        self.features = features
+        self.epoch = 0  # of training; workers get to know it when an iteration starts
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -84,16 +109,23 @@ class Speech(Dataset[Sample | BadSample]):
         reason = None if utterance.text.strip() else "text with no tokens"
         if reason is None:
             try:
-                waveform = utterance.waveform()
+                waveform, frames, samples = self._read(utterance)
+                reason = self.check(utterance, samples) if self.check is not None else None
+                if reason is None and self.change is not None and waveform is not None:
+                    waveform = self.change(utterance.id, waveform, self.epoch)
+                    samples = len(waveform)
             except AudioError as error:
                 reason = str(error)
-            else:
-                reason = self.check(utterance, waveform) if self.check is not None else None
         if reason is not None:
             return BadSample(utterance.id, str(utterance.audio), reason)
-        if self.change is not None:
-            waveform = self.change(utterance.id, waveform)
-        return Sample(utterance.id, waveform, utterance.text, index)
+        return Sample(utterance.id, waveform, utterance.text, index, samples, frames)
+
+    def _read(self, utterance: Utterance) -> tuple[Tensor | None, Tensor | None, int]:
+        """The waveform or its frames, and the samples of the waveform."""
+        if self.features is not None:
+            return None, *self.features.read(utterance)
+        waveform = utterance.waveform()
+        return waveform, None, len(waveform)
 
 
 def collate(items: Sequence[Sample | BadSample]) -> Batch:
@@ -101,10 +133,11 @@ def collate(items: Sequence[Sample | BadSample]) -> Batch:
     good = [item for item in items if isinstance(item, Sample)]
     return Batch(
         ids=[sample.id for sample in good],
-        waveforms=[sample.waveform for sample in good],
+        waveforms=[sample.waveform for sample in good if sample.waveform is not None],
+        frames=[sample.frames for sample in good if sample.frames is not None],
         texts=[sample.text for sample in good],
         indices=[sample.index for sample in good],
-        seconds=sum(len(sample.waveform) for sample in good) / SAMPLE_RATE,
+        seconds=sum(sample.samples for sample in good) / SAMPLE_RATE,
         bad=[item for item in items if isinstance(item, BadSample)],
     )
 
@@ -190,9 +223,15 @@ def loader(
     `use_distributed_sampler=False`.
     """
     order = Shuffled(len(dataset), seed=seed, epoch=epoch) if shuffle else SequentialSampler(dataset)
+    batches = SharedBatches(order, batch_size, rank=rank, world_size=world_size, even=even)
+    return load_batches(dataset, batches, num_workers=num_workers)
+
+
+def load_batches(dataset: Speech, batches: Sampler[list[int]], *, num_workers: int = 0) -> DataLoader[Batch]:
+    """Loads the batches that a sampler tells by their indices, ahead of time in `num_workers` processes."""
     return DataLoader(
         dataset,
-        batch_sampler=SharedBatches(order, batch_size, rank=rank, world_size=world_size, even=even),
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
         generator=torch.Generator(),  # else each iterator draws a number from the global stream

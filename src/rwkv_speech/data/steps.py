@@ -1,4 +1,4 @@
-"""The batches of training, each told how many targets its optimiser step has."""
+"""The batches of training, each told its epoch and how many targets its optimiser step has."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -46,10 +46,11 @@ class OptimiserSteps:
 
     def __iter__(self) -> Iterator[Batch]:
         self.given, self.loader.batch_sampler.skip, self.skip = self.skip, self.skip, 0
+        epoch = self.loader.dataset.epoch = self.loader.batch_sampler.sampler.epoch  # before workers start
         batches = islice(self.loader, len(self) - self.given)
         while group := list(islice(batches, self.accumulate)):
             for batch in group:
-                batch.tokens = sum(map(self.count, batch.texts))
+                batch.epoch, batch.tokens = epoch, sum(map(self.count, batch.texts))
             for batch in group:
                 batch.step_tokens = sum(b.tokens for b in group)
                 self.given += 1

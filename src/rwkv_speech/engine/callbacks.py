@@ -1,6 +1,7 @@
 """What happens beside the training steps: mission files, bad samples, throughput."""
 
 import time
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,13 @@ class MissionFiles(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self.saved_step:
             self._save(trainer, pl_module)
-        if trainer.is_global_zero:
-            self.run.finish()
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, loss = trainer.global_step, self.loss_sum / max(1, self.tokens)
         self.saved_step, self.loss_sum, self.tokens = step, 0.0, 0
         if not trainer.is_global_zero:
             return
-        path = self.folder / f"rwkv-adapter-{step}.pth"
-        if path.exists() and path.name not in self.written:
-            path = self.folder / f"rwkv-adapter-{step}-run{self.run.number}.pth"
+        path = self._path(step)
         info = self.info | {"step": step, "epoch": trainer.current_epoch, "train_loss": round(loss, 6)}
         write_mission(path, pl_module.trainable_state_dict(), info)
         if self.best is None or loss < self.best[0]:
@@ -83,6 +80,13 @@ class MissionFiles(Callback):
                 (self.folder / name).unlink(missing_ok=True)
                 (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
         self.written = sorted(keep)
+
+    def _path(self, step: int) -> Path:
+        """A name that is this run's, or nobody's: whoever deletes `checkpoints/` starts from run 1 again."""
+        ours = f"-run{self.run.number}"
+        suffixes = chain(("", ours), (f"{ours}-{i}" for i in count(2)))
+        paths = (self.folder / f"rwkv-adapter-{step}{suffix}.pth" for suffix in suffixes)
+        return next(p for p in paths if p.name in self.written or not (p.exists() or p.with_suffix(".json").exists()))
 
 
 class Throughput(Callback):

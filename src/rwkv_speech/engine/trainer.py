@@ -8,8 +8,9 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.strategies import StrategyRegistry
 
+from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
@@ -17,27 +18,31 @@ from rwkv_speech.options import Options
 
 
 def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[Callback]) -> pl.Trainer:
-    """A Trainer that saves its resume point in the run's folder with every mission file.
+    """A Trainer that saves its resume point in the run's folder, every `save_steps` and at each epoch's end.
 
     Raises:
-        UserError: fp16 training without a GPU, or a logger that isn't installed.
+        UserError: fp16 training without a GPU, a strategy that isn't there, or a logger that isn't installed.
     """
     _quiet()
     if machine.precision == "fp16" and machine.accelerator == "cpu":
         raise UserError("--precision fp16 trains on GPUs only, its small gradients need scaling: use bf16 or fp32")
-    every: dict[str, Any] = {"every_n_train_steps": options.save_steps} if options.save_steps else {"every_n_epochs": 1}
-    resume_point = ModelCheckpoint(run.folder, "{step}", enable_version_counter=False, **every)
+    # Each keeps its latest; of the two the run goes on from the newer one.
+    resume_points = [ModelCheckpoint(run.folder, "{epoch}-{step}", enable_version_counter=False, every_n_epochs=1)]
+    if options.save_steps:
+        resume_points.append(
+            ModelCheckpoint(run.folder, "{step}", enable_version_counter=False, every_n_train_steps=options.save_steps)
+        )
     return pl.Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
         num_nodes=machine.num_nodes,
         strategy=_strategy(machine.strategy),
         # Types of weights and activations are the model's own affair; fp16 also needs its gradients scaled.
-        precision="16-mixed" if machine.precision == "fp16" else "32-true",
+        precision="16-mixed" if machine.precision == "fp16" else None,
         max_epochs=options.epoch_count,
         accumulate_grad_batches=options.accumulate_grad_batches,
         gradient_clip_val=options.grad_clip or None,
-        callbacks=[*callbacks, resume_point, TQDMProgressBar()],
+        callbacks=[*callbacks, *resume_points, TQDMProgressBar()],
         logger=_loggers(options, run),
         log_every_n_steps=1 if options.epoch_steps and options.epoch_steps < 50 else 10,
         use_distributed_sampler=False,
@@ -59,16 +64,10 @@ def _quiet() -> None:
 
 
 def _strategy(name: str) -> Any:
-    if name.startswith("deepspeed"):
-        stage = {"deepspeed": 2}.get(name) or int(name.removeprefix("deepspeed_stage_")[:1])
-        offload = name.endswith("_offload")
-        return DeepSpeedStrategy(
-            stage=stage,
-            offload_optimizer=offload,
-            offload_parameters=offload and stage == 3,
-            exclude_frozen_parameters=True,
-        )
-    return name
+    names = [n for n in ("auto", *StrategyRegistry.available_strategies()) if not n.startswith("deepspeed")]
+    if name not in (*names, *STAGES):
+        raise UserError(f"no --strategy {name}; there are {', '.join((*names, *STAGES))}")
+    return ZeRO(name) if name in STAGES else name
 
 
 def _loggers(options: Options, run: Run) -> list[Logger]:

@@ -10,6 +10,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,26 +34,47 @@ _LEFT_OUT = {
 }
 
 
+Convolutions = Sequence[tuple[int, int]]  # kernel and stride of each step on the way from samples to frames
+
+
+def shortest_input(convolutions: Convolutions) -> int:
+    """The samples that one frame takes."""
+    samples = 1
+    for kernel, stride in reversed(convolutions):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def frame_count(samples: int, convolutions: Convolutions) -> int:
+    """The exact number of valid frames of a waveform with so many samples, at least 1."""
+    frames = max(samples, shortest_input(convolutions))
+    for kernel, stride in convolutions:
+        frames = (frames - kernel) // stride + 1
+    return frames
+
+
 class SpeechEncoder(nn.Module):
     """A frozen pretrained encoder; make one by `SpeechEncoder.from_pretrained`.
 
     Attributes:
         name: the hub name or folder it came from.
         width: channels of a frame.
+        convolutions: what shortens the signal, from samples to frames.
         frame_rate: frames per second.
         model: the Hugging Face network.
         feature_extractor: the Hugging Face feature extractor that belongs to it.
     """
 
-    frame_rate: float
-    min_samples: int  # shorter audio is padded to this with zeros
     window: int | None = None  # longer audio is cut into pieces of this many samples
     call_samples = _CALL_SAMPLES
     key_mapping: ClassVar[dict[str, str] | None] = None  # checkpoint names -> the network's names
 
-    def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
+    def __init__(self, name: str, model: nn.Module, feature_extractor: Any, convolutions: Convolutions) -> None:
         super().__init__()
         self.name = name
+        self.convolutions = convolutions
+        self.frame_rate = SAMPLE_RATE / math.prod(stride for _, stride in convolutions)
+        self.min_samples = shortest_input(convolutions)  # shorter audio is padded to this with zeros
         self.model = model.requires_grad_(False).eval()
         self.feature_extractor = feature_extractor
         self.width: int = model.config.hidden_size
@@ -80,9 +102,9 @@ class SpeechEncoder(nn.Module):
         """Stay in evaluation mode, whatever the module around this one is switched to."""
         return super().train(False)
 
-    @abstractmethod
     def frame_count(self, samples: int) -> int:
         """The exact number of valid frames of a waveform with so many samples, at least 1."""
+        return frame_count(samples, self.convolutions)
 
     @abstractmethod
     def _encode(self, waveforms: list[Tensor]) -> Tensor:
@@ -124,11 +146,16 @@ class SpeechEncoder(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self._weight.device
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        """Any of the weights: parameters, or buffers where training under DeepSpeed has made them constants."""
+        return next(chain(self.model.parameters(), self.model.buffers()))
 
 
 class _Wav2Vec2(SpeechEncoder):
@@ -140,21 +167,10 @@ class _Wav2Vec2(SpeechEncoder):
     """
 
     def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
-        super().__init__(name, model, feature_extractor)
         config = model.config
-        self.convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
-        self.frame_rate = SAMPLE_RATE / math.prod(config.conv_stride)
-        self.min_samples = 1
-        for kernel, stride in reversed(self.convolutions):
-            self.min_samples = (self.min_samples - 1) * stride + kernel
+        super().__init__(name, model, feature_extractor, list(zip(config.conv_kernel, config.conv_stride, strict=True)))
         if getattr(config, "conv_pos_batch_norm", False):
             self.call_samples = 0  # this HuBERT variant shifts padded frames off zero again: one utterance per call
-
-    def frame_count(self, samples: int) -> int:
-        frames = max(samples, self.min_samples)
-        for kernel, stride in self.convolutions:
-            frames = (frames - kernel) // stride + 1
-        return frames
 
     def _encode(self, waveforms: list[Tensor]) -> Tensor:
         features = [self._convolve(waveform) for waveform in waveforms]
@@ -177,14 +193,8 @@ class _Wav2Vec2Bert(SpeechEncoder):
     _FRAME, _HOP = 400, 160  # samples; fixed in the feature extractor
 
     def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
-        super().__init__(name, model, feature_extractor)
-        self.stride: int = feature_extractor.stride
-        self.frame_rate = SAMPLE_RATE / (self._HOP * self.stride)
-        self.min_samples = self._FRAME + (self.stride - 1) * self._HOP
-
-    def frame_count(self, samples: int) -> int:
-        mel_frames = (max(samples, self.min_samples) - self._FRAME) // self._HOP + 1
-        return mel_frames // self.stride
+        stack: int = feature_extractor.stride
+        super().__init__(name, model, feature_extractor, [(self._FRAME, self._HOP), (stack, stack)])
 
     def _encode(self, waveforms: list[Tensor]) -> Tensor:
         features = self._extract([F.pad(x, (0, max(0, self.min_samples - len(x)))) for x in waveforms])
@@ -204,13 +214,9 @@ class _Whisper(SpeechEncoder):
     key_mapping: ClassVar[dict[str, str]] = {r"^(model\.)?encoder\.": ""}
 
     def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
-        super().__init__(name, model, feature_extractor)
-        self.samples_per_frame: int = feature_extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]
-        self.frame_rate = SAMPLE_RATE / self.samples_per_frame
+        stride: int = feature_extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]
+        super().__init__(name, model, feature_extractor, [(1, stride)])  # a begun frame counts
         self.window = self.min_samples = feature_extractor.n_samples
-
-    def frame_count(self, samples: int) -> int:
-        return max(1, math.ceil(samples / self.samples_per_frame))
 
     def _encode(self, waveforms: list[Tensor]) -> Tensor:
         features = self._extract(waveforms).input_features  # (B, mels, 3000)

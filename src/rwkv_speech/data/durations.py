@@ -1,0 +1,92 @@
+"""How long recordings are, found out once: 280,000 headers take minutes, and batches by length need them at each start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.speech.audio import AudioError
+
+logger = logging.getLogger("rwkv_speech")
+
+_THREADS = 8  # what they wait for is the disk, or the network behind it
+_PIECE = 256  # utterances to a task
+
+
+def read_durations(utterances: Sequence[Utterance], cache: Path, *, quiet: bool = False) -> np.ndarray:
+    """Lengths in seconds: what the source tells, else what `cache` knows, else what the header says.
+
+    cache: a JSON file of lengths by the stamps of their files (see `file_stamp`), so that a file that was written to
+        is read again. It is made where it is absent or can't be read, and added to; it holds the lengths of other
+        utterances, too.
+    quiet: shows no progress.
+
+    Returns:
+        (utterances,) float64; 0 where the recording can't be opened. Loading it will tell why, and make it a bad
+        sample.
+    """
+    known: dict[str, float] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    found: dict[str, float] = {}
+    seconds = np.zeros(len(utterances))
+
+    def read(start: int) -> int:
+        piece = utterances[start : start + _PIECE]
+        for index, utterance in enumerate(piece, start):
+            seconds[index] = _seconds(utterance, known, found)
+        return len(piece)
+
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        with _progress(visible=not quiet) as progress:
+            task = progress.add_task("lengths of recordings", total=len(utterances))
+            for done in pool.map(read, range(0, len(utterances), _PIECE)):
+                progress.advance(task, done)
+    finally:  # an interrupted run has not read for nothing
+        pool.shutdown(cancel_futures=True)
+        if found:
+            _write(cache, known | found)
+    if unread := int((seconds == 0).sum()):
+        logger.warning("%d of %d recordings don't tell their length", unread, len(utterances))
+    return seconds
+
+
+def _seconds(utterance: Utterance, known: dict[str, float], found: dict[str, float]) -> float:
+    if utterance.duration:
+        return utterance.duration
+    stamp = utterance.stamp()
+    if stamp in known:
+        return known[stamp]
+    try:
+        seconds = utterance.seconds()
+    except (AudioError, OSError):
+        return 0.0
+    if stamp is not None:
+        found[stamp] = seconds
+    return seconds
+
+
+def _write(cache: Path, lengths: dict[str, float]) -> None:
+    # Several nodes may do this at once, with the same process id.
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{cache.name}.", dir=cache.parent)
+    with open(handle, "w", encoding="utf-8") as file:
+        json.dump(lengths, file, ensure_ascii=False, indent=0)
+    os.replace(temporary, cache)
+
+
+def _progress(*, visible: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not visible)

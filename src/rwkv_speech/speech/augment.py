@@ -1,0 +1,108 @@
+"""Augmentation of training speech: another speed, noise, masks on the encoder's frames.
+
+Every draw is a function of the run's seed, the epoch and the utterance's id: neither the number of loader workers or
+processes nor an interruption of the run changes what training sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_speech.speech.audio import load_audio
+from rwkv_speech.speech.perturb import at_speed, with_noise
+
+SPEEDS = (0.9, 1.0, 1.1)  # Ko et al. 2015, "Audio augmentation for speech recognition"
+NOISE_SNR_DB = (5.0, 20.0)
+
+# Masks of a sample: how many, and the most that one takes. Those of time are a part of the utterance, as in SpecAugment's
+# bound for short ones; a channel of an encoder stands for more than one of 80 mel bands, hence smaller ones than there.
+TIME_MASKS, TIME_PART = 2, 0.1
+CHANNEL_MASKS, CHANNEL_PART = 2, 0.1
+
+
+@dataclass(frozen=True)
+class WaveformAugmentation:
+    """Changes the waveform of a sample anew in each epoch; a callable for `Speech(change=...)`.
+
+    seed: the run's.
+    speeds: one is drawn for a sample, each as likely as the others; the pitch goes with it.
+    noise: recordings of noise, of which one is drawn and added; none: no noise.
+    snr_db: lowest and highest ratio of the speech's mean power to the noise's, drawn uniformly in dB.
+    """
+
+    seed: int
+    speeds: Sequence[float] = (1.0,)
+    noise: Sequence[Path] = ()
+    snr_db: tuple[float, float] = NOISE_SNR_DB
+
+    def __call__(self, id: str, waveform: Tensor, epoch: int) -> Tensor:
+        """waveform (samples,) at 16 kHz -> (about samples / speed,).
+
+        Raises:
+            AudioError: a recording of noise that can't be used.
+        """
+        waveform = at_speed(waveform, self.speed(id, epoch))
+        if self.noise:
+            draw = np.random.default_rng(_number(self.seed, epoch, id, "noise"))
+            noise = load_audio(self.noise[draw.integers(len(self.noise))])
+            start = draw.integers(len(noise))
+            noise = noise.roll(-int(start)).repeat(-(-len(waveform) // len(noise)))[: len(waveform)]
+            waveform = with_noise(waveform, noise, draw.uniform(*self.snr_db))
+        return waveform
+
+    def speed(self, id: str, epoch: int) -> float:
+        """The speed of a sample, as a multiple of its own."""
+        return self.speeds[_number(self.seed, epoch, id, "speed") % len(self.speeds)]
+
+    def lengths(self, ids: Sequence[str], seconds: np.ndarray, epoch: int) -> np.ndarray:
+        """What an epoch makes of the lengths of utterances: (utterances,) s -> the same."""
+        if len(self.speeds) == 1:
+            return seconds / self.speeds[0]
+        return seconds / np.fromiter((self.speed(id, epoch) for id in ids), float)
+
+
+@dataclass(frozen=True)
+class SpecAugment:
+    """Masks stretches of time and bands of channels, as Park et al. 2019 ("SpecAugment") do with mel spectrograms.
+
+    There the masked values become zero, which is the mean of their normalised spectrograms. Encoder frames are not
+    normalised: here each channel becomes its mean over the utterance.
+
+    seed: the run's.
+    """
+
+    seed: int
+
+    def __call__(self, frames: Tensor, lengths: Tensor, *, ids: Sequence[str], epoch: int) -> Tensor:
+        """frames (B, F, width), of which lengths (B,) are valid, of the samples `ids` -> masked frames, as many."""
+        masked = frames.clone()
+        width = frames.shape[2]
+        for x, length, id in zip(masked, lengths.tolist(), ids, strict=True):
+            draw = np.random.default_rng(_number(self.seed, epoch, id, "masks"))
+            mean = x[:length].mean(0, dtype=torch.float32).to(x.dtype)  # (width,)
+            for _ in range(TIME_MASKS):
+                first, end = _stretch(draw, length, TIME_PART)
+                x[first:end] = mean
+            for _ in range(CHANNEL_MASKS):
+                first, end = _stretch(draw, width, CHANNEL_PART)
+                x[:length, first:end] = mean[first:end]
+        return masked
+
+
+def _stretch(draw: np.random.Generator, size: int, part: float) -> tuple[int, int]:
+    """Where a mask begins and ends: its length uniform from none to `part` of the size, its place uniform, too."""
+    length = int(draw.integers(int(part * size) + 1))
+    first = int(draw.integers(size - length + 1))
+    return first, first + length
+
+
+def _number(seed: int, epoch: int, id: str, what: str) -> int:
+    """A number of 64 bits for one draw, alike for nothing else."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {what} {id}".encode(), digest_size=8).digest())

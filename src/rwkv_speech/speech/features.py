@@ -1,0 +1,372 @@
+"""Cached encoder frames: the encoder is frozen, so it hears a recording once, and its frames are read ever after.
+
+    DIR/encoders/<files>.json           what is known of an encoder, under the stamps of its files
+    DIR/<identity>-<storage>/           its frames, under the content of a recording and the stamps of its files
+
+- The identity of an encoder is the hash of its weights, configuration, feature extractor and type of computation. It is
+  computed whenever the encoder is loaded; only where its files are untouched since, it needn't be.
+- A recording is known by the hash of its encoded bytes. Its file's stamp saves reading it; a file that was touched
+  is read, and if its content is the same its frames stay.
+- With a full cache the encoder isn't loaded: an `AbsentEncoder` stands in for it.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from rwkv_speech.errors import UserError
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
+from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
+from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, Storage
+from rwkv_speech.speech.stamps import file_stamp
+
+log = logging.getLogger("rwkv_speech")
+
+_VERSION = 1  # of what this package itself does to audio on its way to frames: raised when frames change
+_BATCH_SECONDS = 240.0  # padded audio that is read and encoded together, and then committed
+_READERS = 4  # threads that read and decode
+
+
+class Recording(Protocol):
+    """What the cache must know of a recording; `data.Utterance` is one.
+
+    audio: what messages call it.
+    """
+
+    @property
+    def audio(self) -> object: ...
+
+    def stamp(self) -> str | None:
+        """Stands for the content for as long as it doesn't change; None: nothing but the content itself does."""
+
+    def read(self) -> tuple[bytes, str | None]:
+        """The encoded bytes, and a stamp that stood for them before they were read; raises AudioError."""
+
+    def seconds(self) -> float:
+        """Length, without decoding; raises AudioError."""
+
+
+class AbsentEncoder(nn.Module):
+    """Tells what a `SpeechEncoder` would, and has no ears.
+
+    Attributes: as those of `SpeechEncoder` by these names.
+    """
+
+    def __init__(self, name: str, *, width: int, convolutions: Convolutions) -> None:
+        super().__init__()
+        self.name = name
+        self.width = width
+        self.convolutions = convolutions
+        self.frame_rate = SAMPLE_RATE / math.prod(stride for _, stride in convolutions)
+
+    def frame_count(self, samples: int) -> int:
+        """The exact number of valid frames of a waveform with so many samples, at least 1."""
+        return frame_count(samples, self.convolutions)
+
+    def forward(self, waveforms: Sequence[Tensor]) -> NoReturn:
+        raise UserError(f"speech encoder {self.name} isn't loaded, its frames are cached: it can't hear a waveform")
+
+
+class FeatureCache:
+    """The frames of one encoder, made by `encoder`, then `fill`, then `read`.
+
+    folder: where caches of any encoders lie.
+    storage: how frames are kept; see `shards`.
+    """
+
+    def __init__(self, folder: str | Path, *, storage: Storage) -> None:
+        self.folder = Path(folder).expanduser()
+        self.storage: Storage = storage
+        self._loaded: SpeechEncoder | None = None
+
+    def encoder(
+        self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> AbsentEncoder:
+        """Opens the cache of an encoder, which is loaded only if it isn't known from before.
+
+        Args: those of `SpeechEncoder.from_pretrained`.
+
+        Raises:
+            UserError: the encoder can't be loaded.
+        """
+        stamp = _encoder_stamp(name, dtype)
+        known = self.folder / "encoders" / f"{stamp}.json"
+        facts = _read_facts(known) if stamp else None
+        if facts is None:
+            self._loaded = SpeechEncoder.from_pretrained(name, device=device, dtype=dtype)
+            facts = {
+                "encoder": name,
+                "identity": encoder_identity(self._loaded),
+                "width": self._loaded.width,
+                "convolutions": self._loaded.convolutions,
+            }
+            if stamp and stamp == _encoder_stamp(name, dtype):  # else its files changed while they were read
+                _write_facts(known, facts)
+        self._dtype = dtype
+        self._identity: str = facts["identity"]
+        self._absent = AbsentEncoder(name, width=facts["width"], convolutions=facts["convolutions"])
+        folder = self.folder / f"{self._identity}-{self.storage}"
+        self._shards = Shards(folder, width=self._absent.width, storage=self.storage)
+        return self._absent
+
+    def fill(
+        self,
+        recordings: Sequence[Recording],
+        *,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+        on_bad: Callable[[Recording, AudioError], None] = lambda recording, error: None,
+    ) -> None:
+        """Computes the frames that are missing, every process those of its share.
+
+        Batches of encoding follow from the recordings alone, and one that was interrupted is done again as a whole:
+        the frames are the same bit for bit, however often the filling was killed.
+
+        Args:
+            recordings: the same in all processes; one may occur several times.
+            device: where the encoder works.
+            rank, world_size: which share is this process's.
+            barrier: returns when all processes have called it.
+            on_bad: takes the recordings that can't be used; they get no frames.
+
+        Raises:
+            UserError: the disk has no room for the frames, or an encoder other than the one that was opened.
+        """
+        # One that occurs several times is encoded once, as far as stamps tell.
+        mine = list({recording.stamp() or recording: recording for recording in recordings[rank::world_size]}.values())
+        with ShardWriter(self._shards) as writer:
+            missing = {i for i, recording in enumerate(mine) if not self._known(recording, writer)}
+            work = self._plan(mine, missing, on_bad) if missing else []
+            self._check_room([entry for batch in work for entry in batch if entry.index in missing], world_size)
+            barrier()  # nobody writes before all have looked at the disk
+            if work:
+                self._encode([[mine[entry.index] for entry in batch] for batch in work], writer, device, rank, on_bad)
+        self._loaded = None
+        barrier()
+        self._shards.reload()
+
+    def read(self, recording: Recording) -> tuple[Tensor, int]:
+        """The frames of a recording, (F, width) float16 or float32, and its samples at 16 kHz.
+
+        Raises:
+            AudioError: it can't be used, or changed since the cache was filled.
+        """
+        record = self._find_stamp(recording.stamp())
+        if record is None:
+            content, _ = recording.read()
+            record = self._shards.find(_key("audio", content))
+            if record is None:
+                load_audio(content, name=str(recording.audio))  # says what is wrong with it
+                raise AudioError(f"{recording.audio}: changed since its frames were cached; start again to renew them")
+        return self._shards.read(record), int(record["samples"])
+
+    def _find_stamp(self, stamp: str | None) -> Any:
+        return None if stamp is None else self._shards.find(_key("stamp", stamp.encode()))
+
+    def _known(self, recording: Recording, writer: ShardWriter) -> bool:
+        """Whether its frames are there; a file that was only touched or moved is remembered as it is now."""
+        if not len(self._shards):
+            return False
+        if self._find_stamp(recording.stamp()) is not None:
+            return True
+        try:
+            content, stamp = recording.read()
+        except AudioError:
+            return False  # whoever reads it for its frames will say so
+        record = self._shards.find(_key("audio", content))
+        if record is not None and stamp is not None:
+            writer.link(_key("stamp", stamp.encode()), record)
+        return record is not None
+
+    def _plan(
+        self, recordings: Sequence[Recording], missing: set[int], on_bad: Callable[[Recording, AudioError], None]
+    ) -> list[list["_Entry"]]:
+        """All recordings in batches of like length, of which those remain that lack something."""
+        entries = []
+        for index, recording in enumerate(recordings):
+            try:
+                entries.append(_Entry(recording.seconds(), index))
+            except AudioError as error:
+                on_bad(recording, error)
+        entries.sort(reverse=True)
+        batches = []
+        while entries:
+            count = max(1, int(_BATCH_SECONDS / max(entries[0].seconds, 0.1)))
+            batches.append(entries[:count])
+            entries = entries[count:]
+        return [batch for batch in batches if any(entry.index in missing for entry in batch)]
+
+    def _check_room(self, entries: list["_Entry"], world_size: int) -> None:
+        """Says how much disk all processes together need, taking the other shares to be like this one."""
+        if not entries:
+            return
+        frames = sum(self._absent.frame_count(round(entry.seconds * SAMPLE_RATE)) for entry in entries)
+        needed = world_size * (frames * self._shards.frame_bytes + 2 * RECORD_BYTES * len(entries))
+        hours = world_size * sum(entry.seconds for entry in entries) / 3600
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        sizes = f"the frames of {hours:.2f} h of audio need {needed / 1e9:.2f} GB in {self.folder}"
+        if needed > free:
+            raise UserError(
+                f"--cache_features: {sizes}, where {free / 1e9:.2f} GB are free: make room, "
+                f"{'use --cache_dtype int8, ' if self.storage == 'fp16' else ''}or leave --cache_features out"
+            )
+        log.info("%s, %.2f GB are free there", sizes, free / 1e9)
+
+    def _encode(
+        self,
+        batches: list[list[Recording]],
+        writer: ShardWriter,
+        device: torch.device | str,
+        rank: int,
+        on_bad: Callable[[Recording, AudioError], None],
+    ) -> None:
+        encoder = self._load(device)
+        written: dict[bytes, Any] = {}
+        start, seconds = time.perf_counter(), 0.0
+        columns = (TextColumn("caching frames"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with ThreadPoolExecutor(_READERS) as pool, Progress(*columns, console=console, disable=rank > 0) as progress:
+            task = progress.add_task("", total=sum(map(len, batches)), speed="")
+            for batch, results in zip(batches, _ahead(pool, _hear, batches), strict=True):
+                heard: list[tuple[Recording, _Heard]] = []
+                for recording, result in zip(batch, results, strict=True):
+                    if isinstance(result, AudioError):
+                        on_bad(recording, result)
+                    else:
+                        heard.append((recording, result))
+                frames, lengths = encoder([x.waveform for _, x in heard]) if heard else ((), ())
+                for (recording, x), utterance, length in zip(heard, frames, lengths, strict=True):
+                    record = written.get(x.key)
+                    if record is None:
+                        record = self._shards.find(x.key)
+                    if record is None:
+                        try:
+                            record = writer.add(x.key, utterance[:length], len(x.waveform))
+                        except ValueError as error:
+                            raise UserError(
+                                f"{recording.audio}: its frames are {error}; use --cache_dtype int8 or another encoder"
+                            ) from error
+                    written[x.key] = record
+                    if x.stamp is not None and self._find_stamp(x.stamp) is None:
+                        writer.link(_key("stamp", x.stamp.encode()), record)
+                    seconds += len(x.waveform) / SAMPLE_RATE
+                writer.commit()
+                speed = seconds / (time.perf_counter() - start)
+                progress.update(task, advance=len(batch), speed=f"{speed:.0f} x real time")
+        log.info("cached the frames of %.2f h of audio, %.0f times as fast as it lasts", seconds / 3600, speed)
+
+    def _load(self, device: torch.device | str) -> SpeechEncoder:
+        if self._loaded is None:
+            self._loaded = SpeechEncoder.from_pretrained(self._absent.name, device=device, dtype=self._dtype)
+            if encoder_identity(self._loaded) != self._identity:
+                raise UserError(f"speech encoder {self._absent.name} changed in this moment; start again")
+        return self._loaded.to(device)
+
+
+class _Entry(NamedTuple):
+    """A recording in the plan; compares by length, then by place."""
+
+    seconds: float
+    index: int
+
+
+class _Heard(NamedTuple):
+    """A recording that was read: the key of its content, the stamp of its file, float32 samples at 16 kHz."""
+
+    key: bytes
+    stamp: str | None
+    waveform: Tensor
+
+
+def encoder_identity(encoder: SpeechEncoder) -> str:
+    """32 hexadecimal digits that differ where an encoder's frames may: weights, configuration, features, type."""
+    settings = {
+        "version": _VERSION,
+        "family": type(encoder).__name__,
+        "config": _lasting(encoder.model.config.to_dict()),
+        "feature_extractor": _lasting(encoder.feature_extractor.to_dict()),
+    }
+    found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in sorted(encoder.model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without where they came from and who wrote them."""
+    return {key: x for key, x in settings.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+def _encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
+    """Stands for all that decides on an encoder's identity; None where only loading can tell."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:  # asks the hub for a newer version, as loading would; without a network, what is here
+            folder = Path(hf_hub_download(name, "config.json")).parent
+        except Exception:  # of a dozen kinds, which loading will explain
+            return None
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+    stamps = [file_stamp(path) for path in files]
+    if None in stamps or all(path.suffix == ".json" for path in files):
+        return None
+    everything = [_VERSION, metadata.version("transformers"), str(dtype), *stamps]
+    return hashlib.blake2b(json.dumps(everything).encode(), digest_size=16).hexdigest()
+
+
+def _read_facts(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --cache_features") from error
+
+
+def _key(kind: str, content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16, person=kind.encode()).digest()
+
+
+def _hear(recording: Recording) -> _Heard | AudioError:
+    try:
+        content, stamp = recording.read()
+        return _Heard(_key("audio", content), stamp, load_audio(content, name=str(recording.audio)))
+    except AudioError as error:
+        return error
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], batches: list[list[Any]]) -> Iterator[list[Any]]:
+    """The results of each batch, the next one being worked on meanwhile."""
+    waiting: list[Any] = []
+    for number, batch in enumerate(batches):
+        ready, waiting = waiting, [pool.submit(function, item) for item in batch]
+        if number:
+            yield [future.result() for future in ready]
+    yield [future.result() for future in waiting]

@@ -1,0 +1,437 @@
+"""The launchers and the set-up, run for real by sh, beside a `train.py` that only records its arguments."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+import packaging
+import pytest
+
+from rwkv_speech.options import Options
+
+ROOT = Path(__file__).parents[1]
+TRAIN, PREDICT = "demo-state-tuning.sh", "demo-predict.sh"
+
+RECORDER = """\
+import json, sys
+print("a log line", file=sys.stderr)
+print(json.dumps(sys.argv[1:]))
+sys.exit(7 if "--exit_7" in sys.argv else 0)
+"""
+
+# A Python of an environment that has packaging, and the project of its own checkout once {installed} exists.
+ENVIRONMENT_PYTHON = """\
+#!/bin/sh
+if [ "$1 $2" = "-m pip" ]; then
+    echo "$@" >>{log}
+    case "$*" in *install*) {pip};; esac
+    exit
+fi
+PYTHONPATH={site}
+[ ! -e {installed} ] || PYTHONPATH={site}:{src}
+export PYTHONPATH
+exec {python} -S "$@"
+"""
+
+
+def quote(path: Path | str) -> str:
+    return shlex.quote(str(path))
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+class Checkout:
+    """A copy of the launchers in a folder with an awkward name, with an environment that needs no installing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / 'it\'s a "check" out'
+        shutil.copytree(ROOT / "demo", self.root / "demo")
+        (self.root / "src/rwkv_speech").mkdir(parents=True)
+        (self.root / "src/rwkv_speech/__init__.py").touch()
+        (self.root / "train.py").write_text(RECORDER)
+        (self.root / "requirements.txt").write_text("# what it needs\npackaging>=20\n")
+        (self.root / "pyproject.toml").write_text('[project.optional-dependencies]\ndev = ["packaging>=21"]\n')
+        self.site = folder / "site"  # the packages of every environment here
+        self.site.mkdir()
+        metadata = Path(str(distribution("packaging").locate_file(f"packaging-{version('packaging')}.dist-info")))
+        for installed in (metadata, Path(packaging.__file__).parent):
+            (self.site / installed.name).symlink_to(installed)
+        self.log = folder / "pip.log"
+        self.log.touch()
+        self.active = folder / "the active one"
+        self.write_python(self.active / "bin/python", self.active)
+        (self.active / "installed").touch()
+        self.bin = folder / "bin"  # a PATH with a few tools and, at first, no Python
+        self.bin.mkdir()
+        for tool in ("sh", "dirname", "rm", "mkdir", "cp", "cat", "sleep", "touch"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+
+    def write_python(self, path: Path, environment: Path, *, pip: str | None = None) -> None:
+        installed = quote(environment / "installed")
+        text = ENVIRONMENT_PYTHON.format(
+            log=quote(self.log),
+            pip=pip or f"touch {installed}",
+            installed=installed,
+            site=quote(self.site),
+            src=quote(self.root / "src"),
+            python=quote(sys.executable),
+        )
+        write_program(path, text)
+
+    def add_python3(self, *, pip: str | None = None) -> None:
+        """A python3 on the PATH whose venvs have an `ENVIRONMENT_PYTHON`."""
+        prototype = self.bin.parent / "prototype"
+        self.write_python(prototype, self.root / ".venv", pip=pip)
+        create = f'mkdir -p "$3/bin" && cp {quote(prototype)} "$3/bin/python"'
+        text = f'#!/bin/sh\nif [ "$1 $2" = "-m venv" ]; then {create}; exit; fi\nexec {quote(sys.executable)} "$@"\n'
+        write_program(self.bin / "python3", text)
+
+    def lacks(self, *paths: Path) -> str:
+        """What `lacks.py` says of an environment with these folders of packages."""
+        environment = {"PYTHONPATH": ":".join(str(path) for path in (self.site, *paths))}
+        command = [sys.executable, "-S", str(self.root / "demo/lacks.py")]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    def start(self, script: str, *arguments: str, active: bool = True, **settings: str) -> subprocess.Popen:
+        environment = {"PATH": str(self.bin), "LANG": "C.UTF-8"} | settings
+        if active:
+            environment["VIRTUAL_ENV"] = str(self.active)
+        command = ["sh", str(self.root / "demo" / script), *arguments]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment, cwd=self.bin.parent, start_new_session=True, **pipes)
+
+    def run(self, script: str, *arguments: str, **how) -> subprocess.CompletedProcess:
+        process = self.start(script, *arguments, **how)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def argv(self, script: str, *arguments: str, **settings: str) -> list[str]:
+        done = self.run(script, *arguments, **settings)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def edit(self, script: str, name: str, line: str) -> None:
+        """Replaces the line that sets `name`."""
+        path = self.root / "demo" / script
+        text, replaced = re.subn(rf"^{name}=.*$", lambda _: line, path.read_text(), flags=re.MULTILINE)
+        assert replaced == 1, name
+        path.write_text(text)
+
+    @property
+    def installs(self) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if " install " in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def settings_of(script: str) -> set[str]:
+    """Names of the variables that a launcher sets at its top."""
+    top = (ROOT / "demo" / script).read_text().partition("nothing to edit below")[0]
+    return set(re.findall(r"^(\w+)=", top, flags=re.MULTILINE))
+
+
+# --- settings become flags -------------------------------------------------------------------------------------------
+
+
+def test_train_passes_the_defaults_of_the_program(checkout):
+    arguments = checkout.argv(TRAIN, load_model="m.pth")
+    assert Options.parse(arguments) == Options(load_model="m.pth", proj_dir=str(checkout.root / "output"))
+
+
+def test_predict_passes_the_defaults_of_the_program(checkout):
+    arguments = checkout.argv(PREDICT, load_model="m.pth", file_path="a.wav")
+    wanted = Options(op="predict", load_model="m.pth", file_path=["a.wav"], proj_dir=str(checkout.root / "output"))
+    assert Options.parse(arguments) == wanted
+
+
+def test_train_has_a_setting_for_every_flag():
+    flags = {f.name for f in fields(Options)}
+    assert settings_of(TRAIN) == flags - {"op", "file_path"} | {"OP"}
+
+
+def test_settings_of_predict_are_flags():
+    assert {"file_path", "load_model", "adapter", "encoder"} < settings_of(PREDICT)
+    assert settings_of(PREDICT) < {f.name for f in fields(Options)}
+
+
+@pytest.mark.parametrize("script", [TRAIN, PREDICT])
+def test_every_setting_arrives_from_the_environment(checkout, script):
+    settings = {name: f"the {name}" for name in settings_of(script) - {"OP", "download", "loop_guard", "file_path"}}
+    switches = settings.keys() & {f.name for f in fields(Options) if f.default is False}
+    arguments = checkout.argv(script, **settings, **{"file_path": "x"} if script == PREDICT else {})
+    for name in settings:
+        assert (f"--{name}" if name in switches else f"--{name}=the {name}") in arguments
+
+
+@pytest.mark.parametrize("script", [TRAIN, PREDICT])
+def test_an_empty_setting_passes_no_flag(checkout, script):
+    checkout.edit(script, "beam", "beam=")
+    arguments = checkout.argv(script, load_model="m.pth", file_path="x", adapter="")
+    assert not [a for a in arguments if a.startswith(("--adapter", "--beam", "--n_layer", "--max_new", "--loop"))]
+
+
+AWKWARD = '/data/it\'s "large"  $HOME `x` *\\ models/m v2.pth'
+
+
+def test_spaces_and_quotes_arrive_from_the_environment(checkout):
+    assert f"--load_model={AWKWARD}" in checkout.argv(TRAIN, load_model=AWKWARD)
+    arguments = checkout.argv(PREDICT, load_model="m.pth", file_path=AWKWARD)
+    assert arguments[-2:] == ["--file_path", AWKWARD]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'load_model="/a b/it\'s.pth"',
+        'load_model="${load_model:-/a b/it\'s.pth}"',
+        "load_model=/a\\ b/it\\'s.pth",
+    ],
+    ids=["in-quotes", "as-default", "bare"],
+)
+@pytest.mark.parametrize("script", [TRAIN, PREDICT])
+def test_a_setting_is_edited_in_the_script(checkout, script, line):
+    checkout.edit(script, "load_model", line)
+    assert "--load_model=/a b/it's.pth" in checkout.argv(script, file_path="x")
+
+
+def test_the_environment_wins_over_a_default_in_the_script(checkout):
+    checkout.edit(TRAIN, "OP", 'OP="${OP:-eval}"')
+    assert checkout.argv(TRAIN, load_model="m")[0] == "--op=eval"
+    assert checkout.argv(TRAIN, load_model="m", OP="train")[0] == "--op=train"
+
+
+def test_arguments_have_the_last_word(checkout):
+    arguments = checkout.argv(TRAIN, "--micro_bsz", "2", "--load_model", "b c.pth", micro_bsz="3")
+    options = Options.parse(arguments)
+    assert (options.micro_bsz, options.load_model) == (2, "b c.pth")
+
+
+@pytest.mark.parametrize(("said", "passed"), [("1", True), ("0", False), ("", False)], ids=["1", "0", "empty"])
+def test_switches(checkout, said, passed):
+    arguments = checkout.argv(TRAIN, load_model="m", download=said, resume=said)
+    assert ("--download" in arguments, "--resume" in arguments) == (passed, passed)
+
+
+def test_device_is_understood_as_devices(checkout):
+    assert "--devices=2" in checkout.argv(TRAIN, load_model="m", device="2")
+
+
+# --- files to transcribe ---------------------------------------------------------------------------------------------
+
+
+def test_files_as_arguments_then_flags(checkout):
+    arguments = checkout.argv(PREDICT, "a b.wav", "it's.mp3", "--beam", "4", load_model="m")
+    options = Options.parse(arguments)
+    assert (options.file_path, options.beam) == (["a b.wav", "it's.mp3"], 4)
+
+
+def test_a_file_in_the_environment_and_flags(checkout):
+    options = Options.parse(checkout.argv(PREDICT, "--beam", "4", load_model="m", file_path="a b*.wav"))
+    assert (options.file_path, options.beam) == (["a b*.wav"], 4)
+
+
+def test_standard_output_and_exit_status_are_the_program_s(checkout):
+    done = checkout.run(PREDICT, "a.wav", "--exit_7", load_model="m")
+    assert done.returncode == 7
+    assert done.stdout.count("\n") == 1
+    assert "a.wav" in json.loads(done.stdout)
+    assert done.stderr == "a log line\n"
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "words"),
+    [
+        (TRAIN, {}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world"]),
+        (PREDICT, {"file_path": "x"}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world"]),
+        (PREDICT, {"load_model": "m"}, ["no audio", "file_path="]),
+        (TRAIN, {"load_model": "m", "OP": "evaluate"}, ["OP=evaluate", "train", "eval"]),
+        (TRAIN, {"load_model": "m", "OP": "predict"}, ["demo-predict.sh"]),
+    ],
+    ids=["train-without-model", "predict-without-model", "predict-without-file", "unknown-OP", "OP-predict"],
+)
+def test_a_mistake_is_one_line_before_anything_is_installed(checkout, script, settings, words):
+    done = checkout.run(script, active=False, **settings)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_help_needs_no_model(checkout):
+    assert "--help" in checkout.argv(TRAIN, "--help")
+    assert "--help" in checkout.argv(PREDICT, "--help")
+
+
+def quickest(action: Callable[[], object]) -> float:
+    """Seconds; the best of three, for the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        action()
+        seconds.append(time.monotonic() - started)
+    return min(seconds)
+
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_active_environment_is_used_quickly_and_left_alone(checkout):
+    assert quickest(lambda: checkout.run("setup.sh")) < 1
+    done = checkout.run("setup.sh")
+    assert (done.stdout, done.stderr) == (f"{checkout.active}/bin/python\n", "")
+    assert checkout.installs == []
+
+
+def test_a_conda_environment_is_used(checkout):
+    done = checkout.run("setup.sh", active=False, CONDA_PREFIX=str(checkout.active), CONDA_DEFAULT_ENV="base")
+    assert (done.stdout, done.stderr) == (f"{checkout.active}/bin/python\n", "")
+
+
+def test_an_active_environment_that_lacks_only_the_project_gets_it(checkout):
+    (checkout.active / "installed").unlink()
+    done = checkout.run("setup.sh")
+    assert done.stdout == f"{checkout.active}/bin/python\n"
+    (install,) = checkout.installs
+    assert install.endswith("--no-deps -e .")
+
+
+@pytest.mark.parametrize(
+    ("requirements", "lack"),
+    [
+        ("packaging>=20\n", ""),
+        ("no-such-package>=3  # a comment\n", "no-such-package>=3"),
+        ("packaging>=1000\n", f"packaging>=1000 (it has {version('packaging')})"),
+        ("no-such-package; python_version < '3'\n", ""),
+        ("packaging[more]\n", ""),
+        ("packaged[plain]\n", ""),
+        ("packaged[more]\n", "no-such-part; extra == 'more'"),
+        ("a\nb\nc\nd\ne\n", "a, b, c and 2 more"),
+    ],
+    ids=["nothing", "missing", "too-old", "other-python", "unknown-extra", "plain-extra", "part-of-extra", "many"],
+)
+def test_what_the_environment_lacks(checkout, requirements, lack):
+    metadata = ["Metadata-Version: 2.1", "Name: packaged", "Version: 1", "Requires-Dist: no-such-part; extra == 'more'"]
+    write_program(checkout.site / "packaged-1.dist-info/METADATA", "\n".join(metadata))
+    (checkout.root / "requirements.txt").write_text(requirements)
+    assert checkout.lacks(checkout.root / "src") == lack
+
+
+def test_the_project_must_be_this_one(checkout, tmp_path):
+    other = tmp_path / "other/rwkv_speech/__init__.py"
+    write_program(other, "")
+    assert checkout.lacks() == "rwkv-speech"
+    assert str(other.parent) in checkout.lacks(tmp_path / "other")
+
+
+def test_an_environment_is_made_once(checkout):
+    checkout.add_python3()
+    first = checkout.run("setup.sh", "dev", active=False)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == f"{checkout.root}/.venv/bin/python\n"
+    assert "3 GB" in first.stderr
+    (install,) = checkout.installs
+    assert install.endswith("-e .[dev]")
+    assert quickest(lambda: checkout.run("setup.sh", "dev", active=False)) < 1
+    again = checkout.run("setup.sh", "dev", active=False)
+    assert (again.stdout, again.stderr) == (first.stdout, "")
+    assert len(checkout.installs) == 1
+
+
+def test_an_active_environment_that_lacks_things_gives_way_and_says_so(checkout):
+    checkout.add_python3()
+    write_program(checkout.active / "bin/python", "#!/bin/sh\nexit 1\n")
+    done = checkout.run(TRAIN, load_model="m")
+    assert done.returncode == 0, done.stderr
+    assert str(checkout.active) in done.stderr.splitlines()[0]
+    assert len(checkout.installs) == 1
+
+
+def test_an_interrupted_installation_is_started_over(checkout):
+    partial = quote(checkout.root / ".venv/partial")
+    installed = quote(checkout.root / ".venv/installed")
+    checkout.add_python3(pip=f"touch {installed} {partial}; sleep 60")
+    process = checkout.start("setup.sh", active=False)
+    while not (checkout.root / ".venv/partial").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, 9)
+    process.communicate()
+    checkout.add_python3()
+    done = checkout.run("setup.sh", active=False)
+    assert done.returncode == 0, done.stderr
+    assert len(checkout.installs) == 2
+    assert not (checkout.root / ".venv/partial").exists()
+
+
+def test_two_launchers_install_once(checkout):
+    installed = quote(checkout.root / ".venv/installed")
+    checkout.add_python3(pip=f"sleep 1; touch {installed}")
+    both = [checkout.start(TRAIN, active=False, load_model="m") for _ in range(2)]
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(checkout.installs) == 1
+    assert sum("waiting" in err for _, err in said) == 1
+
+
+def test_a_failed_installation_fails_the_launcher(checkout):
+    checkout.add_python3(pip="echo 'no index' >&2; exit 1")
+    done = checkout.run(TRAIN, active=False, load_model="m")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "no index" in done.stderr
+    assert "pip could not install" in done.stderr
+
+
+def test_a_failed_update_keeps_the_environment(checkout):
+    checkout.add_python3()
+    venv = checkout.root / ".venv"
+    assert checkout.run("setup.sh", active=False).returncode == 0
+    requirements = checkout.root / "requirements.txt"
+    before = requirements.read_text()
+    requirements.write_text(before + "no-such-package\n")
+    checkout.write_python(venv / "bin/python", venv, pip="exit 1")
+    assert checkout.run("setup.sh", active=False).returncode == 1
+    requirements.write_text(before)
+    done = checkout.run("setup.sh", active=False)
+    assert (done.stdout, done.stderr) == (f"{venv}/bin/python\n", "")
+
+
+@pytest.mark.parametrize(
+    ("python3", "words"),
+    [
+        (None, "no Python here"),
+        ('case "$*" in *print*) echo 3.9;; *) exit 1;; esac', "Python 3.9 is too old"),
+        ('case "$*" in *ensurepip*) exit 1;; *print*) echo 3.12;; esac', "apt install python3.12-venv"),
+    ],
+    ids=["none", "too-old", "without-venv"],
+)
+def test_an_unfit_python_is_one_line(checkout, python3, words):
+    if python3:
+        write_program(checkout.bin / "python3", f"#!/bin/sh\n{python3}\n")
+    done = checkout.run(TRAIN, active=False, load_model="m")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert not (checkout.root / ".venv").exists()
