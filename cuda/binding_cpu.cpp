@@ -11,10 +11,12 @@ TORCH_LIBRARY(rwkv_speech_cpu, m) {
       "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor chunk_states, Tensor? lengths, Tensor gy,"
       " Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("few_rows_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("few_rows_matmul(Tensor x, Tensor matrix) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(rwkv_speech_cpu, CPU, m) {
   m.impl("wkv6_forward", wkv6_forward_cpu);
   m.impl("wkv6_backward", wkv6_backward_cpu);
   m.impl("few_rows_linear", few_rows_linear_cpu);
+  m.impl("few_rows_matmul", few_rows_matmul_cpu);
 }

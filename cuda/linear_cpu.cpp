@@ -1,77 +1,192 @@
-// y = x W^T for a handful of rows of x: a decoding step. Such a product does nothing but read W once, so what counts is
-// to keep the memory busy: four rows of W stream side by side while the rows of x stay in the cache. Each row of y is summed
-// in the same order however many rows there are, so a batch gives to the last bit what one sample gives alone.
+// y = x W^T for a handful of rows of x: a decoding step. Such a product does little but read W once, so what counts is
+// to keep the memory busy with few instructions: several rows of W stream side by side while the rows of x stay in the
+// cache. Each number of y is summed in the same order however many rows there are, so a batch gives to the last bit
+// what one sample gives alone.
 #include "linear_cpu.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "vec.h"
 
 namespace {
 
-constexpr int OUT = 4;      // rows of W side by side
-constexpr int TILE = 4;     // rows of x that share one reading of W from the cache
+// How 64 bytes of a row of W become vectors of floats, and in which order x must lie to meet them.
+template <typename scalar_t>
+struct Block;
 
-template <typename scalar_t, int R>
-void tile(const float* x, const scalar_t* W, int64_t K, int outs, float (*y)[OUT]) {
+template <>
+struct Block<float> {
+  static constexpr int VECS = 1;
+  static void load(const float* w, vec* out) { out[0] = ::load(w); }
+};
+
+template <>
+struct Block<at::BFloat16> {  // one register of pairs: a shift leaves the even ones, a mask the odd ones
+  static constexpr int VECS = 2;
+  static void load(const at::BFloat16* w, vec* out) {
+    typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+    words pairs;
+    std::memcpy(&pairs, w, sizeof pairs);
+    const words even = pairs << 16, odd = pairs & 0xffff0000u;
+    std::memcpy(&out[0], &even, sizeof even);
+    std::memcpy(&out[1], &odd, sizeof odd);
+  }
+};
+
+template <typename scalar_t>
+constexpr int WIDTH = Block<scalar_t>::VECS * LANES;  // weights in a block
+
+// One row of x as floats, each whole block in the order of Block::load.
+template <typename scalar_t>
+void arrange(const scalar_t* x, int64_t K, float* out) {
+  constexpr int VECS = Block<scalar_t>::VECS;
+  const int64_t whole = K - K % WIDTH<scalar_t>;
+  for (int64_t k = 0; k < whole; k += WIDTH<scalar_t>)
+    for (int l = 0; l < LANES; ++l)
+      for (int p = 0; p < VECS; ++p) out[k + p * LANES + l] = static_cast<float>(x[k + l * VECS + p]);
+  for (int64_t k = whole; k < K; ++k) out[k] = static_cast<float>(x[k]);
+}
+
+// R rows of x times OUT rows of W.
+template <typename scalar_t, int R, int OUT>
+void tile(const float* x, const scalar_t* W, int64_t K, int64_t O, scalar_t* y) {
+  constexpr int VECS = Block<scalar_t>::VECS;
   vec acc[R][OUT] = {};
-  int64_t at = 0;
-  for (; at + LANES <= K; at += LANES) {
-    vec w[OUT];
-    for (int o = 0; o < OUT; ++o) w[o] = load(W + std::min(o, outs - 1) * K + at);
-    for (int r = 0; r < R; ++r) {
-      const vec xr = load(x + r * K + at);
-      for (int o = 0; o < OUT; ++o) acc[r][o] += xr * w[o];
+  int64_t k = 0;
+  for (; k + WIDTH<scalar_t> <= K; k += WIDTH<scalar_t>) {
+    vec w[OUT][VECS];
+    for (int o = 0; o < OUT; ++o) {
+      __builtin_prefetch(W + (o + OUT) * K + k);  // the next strip: hardware prefetchers lose the thread between rows
+      Block<scalar_t>::load(W + o * K + k, w[o]);
     }
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < VECS; ++p) {
+        const vec xr = load(x + r * K + k + p * LANES);
+        for (int o = 0; o < OUT; ++o) acc[r][o] += xr * w[o][p];
+      }
   }
   for (int r = 0; r < R; ++r)
-    for (int o = 0; o < outs; ++o) {
+    for (int o = 0; o < OUT; ++o) {
       float s = sum(acc[r][o]);
-      for (int64_t rest = at; rest < K; ++rest) s += x[r * K + rest] * static_cast<float>(W[o * K + rest]);
-      y[r][o] = s;
+      for (int64_t rest = k; rest < K; ++rest) s += x[r * K + rest] * static_cast<float>(W[o * K + rest]);
+      y[r * O + o] = static_cast<scalar_t>(s);
+    }
+}
+
+// All rows of x times OUT rows of W, which the cache holds meanwhile.
+template <typename scalar_t, int OUT>
+void strip(const float* x, const scalar_t* W, int64_t rows, int64_t K, int64_t O, scalar_t* y) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* xr = x + r * K;
+    scalar_t* yr = y + r * O;
+    switch (std::min<int64_t>(4, rows - r)) {
+      case 1: tile<scalar_t, 1, OUT>(xr, W, K, O, yr); break;
+      case 2: tile<scalar_t, 2, OUT>(xr, W, K, O, yr); break;
+      case 3: tile<scalar_t, 3, OUT>(xr, W, K, O, yr); break;
+      default: tile<scalar_t, 4, OUT>(xr, W, K, O, yr);
+    }
+  }
+}
+
+template <typename scalar_t>
+void product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& output) {
+  const int64_t O = weight.size(0), K = weight.size(1), rows = input.numel() / K;
+  const scalar_t* W = weight.data_ptr<scalar_t>();
+  scalar_t* y = output.data_ptr<scalar_t>();
+  std::vector<float> x(rows * K);
+  for (int64_t r = 0; r < rows; ++r) arrange(input.data_ptr<scalar_t>() + r * K, K, x.data() + r * K);
+  // At least some 64 KiB of W for each thread: less is not worth waking it.
+  const int64_t grain = std::max<int64_t>(4, (64 * 1024) / (K * sizeof(scalar_t)));
+  at::parallel_for(0, O, grain, [&](int64_t begin, int64_t end) {
+    int64_t o = begin;
+    for (; o + 4 <= end; o += 4) strip<scalar_t, 4>(x.data(), W + o * K, rows, K, O, y + o);
+    for (; o < end; ++o) strip<scalar_t, 1>(x.data(), W + o * K, rows, K, O, y + o);
+  });
+}
+
+// R rows of x times 4 vectors of columns of a matrix M that lies the other way round, (K, O).
+template <typename scalar_t, int R>
+void columns(const float* x, const scalar_t* M, int64_t K, int64_t O, scalar_t* y) {
+  vec acc[R][4] = {};
+  for (int64_t k = 0; k < K; ++k)
+    for (int c = 0; c < 4; ++c) {
+      const vec m = load(M + k * O + c * LANES);
+      for (int r = 0; r < R; ++r) acc[r][c] += m * x[r * K + k];
+    }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < 4; ++c) {
+      float values[LANES];
+      store(values, acc[r][c]);
+      for (int l = 0; l < LANES; ++l) y[r * O + c * LANES + l] = static_cast<scalar_t>(values[l]);
     }
 }
 
 template <typename scalar_t>
-void product(const float* x, const scalar_t* W, scalar_t* y, int64_t rows, int64_t K, int64_t O) {
-  // At least some 64 KiB of W for each thread: less is not worth waking it.
-  const int64_t grain = std::max<int64_t>(OUT, (64 * 1024) / (K * sizeof(scalar_t)));
-  at::parallel_for(0, O, grain, [&](int64_t begin, int64_t end) {
-    float part[TILE][OUT];
-    for (int64_t o = begin; o < end; o += OUT) {
-      const int outs = static_cast<int>(std::min<int64_t>(OUT, end - o));
-      for (int64_t r0 = 0; r0 < rows; r0 += TILE) {
-        const int64_t in_tile = std::min<int64_t>(TILE, rows - r0);
-        switch (in_tile) {
-          case 1: tile<scalar_t, 1>(x + r0 * K, W + o * K, K, outs, part); break;
-          case 2: tile<scalar_t, 2>(x + r0 * K, W + o * K, K, outs, part); break;
-          case 3: tile<scalar_t, 3>(x + r0 * K, W + o * K, K, outs, part); break;
-          default: tile<scalar_t, TILE>(x + r0 * K, W + o * K, K, outs, part);
+void products(const at::Tensor& input, const at::Tensor& matrix, const at::Tensor& output) {
+  const int64_t G = matrix.size(0), K = matrix.size(1), O = matrix.size(2), rows = input.size(1);
+  const scalar_t *M = matrix.data_ptr<scalar_t>(), *in = input.data_ptr<scalar_t>();
+  scalar_t* out = output.data_ptr<scalar_t>();
+  const std::vector<float> x(in, in + G * rows * K);
+  const int64_t strips = O / (4 * LANES), rest = strips * 4 * LANES;
+  const int64_t grain = std::max<int64_t>(1, (64 * 1024) / (K * 4 * LANES * sizeof(scalar_t)));
+  at::parallel_for(0, G * strips, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / strips, o = task % strips * 4 * LANES;
+      for (int64_t r = 0; r < rows; r += 4) {
+        const float* xr = x.data() + (g * rows + r) * K;
+        const scalar_t* m = M + g * K * O + o;
+        scalar_t* y = out + (g * rows + r) * O + o;
+        switch (std::min<int64_t>(4, rows - r)) {
+          case 1: columns<scalar_t, 1>(xr, m, K, O, y); break;
+          case 2: columns<scalar_t, 2>(xr, m, K, O, y); break;
+          case 3: columns<scalar_t, 3>(xr, m, K, O, y); break;
+          default: columns<scalar_t, 4>(xr, m, K, O, y);
         }
-        for (int64_t r = 0; r < in_tile; ++r)
-          for (int i = 0; i < outs; ++i) y[(r0 + r) * O + o + i] = static_cast<scalar_t>(part[r][i]);
       }
     }
   });
+  for (int64_t row = 0; row < G * rows; ++row)
+    for (int64_t o = rest; o < O; ++o) {
+      float s = 0;
+      for (int64_t k = 0; k < K; ++k) s += x[row * K + k] * static_cast<float>(M[(row / rows * K + k) * O + o]);
+      out[row * O + o] = static_cast<scalar_t>(s);
+    }
+}
+
+void check_types(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.is_contiguous() &&
+                  (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16),
+              "a few rows of fp32 or bf16, with a contiguous weight of the same type, not ", x.scalar_type(), " and ",
+              weight.scalar_type());
 }
 
 }  // namespace
 
 at::Tensor few_rows_linear_cpu(const at::Tensor& x, const at::Tensor& weight) {
-  const int64_t K = weight.size(1), O = weight.size(0);
-  TORCH_CHECK(x.size(-1) == K && weight.dim() == 2 && weight.is_contiguous() && x.scalar_type() == weight.scalar_type(),
-              "few_rows_linear: x ", x.sizes(), " does not fit the weight ", weight.sizes());
-  const auto rows = x.reshape({-1, K}).to(at::kFloat).contiguous();
+  check_types(x, weight);
+  TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1), "few_rows_linear: x ", x.sizes(),
+              " does not fit the weight ", weight.sizes());
   auto shape = x.sizes().vec();
-  shape.back() = O;
-  const auto y = at::empty(shape, x.options());
-  if (weight.scalar_type() == at::kFloat) {
-    product(rows.data_ptr<float>(), weight.data_ptr<float>(), y.data_ptr<float>(), rows.size(0), K, O);
-  } else {
-    TORCH_CHECK(weight.scalar_type() == at::kBFloat16, "few_rows_linear: fp32 or bf16, not ", weight.scalar_type());
-    product(rows.data_ptr<float>(), weight.data_ptr<at::BFloat16>(), y.data_ptr<at::BFloat16>(), rows.size(0), K, O);
-  }
+  shape.back() = weight.size(0);
+  const auto y = at::empty(shape, x.options()), rows = x.contiguous();
+  if (x.scalar_type() == at::kFloat)
+    product<float>(rows, weight, y);
+  else
+    product<at::BFloat16>(rows, weight, y);
+  return y;
+}
+
+at::Tensor few_rows_matmul_cpu(const at::Tensor& x, const at::Tensor& matrix) {
+  check_types(x, matrix);
+  TORCH_CHECK(x.dim() == 3 && matrix.dim() == 3 && x.size(0) == matrix.size(0) && x.size(2) == matrix.size(1),
+              "few_rows_matmul: x ", x.sizes(), " does not fit the matrix ", matrix.sizes());
+  const auto y = at::empty({x.size(0), x.size(1), matrix.size(2)}, x.options()), rows = x.contiguous();
+  if (x.scalar_type() == at::kFloat)
+    products<float>(rows, matrix, y);
+  else
+    products<at::BFloat16>(rows, matrix, y);
   return y;
 }

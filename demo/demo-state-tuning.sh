@@ -34,6 +34,7 @@ num_workers="${num_workers:-2}"              # processes that read audio, for ea
 
 # --- length and size of training ---
 micro_bsz="${micro_bsz:-4}"                  # utterances per device and step: lower it first when memory runs out
+max_batch_s="${max_batch_s:-}"               # seconds of audio per device and step, instead of micro_bsz utterances
 accumulate_grad_batches="${accumulate_grad_batches:-1}" # raise it as micro_bsz x devices falls below 16
 ctx_len="${ctx_len:-2048}"                   # longest sample in positions: 10 for each second, and its tokens
 grad_cp="${grad_cp:-0}"                      # 1: less memory, more time
@@ -41,7 +42,13 @@ epoch_steps="${epoch_steps:-0}"              # optimiser steps to an epoch; 0: o
 epoch_count="${epoch_count:-3}"              # epochs to train
 epoch_save="${epoch_save:-1}"                # epochs between mission files
 save_steps="${save_steps:-1000}"             # steps between mission files within an epoch; 0: none
-random_seed="${random_seed:-42}"             # of the adapter's first weights and of the order of the data
+random_seed="${random_seed:-42}"             # of the adapter's first weights, the order of the data, and augmentation
+
+# --- augmentation ---
+speed_perturb="${speed_perturb:-}"           # 1: each sample at 0.9, 1.0 or 1.1 speed, drawn anew in each epoch
+spec_augment="${spec_augment:-}"             # 1: mask stretches of time and bands of channels of the encoder's frames
+noise_dir="${noise_dir:-}"                   # add noise, from the audio files of this folder; empty: none
+noise_snr="${noise_snr:-}"                   # level of the speech above it in dB, drawn between LOW,HIGH; empty: 5,20
 
 # --- learning ---
 lr_init="${lr_init:-1e-4}"                   # learning rate after the warm-up
@@ -99,13 +106,14 @@ PATH=$(dirname -- "$python"):$PATH # as activating the environment would
 # Settings go before the arguments, which so have the last word.
 for name in load_model encoder adapter proj_dir n_layer n_embd downsample_k adapter_hidden \
     data data_dir train_split eval_split audio_column text_column on_bad_audio num_workers \
-    micro_bsz accumulate_grad_batches ctx_len grad_cp epoch_steps epoch_count epoch_save save_steps random_seed \
+    micro_bsz max_batch_s accumulate_grad_batches ctx_len grad_cp epoch_steps epoch_count epoch_save save_steps \
+    random_seed noise_dir noise_snr \
     lr_init lr_final warmup_steps state_lr_scale beta1 beta2 adam_eps weight_decay grad_clip train_type \
     accelerator devices num_nodes strategy precision wkv wandb eval_bsz beam max_new_tokens; do
     eval "value=\$$name"
     [ -z "$value" ] || set -- "--$name=$value" "$@"
 done
-for name in download loop_guard perturb resume; do
+for name in download speed_perturb spec_augment loop_guard perturb resume; do
     eval "value=\$$name"
     [ "${value:-0}" = 0 ] || set -- "--$name" "$@"
 done

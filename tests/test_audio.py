@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from rwkv_speech.speech import audio
-from rwkv_speech.speech.audio import AudioError, check_waveform, duration, load_audio, to_mono_16k
+from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform, duration, load_audio, to_mono_16k
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 RATE = 16_000
@@ -67,6 +67,22 @@ def test_long_files_are_decoded_in_blocks(container, width, monkeypatch):
     whole, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     monkeypatch.setattr(audio, "_BLOCK", 5_000)
     np.testing.assert_allclose(load_audio(data).numpy(), whole, atol=1e-6)
+    assert max(len(block) for block in audio_blocks(data)) == 5_000
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
+def test_resampling_in_blocks_is_that_of_the_whole(rate, monkeypatch):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * rate + 7).astype(np.float32)
+    monkeypatch.setattr(audio, "_BLOCK", 1_000)
+    assert torch.equal(load_audio(encode(samples, rate, width="FLOAT")), to_mono_16k(samples, rate))
+
+
+def test_non_finite_samples_of_later_blocks_are_located(monkeypatch):
+    monkeypatch.setattr(audio, "_BLOCK", 1_000)
+    samples = sine(1.0, RATE)
+    samples[12_000] = np.nan
+    with pytest.raises(AudioError, match=r"the first at 0\.750 s"):
+        load_audio(encode(samples, RATE, width="FLOAT"))
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000, 96_000])
@@ -188,7 +204,8 @@ def test_other_formats_go_through_ffmpeg(tmp_path, monkeypatch, as_bytes):
     """A stand-in for ffmpeg writes the WAV that the real one would, and notes how it was called."""
     (tmp_path / "out.wav").write_bytes(encode(sine(0.5, 48_000), 48_000, width="FLOAT"))
     tool = tmp_path / "ffmpeg"
-    tool.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/args"\n/bin/cat "{tmp_path}/out.wav"\n')
+    script = f'printf "%s\\n" "$@" > "{tmp_path}/args"\nfor out; do :; done\n/bin/cat "{tmp_path}/out.wav" > "$out"\n'
+    tool.write_text("#!/bin/sh\n" + script)
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     odd = tmp_path / "-a b$(c).m4a"

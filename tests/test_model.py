@@ -189,3 +189,14 @@ def test_reading_a_file_keeps_its_weights(l4_path, l4):
     for name, parameter in l4.state_dict().items():
         assert torch.equal(parameter, tensors[name]), name
     assert not any(p.requires_grad for p in l4.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_few_rows_matmul_equals_fp64(rows, dtype):
+    wkv.backend("cpu")
+    g = torch.Generator().manual_seed(rows)
+    x, matrix = torch.randn(5, rows, 37, generator=g).to(dtype), torch.randn(5, 37, 150, generator=g).to(dtype)
+    got = torch.ops.rwkv_speech_cpu.few_rows_matmul(x, matrix)
+    assert got.dtype == dtype
+    assert relative_error(got.double(), x.double() @ matrix.double()) <= (1e-6 if dtype == torch.float32 else 3e-3)

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.batches import Speech, loader
+from rwkv_speech.data.batches import Batch, Speech
+from rwkv_speech.data.buckets import bucketed_loader, padding_waste
+from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.sources import LIBRISPEECH, load_split
 from rwkv_speech.data.steps import OptimiserSteps
 from rwkv_speech.data.utterance import Utterance
@@ -33,6 +37,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.mission import newest_mission
 from rwkv_speech.options import Options
 from rwkv_speech.rwkv6 import wkv
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.augment import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.perturb import ROBUSTNESS
@@ -64,6 +70,7 @@ def train(options: Options) -> int:
         eps=options.adam_eps,
         weight_decay=options.weight_decay,
     )
+    model.spec_augment = SpecAugment(options.random_seed) if options.spec_augment else None
     mission_files = MissionFiles(
         options.project,
         run,
@@ -76,21 +83,11 @@ def train(options: Options) -> int:
         callbacks.insert(0, FillFeatures(features, utterances, bad_audio))
     trainer = make_trainer(options, machine, run, callbacks)
     batches = OptimiserSteps(
-        loader(
-            Speech(utterances, check=_too_long(model, options.ctx_len), features=features),
-            batch_size=options.micro_bsz,
-            shuffle=True,
-            seed=options.random_seed,
-            num_workers=options.num_workers,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            even=True,
-        ),
+        _training_batches(options, utterances, model, features, trainer),
         accumulate=options.accumulate_grad_batches,
         count=lambda text: len(model.tokenizer.encode(text)) + 1,
         limit=options.epoch_steps,
     )
-    log.info("training on %d utterances, %d batches an epoch", len(utterances), len(batches))
     trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
     if trainer.is_global_zero:
         run.finish()
@@ -223,8 +220,62 @@ def _splits(
     return {name or "all": load_split(name, **settings) for name in names}
 
 
-def _too_long(model: SpeechRWKV, ctx_len: int) -> Callable[[Utterance, int], str | None]:
+def _training_batches(
+    options: Options,
+    utterances: list[Utterance],
+    model: SpeechRWKV,
+    features: FeatureCache | None,
+    trainer: pl.Trainer,
+) -> DataLoader[Batch]:
+    """The batches of this process, augmented as asked; the log tells how much of them is padding."""
+    seconds = read_durations(utterances, options.project / "durations.json", first=trainer.is_global_zero)
+    change = WaveformAugmentation(
+        options.random_seed,
+        speeds=SPEEDS if options.speed_perturb else (1.0,),
+        noise=_noise_files(options.noise_dir) if options.noise_dir else (),
+        snr_db=options.noise_snr or NOISE_SNR_DB,
+    )
+    lengths = partial(change.lengths, [utterance.id for utterance in utterances], seconds)
+    slowest = min(change.speeds)
+    check = _too_long(model, options.ctx_len, seconds=options.max_batch_s and options.max_batch_s * slowest)
+    changed = options.speed_perturb or options.noise_dir
+    batches = bucketed_loader(
+        Speech(utterances, check=check, change=change if changed else None, features=features),
+        lengths,
+        longest=seconds / slowest,
+        batch_size=options.micro_bsz,
+        max_seconds=options.max_batch_s,
+        accumulate=options.accumulate_grad_batches,
+        seed=options.random_seed,
+        num_workers=options.num_workers,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    log.info(
+        "training on %d utterances, %.1f h, in %d batches to a pass; %.1f %% of them is padding",
+        len(utterances),
+        seconds.sum() / 3600,
+        len(batches),
+        100 * padding_waste(batches.batch_sampler, lengths(0)),
+    )
+    return batches
+
+
+def _noise_files(folder: str) -> list[Path]:
+    found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    if not found:
+        raise UserError(f"--noise_dir {folder}: no audio files there; expected recordings of noise")
+    return found
+
+
+def _too_long(
+    model: SpeechRWKV, ctx_len: int, *, seconds: float | None = None
+) -> Callable[[Utterance, int], str | None]:
+    """Says of an utterance and its number of samples why it doesn't fit into the context, or into a batch."""
+
     def reason(utterance: Utterance, samples: int) -> str | None:
+        if seconds and samples > seconds * SAMPLE_RATE:
+            return f"{samples / SAMPLE_RATE:.1f} s, more than the {seconds:g} s that --max_batch_s leaves"
         positions = model.positions(samples, utterance.text)
         return f"{positions} positions, more than --ctx_len {ctx_len}" if positions > ctx_len else None
 

@@ -1,6 +1,7 @@
 """Every flag of `train.py`, once: its name, default, help and check."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,21 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def decibels(text: str) -> list[float]:
+    """A range as its ends, `5,20`."""
+    values = [float(value) for value in text.split(",")]
+    if len(values) != 2 or not -math.inf < values[0] <= values[1] < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; expected LOW,HIGH such as 5,20")
+    return values
 
 
 def device_list(text: str) -> int | list[int]:
@@ -86,7 +102,12 @@ class Options:
 
     # Training
     ctx_len: int = flag(2048, "longest sample in positions; a longer one is a bad sample", type=positive)
-    micro_bsz: int = flag(4, "utterances per device and step", type=positive)
+    micro_bsz: int = flag(4, "utterances per device and step, alike in length", type=positive)
+    max_batch_s: float | None = flag(
+        None,
+        "seconds of audio per device and step, padding included, instead of a number of utterances (default: none)",
+        type=seconds,
+    )
     accumulate_grad_batches: int = flag(1, "micro-batches to an optimiser step", type=positive)
     epoch_steps: int = flag(0, "optimiser steps to an epoch; 0: one pass over the data", type=count)
     epoch_count: int = flag(3, "epochs to train", type=positive)
@@ -102,7 +123,15 @@ class Options:
     weight_decay: float = flag(0.0, "AdamW's weight decay, on the adapter's matrices")
     grad_clip: float = flag(1.0, "norm that gradients are clipped to; 0: not at all")
     grad_cp: int = flag(0, "1: recompute each layer in the backward pass, for less memory", choices=(0, 1))
-    random_seed: int = flag(42, "seed of the adapter's initial weights and of the data order", type=count)
+    random_seed: int = flag(
+        42, "seed of the adapter's initial weights, of the data order and of augmentation", type=count
+    )
+    speed_perturb: bool = flag(False, "train: each sample at 0.9, 1.0 or 1.1 speed, drawn anew in each epoch")
+    spec_augment: bool = flag(False, "train: mask stretches of time and bands of channels of the encoder's frames")
+    noise_dir: str | None = flag(None, "train: add noise, from the audio files of this folder (default: none)")
+    noise_snr: list[float] | None = flag(
+        None, "lowest and highest level of speech above that noise, in dB, as LOW,HIGH (default: 5,20)", type=decibels
+    )
     wandb: str | None = flag(None, "Weights & Biases project to log to (default: none)")
 
     # Machine
@@ -142,6 +171,14 @@ class Options:
             raise UserError(f"--file_path goes with --op predict, not {self.op}")
         if self.op != "train" and self.cache_features:
             raise UserError(f"--cache_features goes with --op train, not {self.op}")
+        if self.noise_snr and not self.noise_dir:
+            raise UserError("--noise_snr needs --noise_dir: a folder with recordings of noise")
+        if self.cache_features and (self.speed_perturb or self.noise_dir):
+            changer = "--speed_perturb" if self.speed_perturb else "--noise_dir"
+            raise UserError(
+                f"{changer} changes the audio in each epoch, so there are no frames for --cache_features to keep: "
+                "leave one of them out; --spec_augment goes with it"
+            )
         if self.accelerator == "cpu" and isinstance(self.devices, list):
             raise UserError(
                 f"--devices {self.devices} names GPUs, but --accelerator is cpu: give a number of processes"

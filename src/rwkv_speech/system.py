@@ -8,6 +8,7 @@ What stands in brackets is trained. Usable from a notebook (`transcribe`, `loss`
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rwkv_speech.rwkv6.model import RWKV6
 from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE, check_waveform, load_audio
+from rwkv_speech.speech.augment import SpecAugment
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import AbsentEncoder
 
@@ -33,6 +35,7 @@ log = logging.getLogger("rwkv_speech")
 DEFAULT_ENCODER = "microsoft/wavlm-large"
 DOWNSAMPLE_K = 5
 ADAPTER_HIDDEN = 2048
+Mask = Callable[[Tensor, Tensor], Tensor]
 TURN = 36  # id of "#", which stands between the audio and the transcript
 
 
@@ -70,6 +73,7 @@ class SpeechRWKV(pl.LightningModule):
         self.adapter = adapter
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.optimisation = Optimisation()
+        self.spec_augment: SpecAugment | None = None  # of training
         self.strict_loading = False  # a resume point holds what is trained, not the frozen parts
         for block in language_model.blocks:
             block.att.time_state.requires_grad_()
@@ -170,16 +174,22 @@ class SpeechRWKV(pl.LightningModule):
             frames = pad_sequence([frames.to(device) for frames in audio], batch_first=True)
         return frames.to(self.language_model.dtype), lengths
 
-    def embed_audio(self, audio: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Audio as `hear` takes it -> embeddings (B, G, n_embd) and the valid positions (B,) of each."""
-        return self.adapter(*self.hear(audio))
+    def embed_audio(self, audio: Sequence[Tensor], *, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
+        """Audio as `hear` takes it -> embeddings (B, G, n_embd) and the valid positions (B,) of each.
 
-    def loss_sum(self, audio: Sequence[Tensor], texts: Sequence[str]) -> tuple[Tensor, int]:
+        mask: makes other frames (B, F, width) of the encoder's, given those and the valid ones (B,) of each.
+        """
+        frames, lengths = self.hear(audio)
+        return self.adapter(frames if mask is None else mask(frames, lengths), lengths)
+
+    def loss_sum(
+        self, audio: Sequence[Tensor], texts: Sequence[str], *, mask: Mask | None = None
+    ) -> tuple[Tensor, int]:
         """The cross-entropy summed over transcript tokens and ends of text (fp32 scalar), and how many they are.
 
-        Audio is taken as by `hear`.
+        Audio and mask are taken as by `embed_audio`.
         """
-        heard, lengths = self.embed_audio(audio)
+        heard, lengths = self.embed_audio(audio, mask=mask)
         tokens = [
             torch.tensor([TURN, *self.tokenizer.encode(text), END_OF_TEXT], device=heard.device) for text in texts
         ]
@@ -259,7 +269,8 @@ class SpeechRWKV(pl.LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Mean loss over the tokens of the optimiser step that this batch belongs to, in all processes."""
         if len(batch):
-            total, _ = self.loss_sum(batch.audio, batch.texts)
+            mask = self.spec_augment and partial(self.spec_augment, ids=batch.ids, epoch=batch.epoch)
+            total, _ = self.loss_sum(batch.audio, batch.texts, mask=mask)
         else:  # all samples were bad; the other processes still expect gradients
             total = sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
         self.last_loss_sum = total.detach()

@@ -1,11 +1,9 @@
-"""How long recordings are, found out once: 280,000 headers take minutes, and batches by length need them at each start."""
+"""How long recordings are, kept: batches by length need it at every start, and 280,000 headers take minutes."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import AudioError
 
 logger = logging.getLogger("rwkv_speech")
@@ -24,13 +23,13 @@ _THREADS = 8  # what they wait for is the disk, or the network behind it
 _PIECE = 256  # utterances to a task
 
 
-def read_durations(utterances: Sequence[Utterance], cache: Path, *, quiet: bool = False) -> np.ndarray:
+def read_durations(utterances: Sequence[Utterance], cache: Path, *, first: bool = True) -> np.ndarray:
     """Lengths in seconds: what the source tells, else what `cache` knows, else what the header says.
 
     cache: a JSON file of lengths by the stamps of their files (see `file_stamp`), so that a file that was written to
         is read again. It is made where it is absent or can't be read, and added to; it holds the lengths of other
         utterances, too.
-    quiet: shows no progress.
+    first: whether this is, of a run's processes, the one that writes the cache and shows progress.
 
     Returns:
         (utterances,) float64; 0 where the recording can't be opened. Loading it will tell why, and make it a bad
@@ -50,14 +49,14 @@ def read_durations(utterances: Sequence[Utterance], cache: Path, *, quiet: bool 
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        with _progress(visible=not quiet) as progress:
+        with _progress(visible=first) as progress:
             task = progress.add_task("lengths of recordings", total=len(utterances))
             for done in pool.map(read, range(0, len(utterances), _PIECE)):
                 progress.advance(task, done)
     finally:  # an interrupted run has not read for nothing
         pool.shutdown(cancel_futures=True)
-        if found:
-            _write(cache, known | found)
+        if found and first:
+            write_whole(cache, json.dumps(known | found, ensure_ascii=False, indent=0).encode())
     if unread := int((seconds == 0).sum()):
         logger.warning("%d of %d recordings don't tell their length", unread, len(utterances))
     return seconds
@@ -76,15 +75,6 @@ def _seconds(utterance: Utterance, known: dict[str, float], found: dict[str, flo
     if stamp is not None:
         found[stamp] = seconds
     return seconds
-
-
-def _write(cache: Path, lengths: dict[str, float]) -> None:
-    # Several nodes may do this at once, with the same process id.
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{cache.name}.", dir=cache.parent)
-    with open(handle, "w", encoding="utf-8") as file:
-        json.dump(lengths, file, ensure_ascii=False, indent=0)
-    os.replace(temporary, cache)
 
 
 def _progress(*, visible: bool) -> Progress:

@@ -7,16 +7,28 @@ from torch import Tensor, nn
 from rwkv_speech.rwkv6 import wkv
 
 # Up to so many rows our kernel, which reads the weights once, beats torch's on the CPU; measured by bench/decode.py.
-FEW_ROWS = {torch.float32: 16, torch.bfloat16: 4}
+FEW_ROWS = {torch.float32: 16, torch.bfloat16: 16}
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K), weight (O, K), both on one device -> x @ weight.T, (..., O)."""
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS.get(x.dtype, 0) * x.shape[-1]
-    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-    if few and not traced and wkv.backend("cpu").name == "cpu":
+    if _few(x, x.shape[-1]):
         return torch.ops.rwkv_speech_cpu.few_rows_linear(x, weight)
     return F.linear(x, weight)
+
+
+def bmm(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (G, R, K), matrix (G, K, O) -> (G, R, O)."""
+    if _few(x, x.shape[0] * x.shape[2]):
+        return torch.ops.rwkv_speech_cpu.few_rows_matmul(x, matrix)
+    return torch.bmm(x, matrix)
+
+
+def _few(x: Tensor, row: int) -> bool:
+    """Whether our kernel takes x, in rows of so many numbers."""
+    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS.get(x.dtype, 0) * row
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    return few and not traced and wkv.backend("cpu").name == "cpu"
 
 
 class Linear(nn.Linear):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_speech.rwkv6.linear import Linear
+from rwkv_speech.rwkv6.linear import Linear, bmm
 from rwkv_speech.rwkv6.state import LayerState, State
 from rwkv_speech.rwkv6.weights import ModelSizes, read_weights
 from rwkv_speech.rwkv6.wkv import wkv6
@@ -53,13 +53,14 @@ class TimeMix(nn.Module):
         B, T, C = x.shape
         H, N = self.n_head, self.head_size
         change = shift(x, before) - x
-        low = torch.tanh(torch.addcmul(x, change, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5D)
+        low = torch.tanh(bmm(torch.addcmul(x, change, self.time_maa_x).view(1, B * T, C), self.time_maa_w1[None]))
         low = low.view(B * T, 5, -1).transpose(0, 1)  # (5, BT, D)
         maa = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g])
-        mix = torch.baddbmm(maa, low, self.time_maa_w2).view(5, B, T, C)
+        mix = (maa + bmm(low, self.time_maa_w2)).view(5, B, T, C)
         x_w, x_k, x_v, x_r, x_g = torch.addcmul(x, change, mix)
         r, k, v = (m(z).view(B, T, H, N) for m, z in ((self.receptance, x_r), (self.key, x_k), (self.value, x_v)))
-        w = (self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).view(B, T, H, N)
+        low = torch.tanh(bmm(x_w.view(1, B * T, C), self.time_decay_w1[None]))
+        w = (self.time_decay + bmm(low, self.time_decay_w2[None])).view(B, T, H, N)
         y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, lengths)
         y = F.group_norm(y.view(B * T, C).float(), H, self.ln_x.weight.float(), self.ln_x.bias.float(), self.ln_x.eps)
         return self.output(y.to(x.dtype).view(B, T, C) * F.silu(self.gate(x_g))), wkv

@@ -16,7 +16,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,38 @@ def load_audio(source: str | Path | Encoded, *, name: str | None = None) -> Tens
     Raises:
         AudioError: as the table at the top of this file says.
     """
+    return torch.cat(list(audio_blocks(source, name=name)))
+
+
+def audio_blocks(source: str | Path | Encoded, *, name: str | None = None) -> Iterator[Tensor]:
+    """What `load_audio` gives, block by block: recordings of any length in the memory of a block.
+
+    Yields:
+        (samples,) float32 on the CPU, at least one sample each.
+
+    Raises:
+        AudioError: as `load_audio`, once reading comes to what is wrong.
+    """
     name = name or _describe(source)
-    samples, rate = _decode(source, name)  # (frames, channels)
-    if not len(samples):
-        raise AudioError(f"{name}: holds no samples; expected speech")
-    _check_finite(samples, rate, name)
-    return to_mono_16k(samples, rate)
+    with _opened(source, name) as file:
+        rate = file.samplerate
+        resample = soxr.ResampleStream(rate, SAMPLE_RATE, 1).resample_chunk if rate != SAMPLE_RATE else _as_it_is
+        decoded = given = 0
+        for block in _read(file, name):  # (frames, channels)
+            _check_finite(block, rate, name, start=decoded)
+            mono = block.mean(axis=1)
+            decoded += len(block)
+            samples = resample(mono, last=False)
+            if len(samples):
+                yield torch.from_numpy(samples)
+                given += len(samples)
+        if not decoded:
+            raise AudioError(f"{name}: holds no samples; expected speech")
+        rest = resample(mono[:0], last=True)
+        if not given and not len(rest):
+            rest = mono[:1]  # audio shorter than half an output sample resamples to nothing
+        if len(rest):
+            yield torch.from_numpy(rest)
 
 
 def duration(source: str | Path | Encoded, *, name: str | None = None) -> float:
@@ -81,8 +108,8 @@ def duration(source: str | Path | Encoded, *, name: str | None = None) -> float:
                 return file.frames / file.samplerate
     except _UnknownFormatError:
         pass
-    samples, rate = _decode(source, name)
-    return len(samples) / rate
+    with _opened(source, name) as file:
+        return sum(len(block) for block in _read(file, name)) / file.samplerate
 
 
 def to_mono_16k(waveform: np.ndarray, rate: int) -> Tensor:
@@ -165,67 +192,78 @@ def _open(source: str | Path | Encoded, name: str) -> soundfile.SoundFile:
         raise _UnknownFormatError("raw samples without a header") from error
 
 
-def _decode(source: str | Path | Encoded, name: str) -> tuple[np.ndarray, int]:
-    """(frames, channels) float32 and their sample rate."""
+@contextmanager
+def _opened(source: str | Path | Encoded, name: str) -> Iterator[soundfile.SoundFile]:
+    """The file as libsndfile reads it or, where that does not know the format, what ffmpeg makes of it."""
     try:
-        with _open(source, name) as file:
-            if file.frames >= _NO_LENGTH:  # soundfile loses the last block of such a file
-                raise _UnknownFormatError("its header does not say how long it is")
-            return _read(file, name), file.samplerate
+        file = _open(source, name)
+        if file.frames >= _NO_LENGTH:  # soundfile loses the last block of such a file
+            file.close()
+            raise _UnknownFormatError("its header does not say how long it is")
     except _UnknownFormatError as error:
-        with soundfile.SoundFile(io.BytesIO(_convert(source, name, reason=str(error)))) as file:
-            return _read(file, name), file.samplerate
+        reason = str(error)
+    else:
+        with file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        wav = _convert(source, name, Path(folder), reason=reason)
+        with soundfile.SoundFile(wav) as file:
+            yield file
 
 
-def _read(file: soundfile.SoundFile, name: str) -> np.ndarray:
-    """All frames of an open file, (frames, channels); raises AudioError where it holds fewer than it promises."""
+def _read(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
+    """The frames of an open file, (frames, channels) float32; AudioError where it holds fewer than it promises."""
     promised = file.frames
     for stated, found in _SHORT_CHUNK.findall(file.extra_info):
         if int(found) < int(stated) < _OPEN_CHUNK:
             promised = max(promised, round(file.frames * int(stated) / max(int(found), 1)))
-    blocks = [np.zeros((0, file.channels), np.float32)]
     decoded = 0
     try:
         # Not file.blocks(): that one makes up for missing frames with whatever its buffer holds.
         while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-            blocks.append(block)
             decoded += len(block)
+            yield block
     except soundfile.LibsndfileError:
         decoded = max(decoded, file.tell())
     else:
         if decoded >= promised and "lacks an end-of-stream bit" not in file.extra_info:
-            return np.concatenate(blocks)
+            return
     seconds, whole = decoded / file.samplerate, promised / file.samplerate
     if file.format in _STREAMS and decoded:
         log.warning("%s: seems cut off; going on with the %.2f s that can be decoded", name, seconds)
-        return np.concatenate(blocks)
+        return
     raise AudioError(f"{name}: cut off or damaged: {seconds:.2f} of {whole:.2f} s can be decoded; fetch it again")
 
 
-def _convert(source: str | Path | Encoded, name: str, *, reason: str) -> bytes:
-    """The first audio stream of a file that libsndfile cannot read, as the bytes of a WAV file, by ffmpeg."""
+def _convert(source: str | Path | Encoded, name: str, folder: Path, *, reason: str) -> Path:
+    """The first audio stream of a file that libsndfile cannot read, as a WAV file in the folder, by ffmpeg."""
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         raise AudioError(
             f"{name}: cannot be read as audio ({reason}); expected FLAC, WAV, MP3 or Ogg/Opus: "
             "if it is of another format, install ffmpeg"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(source).resolve() if not isinstance(source, Encoded) else Path(folder, "audio")
-        if isinstance(source, Encoded):
-            path.write_bytes(source)  # not by a pipe: MP4 is read from its end
-        # A play list must not make ffmpeg open addresses on the network.
-        limits = ["-nostdin", "-v", "error", "-protocol_whitelist", "file,pipe"]
-        output = ["-map", "0:a:0", "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
-        done = subprocess.run([ffmpeg, *limits, "-i", f"file:{path}", *output], capture_output=True, check=False)
-    if done.returncode or not done.stdout:
+    path = Path(source).resolve() if not isinstance(source, Encoded) else folder / "audio"
+    if isinstance(source, Encoded):
+        path.write_bytes(source)  # not by a pipe: MP4 is read from its end
+    wav = folder / "audio.wav"
+    # A play list must not make ffmpeg open addresses on the network.
+    limits = ["-nostdin", "-v", "error", "-protocol_whitelist", "file,pipe"]
+    output = ["-map", "0:a:0", "-c:a", "pcm_f32le", "-f", "wav", "-rf64", "auto", str(wav)]  # also beyond 4 GiB
+    done = subprocess.run([ffmpeg, *limits, "-i", f"file:{path}", *output], capture_output=True, check=False)
+    if done.returncode or not wav.exists():
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no audio found"]
         raise AudioError(f"{name}: cannot be read as audio, by ffmpeg neither ({lines[0]}); expected an audio file")
-    return done.stdout
+    return wav
 
 
-def _check_finite(samples: np.ndarray, rate: int, name: str) -> None:
+def _as_it_is(samples: np.ndarray, *, last: bool) -> np.ndarray:
+    return samples
+
+
+def _check_finite(samples: np.ndarray, rate: int, name: str, *, start: int = 0) -> None:
     finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
     if not finite.all():
-        seconds = int(finite.argmin()) / rate
+        seconds = (start + int(finite.argmin())) / rate
         raise AudioError(f"{name}: carries NaN or infinite samples, the first at {seconds:.3f} s; mend or remove it")

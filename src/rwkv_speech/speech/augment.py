@@ -21,8 +21,8 @@ from rwkv_speech.speech.perturb import at_speed, with_noise
 SPEEDS = (0.9, 1.0, 1.1)  # Ko et al. 2015, "Audio augmentation for speech recognition"
 NOISE_SNR_DB = (5.0, 20.0)
 
-# Masks of a sample: how many, and the most that one takes. Those of time are a part of the utterance, as in SpecAugment's
-# bound for short ones; a channel of an encoder stands for more than one of 80 mel bands, hence smaller ones than there.
+# Masks of a sample: how many, and the most that one takes of the utterance or of the channels. The channels of an
+# encoder say more than mel bands do: their masks are smaller than SpecAugment's, a third of the bands.
 TIME_MASKS, TIME_PART = 2, 0.1
 CHANNEL_MASKS, CHANNEL_PART = 2, 0.1
 

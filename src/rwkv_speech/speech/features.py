@@ -14,12 +14,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -29,14 +27,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
+from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, Storage
-from rwkv_speech.speech.stamps import file_stamp
 
 log = logging.getLogger("rwkv_speech")
 
-_VERSION = 1  # of what this package itself does to audio on its way to frames: raised when frames change
 _BATCH_SECONDS = 240.0  # padded audio that is read and encoded together, and then committed
 _READERS = 4  # threads that read and decode
 
@@ -101,9 +99,15 @@ class FeatureCache:
         Args: those of `SpeechEncoder.from_pretrained`.
 
         Raises:
-            UserError: the encoder can't be loaded.
+            UserError: the encoder can't be loaded, or the cache's folder not be made.
         """
-        stamp = _encoder_stamp(name, dtype)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--cache_features {self.folder}: {error.strerror}; expected a folder to write to"
+            ) from error
+        stamp = encoder_stamp(name, dtype)
         known = self.folder / "encoders" / f"{stamp}.json"
         facts = _read_facts(known) if stamp else None
         if facts is None:
@@ -114,8 +118,8 @@ class FeatureCache:
                 "width": self._loaded.width,
                 "convolutions": self._loaded.convolutions,
             }
-            if stamp and stamp == _encoder_stamp(name, dtype):  # else its files changed while they were read
-                _write_facts(known, facts)
+            if stamp and stamp == encoder_stamp(name, dtype):  # else its files changed while they were read
+                write_whole(known, json.dumps(facts, indent=2).encode())
         self._dtype = dtype
         self._identity: str = facts["identity"]
         self._absent = AbsentEncoder(name, width=facts["width"], convolutions=facts["convolutions"])
@@ -219,7 +223,6 @@ class FeatureCache:
         frames = sum(self._absent.frame_count(round(entry.seconds * SAMPLE_RATE)) for entry in entries)
         needed = world_size * (frames * self._shards.frame_bytes + 2 * RECORD_BYTES * len(entries))
         hours = world_size * sum(entry.seconds for entry in entries) / 3600
-        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         sizes = f"the frames of {hours:.2f} h of audio need {needed / 1e9:.2f} GB in {self.folder}"
         if needed > free:
@@ -295,59 +298,11 @@ class _Heard(NamedTuple):
     waveform: Tensor
 
 
-def encoder_identity(encoder: SpeechEncoder) -> str:
-    """32 hexadecimal digits that differ where an encoder's frames may: weights, configuration, features, type."""
-    settings = {
-        "version": _VERSION,
-        "family": type(encoder).__name__,
-        "config": _lasting(encoder.model.config.to_dict()),
-        "feature_extractor": _lasting(encoder.feature_extractor.to_dict()),
-    }
-    found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without where they came from and who wrote them."""
-    return {key: x for key, x in settings.items() if not key.startswith("_") and key != "transformers_version"}
-
-
-def _encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
-    """Stands for all that decides on an encoder's identity; None where only loading can tell."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:  # asks the hub for a newer version, as loading would; without a network, what is here
-            folder = Path(hf_hub_download(name, "config.json")).parent
-        except Exception:  # of a dozen kinds, which loading will explain
-            return None
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
-    stamps = [file_stamp(path) for path in files]
-    if None in stamps or all(path.suffix == ".json" for path in files):
-        return None
-    everything = [_VERSION, metadata.version("transformers"), str(dtype), *stamps]
-    return hashlib.blake2b(json.dumps(everything).encode(), digest_size=16).hexdigest()
-
-
 def _read_facts(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _write_facts(path: Path, facts: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(facts, indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --cache_features") from error
 
 
 def _key(kind: str, content: bytes) -> bytes:

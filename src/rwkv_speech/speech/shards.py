@@ -11,8 +11,7 @@
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import replacing
 
 Storage = Literal["fp16", "int8"]
 
@@ -108,7 +108,7 @@ class ShardWriter:
     """Adds frames to shards, as a context; what was committed stays, whatever happens afterwards.
 
     A reader sees them after `Shards.reload`. Nothing is created before the first frames come.
-    Every method raises UserError where the disk is full or refuses.
+    Every method raises UserError where the disk is full.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -136,7 +136,7 @@ class ShardWriter:
         if self._data is not None and self._data.tell() + len(data) > SHARD_BYTES:
             self.commit()
             self._close()
-        with _disk(self._shards.folder):
+        with replacing(self._shards.folder):
             self._open()
             place = (self._shard, self._data.tell(), len(frames), samples, zlib.crc32(data))
             self._data.write(data)
@@ -153,7 +153,7 @@ class ShardWriter:
         """Brings everything to the disk, the data first."""
         if not self._pending:
             return
-        with _disk(self._shards.folder):
+        with replacing(self._shards.folder):
             self._open()
             _flush(self._data)
             self._index.write(b"".join(self._pending))
@@ -212,14 +212,3 @@ def _whole_records(raw: bytes) -> np.ndarray:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write frames ({error.strerror}); make room or choose another folder and start again, "
-            "what was written stays"
-        ) from error

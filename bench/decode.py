@@ -1,0 +1,124 @@
+"""Decoding and prefill of the bare language model against the `rwkv` package, and against what the memory and the
+matrix products allow. L12 x 768, vocabulary 65,536, random weights; prints one JSON line of ratios for each precision.
+
+python bench/decode.py [--rounds 5]
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}  # the package reads them when imported
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rwkv.model import RWKV
+
+from bench.random_model import write_model
+from bench.timing import seconds
+from rwkv_speech.rwkv6.initialise import official_sizes
+from rwkv_speech.rwkv6.model import RWKV6
+
+TOKENS, PREFILL, BATCH, FAR = 8, 256, 16, 10_000
+
+
+def matrices(model: RWKV6) -> list[torch.Tensor]:
+    """Every weight that a token reads whole: all but the embedding."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if name.endswith(("_w1", "_w2")) or (p.dim() == 2 and name.endswith("weight") and name != "emb.weight")
+    ]
+
+
+def bandwidth() -> float:
+    """Bytes a second of reading memory, in the fastest of two ways."""
+    x = torch.ones(256 * 2**20 // 4)
+    t = seconds({"sum": x.sum, "dot": lambda: torch.dot(x, x)}, rounds=7)
+    return x.numel() * 4 / min(t.values())
+
+
+@torch.inference_mode()
+def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
+    model = RWKV6.from_file(path, dtype=dtype)
+    package = RWKV(model=str(path.with_suffix("")), strategy=f"cpu {name}", verbose=False)
+    prompt = torch.randint(1, 65530, (PREFILL,), generator=torch.Generator().manual_seed(0))
+    hidden, state = model(prompt[None])
+    got, (want, theirs) = model.logits(hidden[0, -1]).float(), package.forward(prompt.tolist(), None)
+    error = ((got - want.float()).norm() / want.float().norm()).item()
+    assert error < (1e-4 if dtype == torch.float32 else 0.1), f"logits differ from the package's by {error:.1e}"
+
+    token, tokens = prompt[:1, None], prompt[:BATCH, None]
+    far = state
+    for _ in range(FAR // 1000):
+        far = model(torch.randint(1, 65530, (1, 1000)), far)[1]
+    batch = state.select(torch.zeros(BATCH, dtype=torch.long))
+
+    def steps(inputs, state):
+        for _ in range(TOKENS):
+            hidden, state = model(inputs, state)
+            model.logits(hidden[:, -1])
+
+    def package_steps():
+        for _ in range(TOKENS):
+            package.forward([5], [x.clone() for x in theirs])
+
+    # What the matrix products of a prefill take by themselves; the low-rank ones count too.
+    factors = []
+    for part, w in model.blocks.named_parameters():
+        if part.endswith(("_w1", "decay_w2")):
+            factors.append((torch.randn(PREFILL, w.shape[0], dtype=dtype), w))
+        elif part.endswith("maa_w2"):
+            factors.append((torch.randn(5, PREFILL, w.shape[1], dtype=dtype), w))
+        elif w.dim() == 2 and part.endswith("weight"):
+            factors.append((torch.randn(PREFILL, w.shape[1], dtype=dtype), w.T))
+
+    def products():
+        for x, w in factors:
+            x @ w
+
+    t = seconds(
+        {
+            "ours": lambda: steps(token, state),
+            "package": package_steps,
+            "far": lambda: steps(token, far),
+            "batch": lambda: steps(tokens, batch),
+            "prefill": lambda: model(prompt[None]),
+            "prefill_package": lambda: package.forward(prompt.tolist(), None),
+            "products": products,
+        },
+        rounds=rounds,
+    )
+    read = sum(w.numel() * w.element_size() for w in matrices(model)) * TOKENS / bandwidth()
+    return {
+        "bench": "decode",
+        "model": f"L12x768 {name}",
+        "threads": torch.get_num_threads(),
+        "tokens_per_s_vs_package": round(t["package"] / t["ours"], 2),
+        "of_memory_bandwidth": round(read / t["ours"], 3),
+        "package_of_memory_bandwidth": round(read / t["package"], 3),
+        "batch16_vs_batch1": round(BATCH * t["ours"] / t["batch"], 2),
+        f"time_after_{FAR}_tokens": round(t["far"] / t["ours"], 3),
+        "prefill_of_matrix_products": round(t["products"] / t["prefill"], 3),
+        "prefill_vs_package": round(t["prefill_package"] / t["prefill"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "l12.pth"
+        write_model(path, official_sizes(n_layer=12, n_embd=768), dtype=torch.float32, seed=0)
+        for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            print(json.dumps(measure(path, dtype, name, rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Which encoder it is: by what decides on its frames when it is loaded, and by its files when it isn't."""
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.stamps import file_stamp
+
+_VERSION = 1  # of what this package itself does to audio on its way to frames: raised when frames change
+
+
+def encoder_identity(encoder: SpeechEncoder) -> str:
+    """32 hexadecimal digits that differ where an encoder's frames may: weights, configuration, features, type."""
+    settings = {
+        "version": _VERSION,
+        "family": type(encoder).__name__,
+        "config": _lasting(encoder.model.config.to_dict()),
+        "feature_extractor": _lasting(encoder.feature_extractor.to_dict()),
+    }
+    found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in sorted(encoder.model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without where they came from and who wrote them."""
+    return {key: x for key, x in settings.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+def encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
+    """Stands for all that decides on an encoder's identity; None where only loading can tell."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:  # asks the hub for a newer version, as loading would; without a network, what is here
+            folder = Path(hf_hub_download(name, "config.json")).parent
+        except Exception:  # of a dozen kinds, which loading will explain
+            return None
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+    stamps = [file_stamp(path) for path in files]
+    if None in stamps or all(path.suffix == ".json" for path in files):
+        return None
+    everything = [_VERSION, metadata.version("transformers"), str(dtype), *stamps]
+    return hashlib.blake2b(json.dumps(everything).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,143 @@
+"""Long audio -> segments of bounded length, cut in the pauses of speech.
+
+The audio comes in blocks and is looked at once, from beginning to end: what is held at any time is one segment and one
+block, whether the recording lasts a minute or a day.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.voice import FRAME, Memory, voice_activity
+
+QUIET = 0.35  # probability of speech; silero-vad takes speech to go on above this
+PAUSE = 7  # quiet frames, 0.22 s: more than a plosive's closure
+MARGIN = 8  # quiet frames, 0.26 s, that stay beside speech: soft beginnings and ends are easily missed
+
+_BLOCK = 1024 * FRAME  # samples, 33 s: what the network sees at once
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of a recording."""
+
+    start: float
+    """Seconds from the beginning of the recording."""
+    waveform: Tensor
+    """(samples,) float32 at 16 kHz."""
+
+    @property
+    def end(self) -> float:
+        """Seconds from the beginning of the recording."""
+        return self.start + len(self.waveform) / SAMPLE_RATE
+
+
+def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[Segment]:
+    """The segments of a recording, in order, without overlap.
+
+    Audio that is not longer than `max_seconds` is one segment, as it is. Of longer audio, each segment ends in the last
+    pause that keeps it within `max_seconds`; where there is none, at the frame of its second half that is the least
+    likely to be speech. Every frame to which silero-vad gives a probability of speech of at least 0.35 belongs to a
+    segment, with up to 0.26 s around it; of the silence before and after a segment, more than that is left out.
+
+    Args:
+        blocks: (samples,) float32 at 16 kHz each, together the recording, as `audio_blocks` yields it; for a waveform
+            that is there as a whole, `[waveform]`.
+        max_seconds: the longest segment, at least 1.
+
+    Yields:
+        Segments; none where long audio holds no speech.
+
+    Raises:
+        ValueError: `max_seconds` below 1.
+    """
+    if max_seconds < 1:
+        raise ValueError(f"cut: max_seconds must be at least 1, not {max_seconds}")
+    limit = int(max_seconds * SAMPLE_RATE)
+    blocks = iter(blocks)
+    head, length = [], 0
+    for block in blocks:
+        head.append(block)
+        length += len(block)
+        if length > limit:
+            yield from _cut_at_pauses(chain(head, blocks), limit // FRAME)
+            return
+    if head:
+        yield Segment(0.0, torch.cat(head))
+
+
+def _cut_at_pauses(blocks: Iterable[Tensor], longest: int) -> Iterator[Segment]:
+    held = _Held()
+    for samples, voice in _with_voice(blocks):
+        held.add(samples, voice)
+        while len(held.voice) > longest:
+            yield held.take(_place_to_cut(held.voice[:longest]))
+    if len(_speech(held.voice)):
+        yield held.take(len(held.voice))
+
+
+def _with_voice(blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The recording in blocks of one size, each with the probabilities of speech in its frames."""
+    network = voice_activity()
+    memory: Memory | None = None
+    rest = torch.zeros(0)
+    for block in blocks:
+        rest = torch.cat([rest, block.cpu()])
+        while len(rest) >= _BLOCK:
+            samples, rest = rest[:_BLOCK], rest[_BLOCK:]
+            voice, memory = network(samples, memory)
+            yield samples, voice
+    if len(rest):
+        yield rest, network(rest, memory)[0]
+
+
+class _Held:
+    """What of the recording is looked at: it begins with speech, a margin before it aside, or is all silence."""
+
+    def __init__(self) -> None:
+        self.start = 0  # in frames, from the beginning of the recording
+        self.samples = torch.zeros(0)
+        self.voice = torch.zeros(0)  # probability of speech in each frame
+
+    def add(self, samples: Tensor, voice: Tensor) -> None:
+        self.samples = torch.cat([self.samples, samples])
+        self.voice = torch.cat([self.voice, voice])
+        self._drop_silence()
+
+    def take(self, end: int) -> Segment:
+        """The segment of the first `end` frames, which hold speech; they, and the silence after them, leave."""
+        trimmed = min(end, int(_speech(self.voice[:end])[-1]) + 1 + MARGIN)
+        segment = Segment(self.start * FRAME / SAMPLE_RATE, self.samples[: trimmed * FRAME].clone())
+        self._drop(end)
+        self._drop_silence()
+        return segment
+
+    def _drop_silence(self) -> None:
+        speech = _speech(self.voice)
+        self._drop(max(0, (int(speech[0]) if len(speech) else len(self.voice)) - MARGIN))
+
+    def _drop(self, frames: int) -> None:
+        self.start += frames
+        self.samples = self.samples[frames * FRAME :]
+        self.voice = self.voice[frames:]
+
+
+def _speech(voice: Tensor) -> Tensor:
+    """Indices of the frames that are not quiet."""
+    return (voice >= QUIET).nonzero().flatten()
+
+
+def _place_to_cut(voice: Tensor) -> int:
+    """The frame in the middle of the last pause after speech; without a pause, the quietest of the second half."""
+    speech = _speech(voice)
+    bounds = torch.cat([speech, torch.tensor([len(voice)])])
+    pauses = (bounds.diff() > PAUSE).nonzero().flatten()  # after which of the speech frames
+    if len(pauses):
+        before = int(pauses[-1])
+        return int(bounds[before] + 1 + bounds[before + 1]) // 2
+    half = len(voice) // 2
+    return half + int(voice[half:].argmin())

@@ -1,0 +1,64 @@
+"""What the tests of training share: one small world (see tiny.py), written once a session."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from tiny import write_world
+
+
+@dataclass(frozen=True)
+class World:
+    """A random RWKV-6 of 2 x 64 (heads of 32, 257 tokens), a random WavLM of width 32, and 24 short recordings.
+
+    folder: holds model.pth, encoder/, train.jsonl and the WAV files that it names.
+    flags: `--load_model --encoder --data --adapter_hidden --accelerator` for these.
+    """
+
+    folder: Path
+    flags: list[str]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model.pth"
+
+    @property
+    def encoder(self) -> str:
+        return str(self.folder / "encoder")
+
+    @property
+    def utterances(self) -> list[tuple[Path, str]]:
+        """The recordings and their transcripts."""
+        lines = map(json.loads, (self.folder / "train.jsonl").read_text().splitlines())
+        return [(self.folder / line["audio"], line["text"]) for line in lines]
+
+    def speech_rwkv(self, **how: Any):
+        """A new SpeechRWKV of these parts."""
+        from rwkv_speech import SpeechRWKV
+
+        return SpeechRWKV.from_pretrained(self.model, **{"encoder": self.encoder} | how)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    folder = tmp_path_factory.mktemp("a world")
+    return World(folder, write_world(folder))
+
+
+@pytest.fixture(scope="session")
+def librispeech(world, tmp_path_factory) -> Path:
+    """The recordings in LibriSpeech's layout: 16 in train-clean-100, 5 in test-clean, 3 in test-other."""
+    root = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
+    splits = {"train-clean-100": slice(16), "test-clean": slice(16, 21), "test-other": slice(21, 24)}
+    for speaker, (split, part) in enumerate(splits.items(), start=1):
+        chapter = root / split / f"{speaker}" / "7"
+        chapter.mkdir(parents=True)
+        lines = []
+        for i, (path, text) in enumerate(world.utterances[part]):
+            soundfile.write(chapter / f"{speaker}-7-{i:04}.flac", *soundfile.read(path))
+            lines.append(f"{speaker}-7-{i:04} {text.upper()}\n")
+        (chapter / f"{speaker}-7.trans.txt").write_text("".join(lines))
+    return root

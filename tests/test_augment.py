@@ -1,0 +1,291 @@
+"""Speed, noise and masks: as much as was asked for, and the same for one seed, epoch and utterance wherever drawn."""
+
+import logging
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from rwkv_speech import ops
+from rwkv_speech.data.batches import Speech
+from rwkv_speech.data.buckets import bucketed_loader
+from rwkv_speech.data.steps import OptimiserSteps
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.options import Options
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.augment import SPEEDS, SpecAugment, WaveformAugmentation
+from rwkv_speech.system import SpeechRWKV
+from tests.tiny import write_world
+
+
+def sine(frequency: float, samples: int = SAMPLE_RATE) -> torch.Tensor:
+    return torch.sin(2 * torch.pi * frequency * torch.arange(samples) / SAMPLE_RATE)
+
+
+@pytest.fixture(scope="module")
+def noises(tmp_path_factory) -> list[Path]:
+    """Noise of 0.1, 0.5 and 3 s, of different levels."""
+    folder, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for level, seconds in ((0.01, 0.1), (0.1, 0.5), (0.3, 3.0)):
+        samples = level * rng.standard_normal(int(seconds * SAMPLE_RATE))
+        soundfile.write(folder / f"{seconds}.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    return sorted(folder.iterdir())
+
+
+def power(waveform: torch.Tensor) -> float:
+    return float(waveform.double().square().mean())
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_speed_changes_length_and_pitch_by_its_factor(speed):
+    change = WaveformAugmentation(0, speeds=(speed,))
+    changed = change("a", sine(440), 0)
+    assert len(changed) == pytest.approx(SAMPLE_RATE / speed, abs=2)
+    spectrum = np.abs(np.fft.rfft(changed.numpy() * np.hanning(len(changed))))
+    assert spectrum.argmax() * SAMPLE_RATE / len(changed) == pytest.approx(440 * speed, abs=1)
+    assert power(changed) == pytest.approx(0.5, rel=0.01)
+
+
+def test_speeds_are_drawn_anew_and_alike_often():
+    change = WaveformAugmentation(3, speeds=SPEEDS)
+    drawn = {(id, epoch): change.speed(f"1-2-{id:04}", epoch) for id in range(500) for epoch in range(6)}
+    assert {speed: pytest.approx(1000, abs=120) for speed in SPEEDS} == Counter(drawn.values())
+    both = Counter((drawn[id, 0], drawn[id, 1]) for id in range(500))  # nor does one epoch foretell the next
+    assert len(both) == 9
+    assert max(both.values()) < 90
+    assert all(len(change("1-2-0007", sine(99, 900), epoch)) == pytest.approx(900 / drawn[7, epoch], abs=2)
+               for epoch in range(6))  # fmt: skip
+
+
+def test_lengths_foretell_what_an_epoch_makes():
+    change = WaveformAugmentation(3, speeds=SPEEDS)
+    ids, seconds = [f"u{n}" for n in range(30)], np.linspace(0.1, 0.2, 30)
+    for epoch in range(3):
+        made = [len(change(id, sine(50, round(s * 16000)), epoch)) / 16000 for id, s in zip(ids, seconds, strict=True)]
+        np.testing.assert_allclose(change.lengths(ids, seconds, epoch), made, atol=2e-4)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [-5.0, 0.0, 12.5])
+def test_noise_is_as_loud_as_asked(noises, asked):
+    speech = 0.3 * sine(440, 2 * SAMPLE_RATE)
+    change = WaveformAugmentation(0, noise=noises, snr_db=(asked, asked))
+    for epoch in range(6):  # each of the noises, some shorter than the speech and some longer
+        noise = change("a", speech, epoch) - speech
+        assert 10 * np.log10(power(speech) / power(noise)) == pytest.approx(asked, abs=0.01)
+
+
+def test_snr_and_noise_are_drawn(noises):
+    speech = 0.3 * sine(440, 800)
+    change = WaveformAugmentation(0, noise=noises, snr_db=(5.0, 20.0))
+    drawn = [10 * np.log10(power(speech) / power(change(f"u{n}", speech, 0) - speech)) for n in range(300)]
+    assert (min(drawn), max(drawn)) == (pytest.approx(5, abs=0.5), pytest.approx(20, abs=0.5))
+    assert np.mean(drawn) == pytest.approx(12.5, abs=1)  # uniform, of deviation 4.3
+    assert np.std(drawn) == pytest.approx(15 / 12**0.5, abs=0.5)
+
+
+def test_silence_stays_silent(noises, tmp_path):
+    silence = torch.zeros(100)
+    assert torch.equal(WaveformAugmentation(0, noise=noises)("a", silence, 0), silence)
+    soundfile.write(tmp_path / "silent.wav", silence.numpy(), SAMPLE_RATE)
+    speech = sine(440, 100)
+    assert torch.equal(WaveformAugmentation(0, noise=[tmp_path / "silent.wav"])("a", speech, 0), speech)
+
+
+def test_an_unusable_noise_is_a_bad_sample(tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"none")
+    soundfile.write(tmp_path / "a.wav", np.ones(100), SAMPLE_RATE)
+    speech = Speech(
+        [Utterance("a", "x", tmp_path / "a.wav")], change=WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
+    )
+    assert str(tmp_path / "noise.wav") in speech[0].reason
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def test_seed_epoch_and_id_settle_a_sample(noises):
+    def changed(seed: int = 1, id: str = "a", epoch: int = 2) -> bytes:
+        torch.manual_seed(torch.seed())  # whatever the global streams hold
+        np.random.seed(None)
+        return WaveformAugmentation(seed, speeds=SPEEDS, noise=noises)(id, sine(440, 4000), epoch).numpy().tobytes()
+
+    assert changed() == changed()
+    assert len({changed(), changed(seed=2), changed(id="b"), changed(epoch=3)}) == 4
+
+
+def test_workers_processes_and_epochs(tmp_path, noises):
+    """What training hears of an utterance doesn't depend on who reads it, and is another thing in each epoch."""
+    utterances = []
+    for n in range(12):
+        soundfile.write(tmp_path / f"{n}.wav", sine(300 + 10 * n, 1600 + 10 * n).numpy(), SAMPLE_RATE)
+        utterances.append(Utterance(f"u{n}", "x", tmp_path / f"{n}.wav"))
+    seconds = np.linspace(0.1, 0.11, 12)
+
+    def heard(num_workers: int, world_size: int) -> list[dict[str, bytes]]:
+        change = WaveformAugmentation(5, speeds=SPEEDS, noise=noises)
+        processes = [
+            OptimiserSteps(
+                bucketed_loader(
+                    Speech(utterances, change=change),
+                    partial(change.lengths, [utterance.id for utterance in utterances], seconds),
+                    batch_size=2,
+                    num_workers=num_workers,
+                    rank=rank,
+                    world_size=world_size,
+                ),
+                accumulate=1,
+                count=len,
+            )
+            for rank in range(world_size)
+        ]
+        epochs = []
+        for epoch in range(3):
+            epochs.append({})
+            for steps in processes:
+                steps.batch_sampler.sampler.set_epoch(epoch)
+                for batch in steps:
+                    epochs[-1] |= {i: w.numpy().tobytes() for i, w in zip(batch.ids, batch.waveforms, strict=True)}
+        return epochs
+
+    alone = heard(0, 1)
+    assert alone == heard(2, 1) == heard(1, 3)
+    assert all(len(epoch) == 12 for epoch in alone)
+    assert all(len({epoch[f"u{n}"] for epoch in alone}) == 3 for n in range(12))
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def frames_of(lengths: list[int], width: int = 64) -> torch.Tensor:
+    frames = torch.randn(len(lengths), max(lengths), width, generator=torch.Generator().manual_seed(0)) + 3
+    for x, length in zip(frames, lengths, strict=True):
+        x[length:] = 0
+    return frames
+
+
+def test_masks_take_the_parts_they_should():
+    """Two masks of up to a tenth in each direction: in the mean 2 x 1/20 of the frames, and of the channels."""
+    frames, lengths = frames_of([200] * 500), torch.full((500,), 200)
+    masked = SpecAugment(0)(frames, lengths, ids=[f"u{n}" for n in range(500)], epoch=0)
+    changed = masked != frames
+    time, channels = changed.all(2).float().mean(1), changed.all(1).float().mean(1)
+    for part, most in ((time, 0.2), (channels, 12 / 64)):
+        assert part.mean() == pytest.approx(most / 2, rel=0.1)  # less where two masks meet
+        assert part.max() <= most
+        assert part.max() > 0.8 * most
+    whole = 1 - (1 - time) * (1 - channels)
+    torch.testing.assert_close(changed.float().mean((1, 2)), whole)  # stretches and bands, and nothing else
+    places = changed.all(2).float().mean(0)
+    assert (places[:100].mean() / places[100:].mean()) == pytest.approx(1, abs=0.15)
+
+
+def test_masked_values_are_the_mean_of_the_valid_frames():
+    frames, lengths = frames_of([90, 120, 3]), torch.tensor([90, 120, 3])
+    before = frames.clone()
+    masked = SpecAugment(4)(frames, lengths, ids=["a", "b", "c"], epoch=0)
+    assert torch.equal(frames, before)
+    for i, length in enumerate(lengths.tolist()):
+        assert torch.equal(masked[i, length:], frames[i, length:])
+        changed = masked[i] != frames[i]
+        mean = frames[i, :length].mean(0).expand_as(frames[i])
+        torch.testing.assert_close(masked[i][changed], mean[changed])
+    assert (masked != frames).any()
+
+
+def test_masks_depend_on_seed_epoch_and_id_not_on_company():
+    def masked(seed: int = 0, epoch: int = 0, ids: tuple[str, ...] = ("a", "b")) -> torch.Tensor:
+        frames = frames_of([100, 100])[:1].expand(len(ids), -1, -1)
+        return SpecAugment(seed)(frames, torch.full((len(ids),), 100), ids=ids, epoch=epoch)
+
+    assert torch.equal(masked(), masked())
+    assert torch.equal(masked()[1], masked(ids=("c", "b", "a"))[1])
+    assert torch.equal(masked()[0], masked(ids=("c", "b", "a"))[2])
+    assert not torch.equal(masked()[0], masked()[1])
+    assert not torch.equal(masked(), masked(epoch=1))
+    assert not torch.equal(masked(), masked(seed=1))
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("world")
+    return folder, write_world(folder, utterances=10)
+
+
+def train(world: tuple[Path, list[str]], project: Path, *flags: str) -> None:
+    settings = ["--epoch_count=2", "--num_workers=0", f"--proj_dir={project}"]
+    assert ops.train(Options.parse([*world[1], *settings, *flags])) == 0
+
+
+def test_training_masks_each_sample_in_each_epoch(world, tmp_path, monkeypatch):
+    masked = []
+    call = SpecAugment.__call__
+
+    def recorded(self, frames, lengths, *, ids, epoch):
+        masked.extend((epoch, id) for id in ids)
+        return call(self, frames, lengths, ids=ids, epoch=epoch)
+
+    monkeypatch.setattr(SpecAugment, "__call__", recorded)
+    train(world, tmp_path / "plain")
+    assert masked == []
+    train(world, tmp_path / "masked", "--spec_augment")
+    assert Counter(masked) == {(epoch, f"u{n}"): 1 for epoch in range(2) for n in range(10)}
+
+
+def test_masks_are_of_training_only(world):
+    model = SpeechRWKV.from_pretrained(world[0] / "model.pth", encoder=str(world[0] / "encoder"), adapter_hidden=32)
+    speech = [sine(440), sine(300, 2 * SAMPLE_RATE)]
+    plain = model.loss(speech, ["a", "b"])
+    masks = SpecAugment(0)
+    model.spec_augment = masks
+    assert torch.equal(model.loss(speech, ["a", "b"]), plain)
+    total, count = model.loss_sum(speech, ["a", "b"], mask=partial(masks, ids=["a", "b"], epoch=0))
+    assert not torch.isclose(total / count, plain, rtol=1e-6)
+
+
+def test_training_with_all_of_it(world, noises, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "rwkv_speech")
+    flags = ("--speed_perturb", "--spec_augment", f"--noise_dir={noises[0].parent}", "--noise_snr=-5,5")
+    train(world, tmp_path, *flags, "--max_batch_s=3")
+    assert "training on 10 utterances" in caplog.text
+    assert list(tmp_path.glob("rwkv-adapter-*.pth"))
+    with pytest.raises(UserError, match=r"more than the 0\.72 s that --max_batch_s leaves"):
+        train(world, tmp_path / "short", "--speed_perturb", "--max_batch_s=0.8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--cache_features=x --speed_perturb", "--speed_perturb changes the audio"),
+        ("--cache_features=x --noise_dir=y", "--noise_dir changes the audio"),
+        ("--noise_snr=0,10", "--noise_snr needs --noise_dir"),
+        ("--noise_dir=y --noise_snr=10,0", "expected LOW,HIGH"),
+        ("--noise_dir=y --noise_snr=10", "expected LOW,HIGH"),
+        ("--max_batch_s=0", "not a positive number"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, words):
+    with pytest.raises(UserError, match=words):
+        Options.parse(["--load_model=m.pth", *flags.split()])
+
+
+def test_masks_go_with_cached_frames():
+    assert Options.parse(["--load_model=m.pth", "--cache_features=x", "--spec_augment"]).spec_augment
+
+
+def test_a_folder_without_noise_is_an_error(world, tmp_path):
+    with pytest.raises(UserError, match="no audio files there"):
+        train(world, tmp_path, f"--noise_dir={tmp_path}")

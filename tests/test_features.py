@@ -1,0 +1,539 @@
+"""Cached frames: those of the encoder, never stale, whole after any interruption."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from bench.random_model import write_model
+from rwkv_speech import ops
+from rwkv_speech.data.batches import Speech, loader
+from rwkv_speech.data.librispeech import read_librispeech
+from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.mission import read_mission
+from rwkv_speech.options import Options
+from rwkv_speech.rwkv6.initialise import official_sizes
+from rwkv_speech.speech import features, shards, stamps
+from rwkv_speech.speech.audio import AudioError
+from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.features import AbsentEncoder, FeatureCache
+from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, pack, unpack
+from rwkv_speech.system import SpeechRWKV
+from tests.tiny import write_world
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+WHISPER = SHARED / "models/whisper-tiny.en"
+SPEECH = SHARED / "speech/speechocean762-train"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture
+def world(original, tmp_path, monkeypatch) -> Path:
+    """A model, an encoder of width 32 and 24 utterances, to be changed at will, and a clock that needs no waiting."""
+    monkeypatch.setattr(stamps, "SETTLED", -1.0)
+    return Path(shutil.copytree(original, tmp_path / "world"))
+
+
+@pytest.fixture
+def utterances(world) -> list[Utterance]:
+    return read_manifest(world / "train.jsonl")
+
+
+def opened(world: Path, storage: str = "fp16", **settings: object) -> FeatureCache:
+    cache = FeatureCache(world / "cache", storage=storage)
+    cache.encoder(str(world / "encoder"), **settings)
+    return cache
+
+
+def filled(world: Path, utterances: list[Utterance], storage: str = "fp16", **settings: object) -> FeatureCache:
+    cache = opened(world, storage)
+    cache.fill(utterances, **settings)
+    return cache
+
+
+def exact(world: Path, utterance: Utterance) -> Tensor:
+    return SpeechEncoder.from_pretrained(str(world / "encoder"))([utterance.waveform()])[0][0]
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The encoders that are loaded from now on."""
+    names, load = [], SpeechEncoder.from_pretrained
+    monkeypatch.setattr(
+        SpeechEncoder, "from_pretrained", lambda name, **settings: names.append(name) or load(name, **settings)
+    )
+    return names
+
+
+def stored_frames(world: Path) -> int:
+    """Bytes of all frames that were ever written."""
+    return sum(path.stat().st_size for path in world.glob("cache/*/*.frames"))
+
+
+# What comes out is what the encoder gives
+
+
+def test_fp16_frames_are_the_encoders(world, utterances):
+    cache = filled(world, utterances)
+    for utterance in utterances:
+        frames, samples = cache.read(utterance)
+        assert frames.dtype is torch.float16
+        assert samples == len(utterance.waveform())
+        torch.testing.assert_close(frames.float(), exact(world, utterance), rtol=1e-3, atol=1e-3)
+
+
+def test_int8_frames_are_off_by_half_a_step_at_most(world, utterances):
+    cache = filled(world, utterances, "int8")
+    for utterance in utterances:
+        frames, _ = cache.read(utterance)
+        expected = exact(world, utterance).double()
+        step = expected.abs().amax(dim=1, keepdim=True) / 127
+        off = (frames.double() - expected).abs() / step
+        assert 0.2 < off.max() <= 0.5 + 1e-3  # the encoder itself differs by 1e-6 in other company
+
+
+def test_int8_worked_by_hand():
+    frames = torch.tensor([[127.0, -127.0, 3.4, -0.6], [0.0, 0.0, 0.0, 0.0], [0.0, 1e6, -2e6, 7e3]])
+    data = pack(frames, "int8")
+    assert len(data) == 3 * (4 + 4)
+    kept = unpack(np.frombuffer(data, np.uint8), 4, "int8")
+    step = 2e6 / 127
+    expected = torch.tensor([[127.0, -127.0, 3.0, -1.0], [0.0] * 4, [0.0, 64 * step, -2e6, 0.0]])
+    torch.testing.assert_close(kept, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "storage", "message"),
+    [(7e4, "fp16", "as large as 7e.04, beyond the range of fp16"), (float("nan"), "int8", "not finite")],
+)
+def test_frames_that_cannot_be_kept_are_refused(value, storage, message):
+    with pytest.raises(ValueError, match=message):
+        pack(torch.tensor([[1.0, value]]), storage)
+
+
+def test_loss_and_batches_from_the_cache(world, utterances):
+    """A model without ears gives the loss of one that hears, on the same batches."""
+    cache = FeatureCache(world / "cache", storage="fp16")
+    deaf = SpeechRWKV.from_pretrained(
+        world / "model.pth", encoder=str(world / "encoder"), adapter_hidden=32, load_encoder=cache.encoder
+    )
+    hearing = SpeechRWKV.from_pretrained(world / "model.pth", encoder=str(world / "encoder"), adapter_hidden=32)
+    hearing.adapter.load_state_dict(deaf.adapter.state_dict())
+    cache.fill(utterances)
+    assert isinstance(deaf.speech_encoder, AbsentEncoder)
+
+    def told(speech, **settings):
+        return list(loader(speech, batch_size=5, shuffle=True, seed=1, **settings))
+
+    def too_long(utterance, samples):
+        return "too long" if samples > 19_000 else None
+
+    from_cache = told(Speech(utterances, features=cache, check=too_long), num_workers=1)
+    from_files = told(Speech(utterances, check=too_long))
+    assert sum(len(batch.bad) for batch in from_cache) > 0
+    for ours, theirs in zip(from_cache, from_files, strict=True):
+        assert (ours.ids, ours.texts, ours.seconds, ours.bad) == (theirs.ids, theirs.texts, theirs.seconds, theirs.bad)
+        assert not ours.waveforms
+        assert not theirs.frames
+        loss, count = deaf.loss_sum(ours.audio, ours.texts)
+        expected, expected_count = hearing.loss_sum(theirs.audio, theirs.texts)
+        assert count == expected_count
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+        assert [x.tokens for x in deaf.decode_waveforms(ours.audio, max_new_tokens=4)] == [
+            x.tokens for x in hearing.decode_waveforms(theirs.audio, max_new_tokens=4)
+        ]
+    assert [deaf.positions(n, "ab") for n in (1, 500, 16_000)] == [hearing.positions(n, "ab") for n in (1, 500, 16_000)]
+    with pytest.raises(UserError, match="isn't loaded"):
+        deaf.loss([torch.zeros(16_000)], ["a"])
+
+
+# Never stale
+
+
+def test_full_cache_needs_no_encoder(world, utterances, loads, monkeypatch):
+    before = filled(world, utterances)
+    assert len(loads) == 1
+    monkeypatch.setattr(SpeechEncoder, "from_pretrained", lambda *_, **__: pytest.fail("the encoder is loaded"))
+    cache = FeatureCache(world / "cache", storage="fp16")
+    encoder = cache.encoder(str(world / "encoder"))
+    cache.fill(utterances)
+    assert (encoder.name, encoder.width, encoder.frame_rate) == (str(world / "encoder"), 32, 50)
+    assert all(torch.equal(cache.read(u)[0], before.read(u)[0]) for u in utterances)
+
+
+def overwrite(path: Path, seed: int = 0) -> None:
+    """Other samples of the same size, and the times of before as far as they can be set."""
+    info, status = soundfile.info(path), path.stat()
+    noise = np.random.default_rng(seed).standard_normal(info.frames) * 0.1
+    soundfile.write(path, noise, info.samplerate, subtype=info.subtype)
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("settled", [-1.0, 60.0], ids=["settled", "just-written"])
+def test_changed_file_is_noticed(world, utterances, monkeypatch, settled):
+    monkeypatch.setattr(stamps, "SETTLED", settled)
+    running = filled(world, utterances)
+    before = running.read(utterances[3])[0]
+    time.sleep(0.02)  # a tick of the file system's clock
+    overwrite(utterances[3].audio)
+    with pytest.raises(AudioError, match=r"3\.wav: changed since its frames were cached; start again"):
+        running.read(utterances[3])
+    after = filled(world, utterances).read(utterances[3])[0].float()
+    assert (after - before.float()).abs().max() > 0.1
+    torch.testing.assert_close(after, exact(world, utterances[3]), rtol=1e-3, atol=1e-3)
+
+
+def test_touched_and_moved_files_keep_their_frames(world, utterances, loads):
+    filled(world, utterances)
+    os.utime(utterances[0].audio)
+    shutil.move(utterances[1].audio, world / "elsewhere.wav")
+    moved = [utterances[0], Utterance("moved", "x", world / "elsewhere.wav"), *utterances[2:]]
+    size = stored_frames(world)
+    for _ in range(2):
+        cache = filled(world, moved)
+    assert cache.read(moved[0])[0].shape == cache.read(utterances[0])[0].shape
+    assert len(loads) == 1
+    assert stored_frames(world) == size
+    torch.testing.assert_close(cache.read(moved[1])[0].float(), exact(world, moved[1]), rtol=1e-3, atol=1e-3)
+
+
+def change_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["encoder.layers.0.final_layer_norm.bias"] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_json(folder: Path, name: str, **values: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weight,
+        lambda folder: change_json(folder, "config.json", hidden_act="relu"),
+        lambda folder: change_json(folder, "preprocessor_config.json", do_normalize=True),
+    ],
+    ids=["weight", "config", "feature-extractor"],
+)
+def test_changed_encoder_is_noticed(world, utterances, loads, change):
+    before = filled(world, utterances).read(utterances[0])[0]
+    change(world / "encoder")
+    after = filled(world, utterances).read(utterances[0])[0]
+    assert len(loads) == 2
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after.float(), exact(world, utterances[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_frames_of_another_precision_are_others(world, utterances, loads):
+    filled(world, utterances)
+    cache = opened(world, dtype=torch.bfloat16)
+    with pytest.raises(AudioError, match="changed since"):
+        cache.read(utterances[0])
+    assert len(loads) == 2
+
+
+def test_encoder_with_touched_files_is_loaded_and_recognised(world, utterances, loads):
+    filled(world, utterances)
+    size = stored_frames(world)
+    os.utime(world / "encoder/model.safetensors")
+    (world / "encoder/tokenizer.json").write_text("{}")
+    filled(world, utterances)
+    assert len(loads) == 2
+    assert stored_frames(world) == size
+
+
+def test_encoder_that_changes_behind_an_open_cache_is_refused(world, utterances):
+    filled(world, utterances[:3])
+    cache = opened(world)
+    change_weight(world / "encoder")
+    with pytest.raises(UserError, match="changed in this moment"):
+        cache.fill(utterances)
+
+
+# Whole after any interruption
+
+
+def keys(count: int) -> list[bytes]:
+    return [number.to_bytes(2, "big") * 8 for number in range(count)]
+
+
+def frames_of(key: bytes, frames: int = 3) -> Tensor:
+    return torch.randn(frames, 8, generator=torch.Generator().manual_seed(key[1])).half()
+
+
+def write_some(folder: Path, storage: str = "fp16") -> Shards:
+    found = Shards(folder, width=8, storage=storage)
+    with ShardWriter(found) as writer:
+        for key in keys(5):
+            writer.add(key, frames_of(key), 960)
+    found.reload()
+    return found
+
+
+def check_all_but_last(folder: Path) -> None:
+    """The last is lost, the others are there, and writing it again mends everything."""
+    found = Shards(folder, width=8, storage="fp16")
+    *first, last = keys(5)
+    assert found.find(last) is None
+    with ShardWriter(found) as writer:
+        writer.add(last, frames_of(last), 960)
+    found.reload()
+    for key in (*first, last):
+        assert torch.equal(found.read(found.find(key)), frames_of(key))
+        assert found.find(key)["samples"] == 960
+
+
+@pytest.mark.parametrize("left", range(RECORD_BYTES))
+def test_index_torn_at_any_byte_of_its_last_record(tmp_path, left):
+    write_some(tmp_path)
+    (index,) = tmp_path.glob("*.index")
+    os.truncate(index, 4 * RECORD_BYTES + left)
+    check_all_but_last(tmp_path)
+
+
+@pytest.mark.parametrize("byte", range(RECORD_BYTES))
+def test_index_with_any_byte_of_its_last_record_unwritten(tmp_path, byte):
+    write_some(tmp_path)
+    (index,) = tmp_path.glob("*.index")
+    raw = bytearray(index.read_bytes())
+    raw[-RECORD_BYTES + byte] ^= 0xFF
+    index.write_bytes(raw)
+    check_all_but_last(tmp_path)
+
+
+@pytest.mark.parametrize("left", range(3 * 8 * 2))
+def test_data_torn_at_any_byte_of_its_last_record(tmp_path, left):
+    write_some(tmp_path)
+    (data,) = tmp_path.glob("*.frames")
+    os.truncate(data, 4 * 3 * 8 * 2 + left)
+    check_all_but_last(tmp_path)
+
+
+def test_damaged_data_is_an_error(tmp_path):
+    found = write_some(tmp_path)
+    (data,) = tmp_path.glob("*.frames")
+    raw = bytearray(data.read_bytes())
+    raw[10] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(UserError, match=r"\.frames is damaged; remove it and start again"):
+        found.read(found.find(keys(1)[0]))
+    data.unlink()
+    assert not len(Shards(tmp_path, width=8, storage="fp16"))
+
+
+def test_data_files_are_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)  # two records of 48
+    found = write_some(tmp_path)
+    assert sorted(path.stat().st_size for path in tmp_path.glob("*.frames")) == [48, 96, 96]
+    assert all(torch.equal(found.read(found.find(key)), frames_of(key)) for key in keys(5))
+
+
+def _write_forever(folder: Path) -> None:
+    writer = ShardWriter(Shards(folder, width=8, storage="fp16"))
+    for number, key in enumerate(keys(60_000)):
+        writer.add(key, frames_of(key, frames=500), 1)
+        if number % 3 == 2:
+            writer.commit()
+
+
+def test_writer_killed_at_random_moments(tmp_path):
+    rng = random.Random(0)
+    found = 0
+    for attempt in range(12):
+        folder = tmp_path / str(attempt)
+        process = multiprocessing.get_context("fork").Process(target=_write_forever, args=(folder,))
+        process.start()
+        time.sleep(rng.uniform(0.01, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        left = Shards(folder, width=8, storage="fp16")
+        assert len(left) % 3 == 0
+        for key in keys(len(left)):
+            assert torch.equal(left.read(left.find(key)), frames_of(key, frames=500))
+        found += len(left)
+    assert found > 12
+
+
+def test_interrupted_filling_ends_with_the_same_bits(world, utterances, monkeypatch):
+    monkeypatch.setattr(features, "_BATCH_SECONDS", 4.0)  # some batches of several
+    whole = filled(world, utterances)
+    expected = [whole.read(utterance)[0] for utterance in utterances]
+    (index,) = world.glob("cache/*/*.index")
+    records = index.stat().st_size // RECORD_BYTES
+    for left in (0, 1, 2, 7, records // 2, records - 1):
+        for path in world.glob("cache/*/*.index"):
+            if path != index:
+                path.unlink()
+        os.truncate(index, left * RECORD_BYTES)
+        again = filled(world, utterances)
+        assert all(torch.equal(again.read(u)[0], frames) for u, frames in zip(utterances, expected, strict=True))
+
+
+def _fill_share(world: Path, rank: int, barrier) -> None:
+    filled(world, read_manifest(world / "train.jsonl"), rank=rank, world_size=2, barrier=barrier.wait)
+
+
+def test_two_processes_fill_it_together(world, utterances):
+    expected = filled(world, utterances)
+    frames = [expected.read(utterance)[0] for utterance in utterances]
+    size = stored_frames(world)
+    shutil.rmtree(world / "cache")
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_fill_share, args=(world, rank, barrier)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(list(world.glob("cache/*/*.frames"))) == 2
+    assert stored_frames(world) == size  # nothing was computed twice
+    cache = opened(world)
+    for utterance, alone in zip(utterances, frames, strict=True):
+        torch.testing.assert_close(cache.read(utterance)[0], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_recording_that_occurs_twice_is_stored_once(world, utterances):
+    shutil.copy(utterances[0].audio, world / "copy.wav")
+    filled(world, [*utterances, utterances[5], Utterance("copy", "x", world / "copy.wav")])
+    twice = stored_frames(world)
+    shutil.rmtree(world / "cache")
+    filled(world, utterances)
+    assert stored_frames(world) == twice
+
+
+# Disk, and recordings that can't be used
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8"])
+def test_disk_needed_is_said_beforehand_and_true(world, utterances, storage, monkeypatch):
+    free = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(UserError, match=r"0\.00 GB are free: make room") as caught:
+        filled(world, utterances, storage)
+    assert "\n" not in str(caught.value)
+    assert ("int8" in str(caught.value)) == (storage == "fp16")
+    assert not stored_frames(world)
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in world.glob("cache/*-*/*"))
+
+    low, high = 0, 10_000_000  # the least free space that is accepted
+    cache = opened(world, storage)
+    monkeypatch.setattr(cache, "_encode", lambda *_: None)
+    while high - low > 1:
+        free.free = (low + high) // 2
+        try:
+            cache.fill(utterances)
+            high = free.free
+        except UserError:
+            low = free.free
+    free.free = high
+    filled(world, utterances, storage)
+    assert size() == high
+
+
+def test_bad_recordings_get_no_frames(world, utterances):
+    (world / "noise.wav").write_bytes(b"not audio")
+    wrong = [Utterance("noise", "x", world / "noise.wav"), Utterance("absent", "x", world / "absent.wav")]
+    bad = []
+    cache = opened(world)
+    cache.fill([*wrong, *utterances], on_bad=lambda utterance, error: bad.append((utterance.id, str(error))))
+    assert sorted(id for id, _ in bad) == ["absent", "noise"]
+    for utterance in wrong:
+        with pytest.raises(AudioError, match=str(utterance.audio)):
+            cache.read(utterance)
+    assert len(cache.read(utterances[0])[0]) > 10
+
+
+def test_folder_that_cannot_be_made(world):
+    with pytest.raises(UserError, match="expected a folder to write to"):
+        FeatureCache(world / "train.jsonl/cache", storage="fp16").encoder(str(world / "encoder"))
+
+
+# In a run
+
+
+def test_training_with_a_full_cache(world, monkeypatch, tmp_path):
+    """Filled and full give the same weights bit for bit; without the cache they are close."""
+
+    def train(name: str, *more: str) -> dict[str, Tensor]:
+        flags = {"load_model": "model.pth", "encoder": "encoder", "data": "train.jsonl"}
+        arguments = [f"--{flag}={world / value}" for flag, value in flags.items()]
+        arguments += ["--adapter_hidden=32", "--accelerator=cpu", "--epoch_count=2", "--warmup_steps=2"]
+        arguments += ["--num_workers=0", f"--proj_dir={tmp_path / name}", *more]
+        assert ops.train(Options.parse(arguments)) == 0
+        return read_mission(max((tmp_path / name).glob("rwkv-adapter-*.pth"))).tensors
+
+    plain = train("plain")
+    filling = train("filling", f"--cache_features={world / 'cache'}")
+    monkeypatch.setattr(SpeechEncoder, "from_pretrained", lambda *_, **__: pytest.fail("the encoder is loaded"))
+    full = train("full", f"--cache_features={world / 'cache'}")
+    for name, tensor in full.items():
+        assert torch.equal(tensor, filling[name]), name
+        torch.testing.assert_close(tensor, plain[name], rtol=0.05, atol=2e-4)
+
+
+# On real speech
+
+
+@pytest.mark.skipif(not (WHISPER.exists() and SPEECH.exists()), reason="../shared is absent")
+def test_int8_changes_the_loss_of_real_speech_by_less_than_half_a_percent(tmp_path):
+    """With Whisper's encoder and a random RWKV-6 whose adapter and state have learned to make use of the frames."""
+    sizes = official_sizes(n_layer=2, n_embd=128, vocab_size=257)
+    write_model(tmp_path / "model.pth", sizes, dtype=torch.float32, seed=0)
+    utterances = read_librispeech(SPEECH)[:4]
+    caches = {storage: FeatureCache(tmp_path, storage=storage) for storage in ("fp16", "int8")}
+    torch.manual_seed(0)
+    model = SpeechRWKV.from_pretrained(tmp_path / "model.pth", encoder=str(WHISPER), adapter_hidden=256)
+    for cache in caches.values():
+        cache.encoder(str(WHISPER))
+        cache.fill(utterances)
+    exact_frames = [model.speech_encoder([u.waveform()])[0][0] for u in utterances]
+    texts = [utterance.text.lower() for utterance in utterances]
+
+    def loss(frames: list[Tensor]) -> Tensor:
+        total, count = model.loss_sum(frames, texts)
+        return total / count
+
+    first = loss(exact_frames).item()
+    optimizer = torch.optim.Adam(model.trainable_state_dict().values(), lr=2e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(exact_frames).backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = loss(exact_frames).item()
+        # The adapter listens: with the frames of the next utterance the transcripts are told worse.
+        others = loss([*exact_frames[1:], exact_frames[0]]).item()
+        found = {name: loss([cache.read(u)[0] for u in utterances]).item() for name, cache in caches.items()}
+    change = {name: abs(value - expected) / expected for name, value in found.items()}
+    print(f"loss {first:.4f} -> {expected:.4f}, with wrong frames {others:.4f}; relative change by cache: {change}")
+    assert others > 1.1 * expected
+    assert change["int8"] < 0.005
+    assert change["fp16"] < 0.001

@@ -1,0 +1,495 @@
+"""Training, evaluation and prediction from the flags on: what is written, resumed, kept and refused."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train as door
+from rwkv_speech.engine.callbacks import MissionFiles
+from rwkv_speech.engine.runs import Run
+from rwkv_speech.options import Options
+from rwkv_speech.ops import OPS
+from rwkv_speech.system import SpeechRWKV
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3"]
+
+
+def do(op, world, project, *flags):
+    """Runs an operation; the later of two equal flags counts."""
+    options = Options.parse([f"--op={op}", f"--proj_dir={project}", *world.flags, *QUICK, *flags])
+    return OPS[op](options)
+
+
+def at_door(monkeypatch, capsys, *flags):
+    """The exit status of `train.py`, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    capsys.readouterr()
+    status = door.main()
+    return status, capsys.readouterr()
+
+
+def missions(project):
+    """name -> (tensors, JSON) of the mission files."""
+    paths = sorted(project.glob("*.pth"))
+    assert [path.with_suffix(".json") for path in paths] == sorted(project.glob("rwkv-adapter-*.json"))
+    return {
+        path.name: (torch.load(path, weights_only=True), json.loads(path.with_suffix(".json").read_text()))
+        for path in paths
+    }
+
+
+def last(project):
+    """The tensors of the mission file of the last step."""
+    files = missions(project)
+    return max(files.values(), key=lambda file: file[1]["step"])[0]
+
+
+def contents(folder):
+    """Every file below, with its time and content."""
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def losses(project, run=1):
+    """Step -> loss, as TensorBoard has them."""
+    events = EventAccumulator(str(project / "tensorboard" / f"run-{run}"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+def equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(x, others[name]) for name, x in some.items())
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.fixture
+def cut_power(monkeypatch):
+    """cut_power(n): the n-th training step from then on fails, before anything of it is saved."""
+    plain = SpeechRWKV.training_step
+
+    def cut(number):
+        steps = []
+
+        def training_step(self, batch, index):
+            steps.append(index)
+            if len(steps) == number:
+                raise PowerCutError
+            return plain(self, batch, index)
+
+        monkeypatch.setattr(SpeechRWKV, "training_step", training_step)
+
+    return cut
+
+
+def restore_power(monkeypatch):
+    monkeypatch.undo()
+
+
+# --- train, eval, predict --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(world, librispeech, tmp_path_factory):
+    """A project that was trained for 40 steps of 4 on train-clean-100 (4 steps to an epoch)."""
+    project = tmp_path_factory.mktemp("trained") / "out put"
+    flags = ["--data=librispeech", f"--data_dir={librispeech}", "--epoch_count=10", "--epoch_save=5"]
+    assert do("train", world, project, *flags, "--lr_init=3e-3", "--lr_final=1e-3", "--epoch_steps=4") == 0
+    return project
+
+
+def test_training_lowers_the_loss_and_writes_a_mission_file(trained, world):
+    files = missions(trained)
+    assert list(files) == ["rwkv-adapter-40.pth"], "the latest, which is the best as well"
+    _, info = files["rwkv-adapter-40.pth"]
+    assert (info["step"], info["mission"], info["encoder"], info["n_layer"]) == (40, "transcribe", world.encoder, 2)
+    curve = losses(trained)
+    assert sorted(curve) == list(range(40))
+    assert curve[0] > 5, "the first loss is about ln 257"
+    assert np.mean([curve[step] for step in range(36, 40)]) < 0.7 * curve[0]
+    assert 0.5 * curve[39] < info["train_loss"] < curve[0]
+
+
+def test_evaluation_reads_it_back_and_prints_two_rates(trained, world, librispeech, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    flags = [*world.flags, *QUICK, "--data=librispeech", f"--data_dir={librispeech}", "--max_new_tokens=20"]
+    flags = [flag for flag in flags if not flag.startswith("--encoder")]  # the mission file tells
+    status, printed = at_door(monkeypatch, capsys, "--op=eval", f"--proj_dir={trained}", *flags)
+    assert status == 0
+    assert f"evaluating {trained / 'rwkv-adapter-40.pth'}" in caplog.text
+    for split, count in (("test-clean", 5), ("test-other", 3)):
+        records = [json.loads(line) for line in (trained / f"eval/{split}.jsonl").read_text().splitlines()]
+        assert len(records) == count
+        references = [record["reference"] for record in records]
+        assert references == [text.lower() for text in references]
+        pairs = [(record["reference"], record["hypothesis"]) for record in records]
+        corpus = jiwer.wer([r for r, _ in pairs], [h for _, h in pairs])
+        mean = np.mean([jiwer.wer(r, h) for r, h in pairs])
+        (line,) = [line for line in printed.out.splitlines() if line.startswith(f"{split}: ")]
+        found = [float(rate) / 100 for rate in re.findall(r"([\d.]+)%", line)]
+        assert found == [pytest.approx(corpus, abs=1e-4), pytest.approx(mean, abs=1e-4)]
+    summary = json.loads((trained / "eval/summary.json").read_text())
+    assert summary["adapter"] == str(trained / "rwkv-adapter-40.pth")
+
+
+def test_prediction_prints_a_line_for_each_file_and_nothing_else(trained, world, tmp_path, monkeypatch, capsys):
+    paths = [path for path, _ in world.utterances[:3]]
+    stereo = tmp_path / "a 'stereo' [file].wav"
+    soundfile.write(stereo, np.random.default_rng(0).normal(0, 0.1, (44100, 2)), 44100)
+    flags = ["--op=predict", f"--proj_dir={trained}", "--max_new_tokens=20"]
+    flags += [f for f in world.flags if f.startswith(("--load_model", "--acc"))]
+    expected = SpeechRWKV.from_pretrained(world.model, adapter=trained / "rwkv-adapter-40.pth").transcribe(
+        [*paths, stereo], max_new_tokens=20
+    )
+    status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", *paths, stereo)
+    assert (status, printed.out) == (0, "".join(" ".join(text.split()) + "\n" for text in expected))
+    assert len(set(expected)) > 1
+
+    bad, missing = tmp_path / "bad.wav", tmp_path / "missing.flac"
+    bad.write_bytes(b"")
+    status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", bad, paths[0], missing, paths[1])
+    assert status == 1
+    assert printed.out.splitlines() == [" ".join(text.split()) for text in expected[:2]]
+
+
+def test_a_folder_and_a_glob_stand_for_their_files(trained, world, tmp_path, monkeypatch, capsys):
+    for name, (path, _) in zip(("b.wav", "a.WAV", "sub/c.wav"), world.utterances, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no audio")
+    flags = ["--op=predict", f"--proj_dir={trained}", "--max_new_tokens=4", *world.flags[:1], "--accelerator=cpu"]
+    for pattern, count in ((tmp_path, 3), (tmp_path / "*.wav", 1), (tmp_path / "**/*.wav", 2)):
+        status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", pattern)
+        assert (status, len(printed.out.splitlines())) == (0, count)
+    status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", tmp_path / "*.flac")
+    assert (status, printed.out) == (2, "")
+
+
+def test_training_starts_from_the_weights_of_adapter(trained, world, tmp_path):
+    flags = ["--epoch_count=1", "--epoch_steps=1", "--lr_init=1e-9", "--lr_final=1e-9"]
+    do("train", world, tmp_path, *flags, f"--adapter={trained / 'rwkv-adapter-40.pth'}")
+    before, after = last(trained), last(tmp_path)
+    for name, x in before.items():
+        torch.testing.assert_close(after[name], x, atol=1e-7, rtol=0)
+
+
+# --- one step, however it is cut -------------------------------------------------------------------------------------
+
+STEADY = ["--adam_eps=1e-3", "--save_steps=0"]  # else Adam blows rounding errors up where gradients are almost 0
+
+
+@pytest.fixture(scope="module")
+def uneven(world, tmp_path_factory):
+    """A manifest of 22 utterances: with 4 to a step the last step of an epoch has 2."""
+    path = world.folder / "uneven.jsonl"
+    path.write_text("".join((world.folder / "train.jsonl").read_text().splitlines(keepends=True)[:22]))
+    return f"--data={path}"
+
+
+def test_accumulated_micro_batches_are_one_batch(world, tmp_path, uneven):
+    flags = [*STEADY, uneven, "--epoch_count=2"]
+    do("train", world, tmp_path / "whole", *flags, "--micro_bsz=4")
+    do("train", world, tmp_path / "parts", *flags, "--micro_bsz=2", "--accumulate_grad_batches=2")
+    do("train", world, tmp_path / "ones", *flags, "--micro_bsz=1", "--accumulate_grad_batches=4")
+    whole = missions(tmp_path / "whole")["rwkv-adapter-12.pth"]
+    for other in ("parts", "ones"):
+        parts = missions(tmp_path / other)["rwkv-adapter-12.pth"]
+        assert parts[1]["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=1e-5)
+        for name, x in whole[0].items():
+            torch.testing.assert_close(parts[0][name], x, atol=1e-6, rtol=0)
+
+
+def test_the_order_of_data_and_the_first_weights_follow_from_the_seed(world, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        do("train", world, tmp_path / name, "--epoch_count=1", "--epoch_steps=2", f"--random_seed={seed}")
+    a, b, c = (last(tmp_path / name) for name in "abc")
+    assert equal(a, b)
+    assert not equal(a, c)
+
+
+def test_epoch_steps_counts_optimiser_steps(world, tmp_path):
+    flags = ["--epoch_count=2", "--epoch_steps=3", "--micro_bsz=2", "--accumulate_grad_batches=2"]
+    do("train", world, tmp_path, *flags)
+    assert last(tmp_path) is not None
+    assert max(info["step"] for _, info in missions(tmp_path).values()) == 6
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+RUN = ["--epoch_count=2", "--save_steps=4", "--lr_final=1e-4"]  # 6 steps of 4 to an epoch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    project = tmp_path_factory.mktemp("uninterrupted")
+    do("train", world, project, *RUN)
+    return project
+
+
+@pytest.mark.parametrize(
+    ("steps", "resumed_at"),
+    [
+        pytest.param([6], [4], id="within-an-epoch"),
+        pytest.param([8], [6], id="after-an-epoch"),
+        pytest.param([11], [8], id="within-the-second"),
+        pytest.param([6, 2, 4], [4, 4, 6], id="three-times"),
+    ],
+)
+def test_an_interrupted_run_ends_as_if_it_were_not(
+    world, tmp_path, uninterrupted, cut_power, monkeypatch, caplog, steps, resumed_at
+):
+    caplog.set_level("INFO", "rwkv_speech")
+    for step in steps:
+        cut_power(step)
+        with pytest.raises(PowerCutError):
+            do("train", world, tmp_path, *RUN)
+        assert not json.loads((tmp_path / "checkpoints/run-1/run.json").read_text())["finished"]
+    restore_power(monkeypatch)
+    do("train", world, tmp_path, *RUN)
+    assert [int(n) for n in re.findall(r"going on with the unfinished run 1 from \S*step=(\d+)", caplog.text)] == (
+        resumed_at
+    )
+    assert equal(last(tmp_path), last(uninterrupted))
+    assert missions(tmp_path).keys() == missions(uninterrupted).keys()
+    for name, (_, info) in missions(uninterrupted).items():
+        assert missions(tmp_path)[name][1]["train_loss"] == info["train_loss"]
+    assert json.loads((tmp_path / "checkpoints/run-1/run.json").read_text())["finished"]
+
+
+def test_a_run_cut_between_an_epochs_last_step_and_its_end_goes_on(
+    world, tmp_path, uninterrupted, monkeypatch
+):
+    """With a resume point of that very step: the epoch must neither be repeated nor lack a batch."""
+    flags = [*RUN, "--save_steps=3"]
+    do("train", world, tmp_path / "whole", *flags)
+
+    def cut(*_):
+        raise PowerCutError
+
+    monkeypatch.setattr(MissionFiles, "on_train_epoch_end", cut)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "cut", *flags)
+    monkeypatch.undo()
+    do("train", world, tmp_path / "cut", *flags)
+    assert equal(last(tmp_path / "cut"), last(tmp_path / "whole"))
+    assert sorted(losses(tmp_path / "cut")) == list(range(12))
+    # Where resume points are written changes nothing in what is learned.
+    assert equal(last(tmp_path / "cut"), last(uninterrupted))
+
+
+def test_a_run_cut_in_the_middle_of_accumulating_goes_on(world, tmp_path, uneven, cut_power, monkeypatch):
+    flags = [*RUN, uneven, "--micro_bsz=1", "--accumulate_grad_batches=4", "--save_steps=2"]
+    do("train", world, tmp_path / "whole", *flags)
+    for micro_batch in (11, 19):
+        cut_power(micro_batch)
+        with pytest.raises(PowerCutError):
+            do("train", world, tmp_path / "cut", *flags)
+    restore_power(monkeypatch)
+    do("train", world, tmp_path / "cut", *flags)
+    assert equal(last(tmp_path / "cut"), last(tmp_path / "whole"))
+
+
+def test_a_run_cut_after_its_last_step_is_finished_by_the_same_command(world, tmp_path, monkeypatch):
+    flags = ["--epoch_count=1"]
+
+    def cut(*_):
+        raise PowerCutError
+
+    monkeypatch.setattr(MissionFiles, "on_train_end", cut)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path, *flags)
+    monkeypatch.undo()
+    before = last(tmp_path)
+    do("train", world, tmp_path, *flags)
+    assert json.loads((tmp_path / "checkpoints/run-1/run.json").read_text())["finished"]
+    assert list(missions(tmp_path)) == ["rwkv-adapter-6.pth"]
+    assert equal(last(tmp_path), before)
+
+
+def test_a_killed_process_resumes_in_another(world, tmp_path, uninterrupted):
+    """By the real signal, with workers, from a shell's point of view."""
+    flags = [*world.flags, *QUICK, *RUN, "--num_workers=2"]
+    # `train.py` itself kills the process after 5 steps: from outside, the moment could not be chosen.
+    program = (
+        "import os, signal, sys; import train; from rwkv_speech.system import SpeechRWKV as S; plain = S.training_step\n"
+        "def step(self, batch, i):\n"
+        "    if self.trainer.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return plain(self, batch, i)\n"
+        "S.training_step = step; sys.exit(train.main())"
+    )
+    arguments = [f"--proj_dir={tmp_path}", *flags]
+    killed = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    do("train", world, tmp_path, *RUN)
+    assert equal(last(tmp_path), last(uninterrupted))
+
+
+def test_a_run_with_other_options_leaves_an_unfinished_one_alone(world, tmp_path, cut_power, monkeypatch, caplog):
+    cut_power(6)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path, *RUN)
+    restore_power(monkeypatch)
+    before = contents(tmp_path)
+    caplog.set_level("INFO", "rwkv_speech")
+    do("train", world, tmp_path, *RUN, "--lr_init=2e-3")
+    after = contents(tmp_path)
+    assert {path: after.get(path) for path in before} == before
+    assert "lr_init" in caplog.text
+    assert {path.name for path in set(after) - set(before) if path.suffix == ".pth"} == {
+        "rwkv-adapter-12.pth"
+    } | {name for name in missions(tmp_path) if "run2" in name}
+    assert json.loads((tmp_path / "checkpoints/run-2/run.json").read_text())["finished"]
+
+
+def test_a_finished_run_is_not_continued_nor_overwritten(world, tmp_path):
+    flags = ["--epoch_count=1", "--epoch_steps=2"]
+    do("train", world, tmp_path, *flags)
+    before = contents(tmp_path)
+    do("train", world, tmp_path, *flags)
+    assert sorted(missions(tmp_path)) == ["rwkv-adapter-2-run2.pth", "rwkv-adapter-2.pth"]
+    # Whoever needs room deletes the checkpoints; numbers start again then, the files must not.
+    for names in (3, 4):
+        shutil.rmtree(tmp_path / "checkpoints")
+        do("train", world, tmp_path, *flags)
+        assert len(missions(tmp_path)) == names
+    after = contents(tmp_path)
+    for path, content in before.items():
+        if path.parent == tmp_path:
+            assert after[path] == content, path
+
+
+def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
+    weights = SimpleNamespace(trainable_state_dict=lambda: {"x": torch.zeros(1)})
+    foreign = ["rwkv-adapter-2.pth", "rwkv-adapter-2.json", "rwkv-adapter-9.pth", "other.pth"]
+    for name in foreign:
+        (tmp_path / name).write_text("of another run")
+    callback = MissionFiles(tmp_path, Run(5, tmp_path, {}), {}, epoch_save=1, save_steps=1)
+    kept = []
+    for step, loss in enumerate([3.0, 2.0, 4.0, 2.5, 1.0, 1.5], start=1):
+        weights.last_loss_sum = loss * 10
+        trainer = SimpleNamespace(global_step=step, current_epoch=0, is_global_zero=True)
+        callback.on_train_batch_end(trainer, weights, None, SimpleNamespace(tokens=10), step)
+        files = {path.name for path in tmp_path.iterdir()} - set(foreign)
+        assert {name.replace(".json", ".pth") for name in files} == {name for name in files if "pth" in name}
+        kept.append(sorted(name.removeprefix("rwkv-adapter-") for name in files if "pth" in name))
+        state = json.loads(json.dumps(callback.state_dict()))  # as after an interruption
+        callback = MissionFiles(tmp_path, Run(5, tmp_path, {}), {}, epoch_save=1, save_steps=1)
+        callback.load_state_dict(state)
+    best = "2-run5.pth"  # its name was taken
+    assert kept == [["1.pth"], [best], [best, "3.pth"], [best, "4.pth"], ["5.pth"], ["5.pth", "6.pth"]]
+    assert all((tmp_path / name).read_text() == "of another run" for name in foreign)
+
+
+# --- bad samples -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flawed(world, tmp_path):
+    """A manifest of 8 good utterances, an empty file, a missing one, a long one and one without a word."""
+    (tmp_path / "empty.wav").touch()
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
+    good = [{"audio": str(path), "text": text} for path, text in world.utterances[:8]]
+    bad = [
+        {"audio": "empty.wav", "text": "abc"},
+        {"audio": "missing.wav", "text": "abc"},
+        {"audio": "long.wav", "text": "abc"},
+        {"audio": str(world.utterances[8][0]), "text": "  ", "id": "wordless"},
+    ]
+    path = tmp_path / "flawed.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (*good, *bad)))
+    return path
+
+
+REASONS = {"empty.wav": "empty", "missing.wav": "no such file", "long.wav": "--ctx_len 40", "wordless": "no tokens"}
+
+
+@pytest.mark.parametrize("bad", REASONS)
+def test_a_bad_sample_stops_the_run_by_its_name(world, flawed, tmp_path, monkeypatch, capsys, bad):
+    lines = [line for line in flawed.read_text().splitlines() if "WAV" in line or bad in line or '"id"' not in line]
+    keep = [line for line in lines if bad in line or not any(name in line for name in REASONS)]
+    assert len(keep) == 9
+    flawed.write_text("\n".join(keep))
+    flags = [*world.flags, *QUICK, f"--data={flawed}", f"--proj_dir={tmp_path / 'out'}", "--ctx_len=40"]
+    status, printed = at_door(monkeypatch, capsys, *flags)
+    assert status == 2
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("train.py: ")]
+    assert bad in line
+    assert REASONS[bad] in line
+    assert "--on_bad_audio skip" in line
+    assert "Traceback" not in printed.err
+
+
+def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    flags = [f"--data={flawed}", "--ctx_len=40", "--on_bad_audio=skip", "--micro_bsz=1", "--epoch_count=2"]
+    assert do("train", world, tmp_path / "out", *flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    found = {line["id"]: line["reason"] for line in lines}
+    for name, reason in REASONS.items():
+        assert reason in found[name]
+    assert caplog.records[-1].getMessage().startswith("4 bad samples skipped, listed in ")
+    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 24, "a step of none is a step"
+    for x in last(tmp_path / "out").values():
+        assert x.isfinite().all()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        pytest.param(["--load_model=/no/model.pth"], ["/no/model.pth", "does not exist"], id="no-model"),
+        pytest.param(["--encoder=/no/encoder"], ["/no/encoder", "no such folder"], id="no-encoder"),
+        pytest.param(["--data=/no/data"], ["/no/data", "no such folder"], id="no-folder"),
+        pytest.param(["--data=/no/data.jsonl"], ["/no/data.jsonl"], id="no-manifest"),
+        pytest.param(["--accelerator=gpu"], ["--accelerator gpu", "no GPU"], id="no-gpu"),
+        pytest.param(["--n_embd=2048"], ["--n_embd 2048", "64"], id="n_embd"),
+        pytest.param(["--n_layer=24"], ["--n_layer 24", "2"], id="n_layer"),
+        pytest.param(["--adapter=/no/mission.pth"], ["/no/mission.pth"], id="no-mission-file"),
+        pytest.param(["--op=eval"], ["no mission file", "train first"], id="nothing-to-evaluate"),
+        pytest.param(["--op=eval", "--adapter=~/no.pth"], ["no.pth"], id="no-mission-file-to-evaluate"),
+        pytest.param(["--op=predict"], ["--file_path"], id="nothing-to-predict"),
+        pytest.param(["--train_split=train"], ["train"], id="split-of-a-manifest"),
+        pytest.param(["--data_dir=."], ["--data ", "--data_dir"], id="two-places"),
+        pytest.param(["--n_embed=64"], ["--n_embed"], id="unknown-flag"),
+        pytest.param(["--n_emb=64"], ["--n_emb"], id="abbreviated-flag"),
+        pytest.param(["--micro_bsz=0"], ["micro_bsz", "0"], id="no-batch"),
+        pytest.param(["--precision=fp16"], ["fp16", "GPU"], id="fp16-on-a-cpu"),
+        pytest.param(["--strategy=ddpp"], ["--strategy ddpp", "ddp,"], id="unknown-strategy"),
+        pytest.param(["--devices=0,1", "--accelerator=cpu"], ["--devices [0, 1]", "cpu"], id="gpus-of-a-cpu"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without GPUs")
+def test_a_mistake_is_one_line_and_status_2(world, tmp_path, monkeypatch, capsys, flags, said):
+    project = tmp_path / "out"
+    status, printed = at_door(monkeypatch, capsys, f"--proj_dir={project}", *world.flags, *QUICK, *flags)
+    assert (status, printed.out) == (2, "")
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("train.py: ")]
+    for part in said:
+        assert part in line
+    assert "Traceback" not in printed.err
+    assert not project.exists(), "a mistake must leave nothing behind"
+
+
+def test_the_real_door_says_it_on_standard_error(world, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--load_model", "/no/model.pth", f"--proj_dir={tmp_path}"]
+    done = subprocess.run([*command, *world.flags[2:]], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"train\.py: /no/model\.pth: does not exist; .*", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
