@@ -1,5 +1,5 @@
 #!/bin/sh
-# Transcribes audio files: one line each on standard output, and nothing else there.
+# Transcribes audio files: one line each on standard output, and nothing else there; or subtitles, or JSON.
 #
 #   load_model=RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth file_path=talk.flac sh demo/demo-predict.sh
 #   load_model=RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth sh demo/demo-predict.sh a.wav b.mp3 folder/ >texts
@@ -22,6 +22,11 @@ adapter_hidden="${adapter_hidden:-}"
 n_layer="${n_layer:-}"                       # layers and width of the language model: the file tells;
 n_embd="${n_embd:-}"                         #   set them to be told when it is not the file you think it is
 
+format="${format:-text}"                     # text, a line for each file; json, with times; srt or vtt, subtitles
+output_dir="${output_dir:-}"                 # folder for a transcript of each file; empty: all to standard output
+max_audio_s="${max_audio_s:-30}"             # seconds; longer audio is cut in pauses of speech, and joined again
+
+eval_bsz="${eval_bsz:-8}"                    # files, or pieces of long ones, decoded together: lower it to save memory
 beam="${beam:-1}"                            # beams; 1 is greedy, more is slower and often a little better
 max_new_tokens="${max_new_tokens:-}"         # longest transcript in tokens; empty: as long as the audio makes likely
 loop_guard="${loop_guard:-}"                 # 1: cut a transcript that has begun to repeat itself
@@ -60,7 +65,7 @@ PATH=$(dirname -- "$python"):$PATH # as activating the environment would
 
 # Settings go before the arguments, which so have the last word.
 for name in load_model adapter proj_dir encoder downsample_k adapter_hidden n_layer n_embd \
-    beam max_new_tokens accelerator devices precision wkv; do
+    format output_dir max_audio_s eval_bsz beam max_new_tokens accelerator devices precision wkv; do
     eval "value=\$$name"
     [ -z "$value" ] || set -- "--$name=$value" "$@"
 done

@@ -30,6 +30,8 @@ eval_split="${eval_split:-}"                 # joined by +, each scored for itse
 audio_column="${audio_column:-}"             # columns of a Hugging Face dataset, where the guess is wrong
 text_column="${text_column:-}"
 on_bad_audio="${on_bad_audio:-stop}"         # stop at a sample that can't be used, or skip and list it
+cache_features="${cache_features:-}"         # folder that keeps the encoder's frames, computed once; empty: none
+cache_dtype="${cache_dtype:-fp16}"           # how frames are kept: fp16, or int8 in half the disk
 num_workers="${num_workers:-2}"              # processes that read audio, for each device; more if the GPU waits
 
 # --- length and size of training ---
@@ -105,7 +107,7 @@ PATH=$(dirname -- "$python"):$PATH # as activating the environment would
 
 # Settings go before the arguments, which so have the last word.
 for name in load_model encoder adapter proj_dir n_layer n_embd downsample_k adapter_hidden \
-    data data_dir train_split eval_split audio_column text_column on_bad_audio num_workers \
+    data data_dir train_split eval_split audio_column text_column on_bad_audio cache_features cache_dtype num_workers \
     micro_bsz max_batch_s accumulate_grad_batches ctx_len grad_cp epoch_steps epoch_count epoch_save save_steps \
     random_seed noise_dir noise_snr \
     lr_init lr_final warmup_steps state_lr_scale beta1 beta2 adam_eps weight_decay grad_clip train_type \

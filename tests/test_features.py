@@ -19,9 +19,10 @@ from torch import Tensor
 from bench.random_model import write_model
 from rwkv_speech import ops
 from rwkv_speech.data.batches import Speech, loader
+from rwkv_speech.data.huggingface import read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.utterance import DatasetRow, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.mission import read_mission
 from rwkv_speech.options import Options
@@ -215,6 +216,24 @@ def test_touched_and_moved_files_keep_their_frames(world, utterances, loads):
     assert len(loads) == 1
     assert stored_frames(world) == size
     torch.testing.assert_close(cache.read(moved[1])[0].float(), exact(world, moved[1]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["bytes", "paths"])
+def test_rows_of_a_dataset_are_known_without_fetching_where_they_hold_bytes(world, utterances, monkeypatch, inside):
+    datasets = pytest.importorskip("datasets")
+    cells = [u.audio.read_bytes() if inside else str(u.audio) for u in utterances]
+    datasets.Dataset.from_dict({"audio": cells, "text": [u.text for u in utterances]}).save_to_disk(world / "rows")
+    filled(world, read_dataset(world / "rows"))
+    monkeypatch.setattr(SpeechEncoder, "from_pretrained", lambda *_, **__: pytest.fail("the encoder is loaded"))
+    fetched, fetch = [], DatasetRow.fetch
+    monkeypatch.setattr(DatasetRow, "fetch", lambda row: fetched.append(row.index) or fetch(row))
+    again = read_dataset(world / "rows")
+    cache = filled(world, again)
+    for utterance in again:
+        samples = len(utterance.waveform())
+        fetched.clear()
+        assert cache.read(utterance)[1] == samples
+        assert bool(fetched) != inside
 
 
 def change_weight(folder: Path) -> None:

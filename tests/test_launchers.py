@@ -162,7 +162,9 @@ def test_predict_passes_the_defaults_of_the_program(checkout):
 
 def test_train_has_a_setting_for_every_flag():
     flags = {f.name for f in fields(Options)}
-    assert settings_of(TRAIN) == flags - {"op", "file_path"} | {"OP"}
+    of_predict = {"file_path", "max_audio_s", "format", "output_dir"}
+    assert settings_of(TRAIN) == flags - {"op"} - of_predict | {"OP"}
+    assert of_predict <= settings_of(PREDICT)
 
 
 def test_settings_of_predict_are_flags():

@@ -337,5 +337,5 @@ def test_a_transcript_is_as_long_as_its_audio_allows(model, waveforms):
 def test_a_file_that_is_none_is_named(model, tmp_path):
     path = tmp_path / "noise.wav"
     path.write_bytes(b"no audio")
-    with pytest.raises(UserError, match="noise.wav"):
+    with pytest.raises(UserError, match=r"noise\.wav"):
         model.transcribe([path])

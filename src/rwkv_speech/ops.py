@@ -5,6 +5,7 @@ Each gives the exit status.
 
 import glob
 import logging
+import math
 import os
 import resource
 import sys
@@ -34,6 +35,7 @@ from rwkv_speech.engine.machine import Machine, fit_to_machine
 from rwkv_speech.engine.runs import find_run
 from rwkv_speech.engine.trainer import make_trainer
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_whole
 from rwkv_speech.mission import newest_mission
 from rwkv_speech.options import Options
 from rwkv_speech.rwkv6 import wkv
@@ -43,6 +45,7 @@ from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.perturb import ROBUSTNESS
 from rwkv_speech.system import Optimisation, SpeechRWKV
+from rwkv_speech.transcript import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
 
@@ -61,15 +64,6 @@ def train(options: Options) -> int:
     features = FeatureCache(options.cache_features, storage=options.cache_dtype) if options.cache_features else None
     model = _load(options, options.adapter, device, machine, features)
     model.language_model.checkpointing = bool(options.grad_cp)
-    model.optimisation = Optimisation(
-        lr_init=options.lr_init,
-        lr_final=options.lr_final,
-        warmup_steps=options.warmup_steps,
-        state_lr_scale=options.state_lr_scale,
-        betas=(options.beta1, options.beta2),
-        eps=options.adam_eps,
-        weight_decay=options.weight_decay,
-    )
     model.spec_augment = SpecAugment(options.random_seed) if options.spec_augment else None
     mission_files = MissionFiles(
         options.project,
@@ -88,6 +82,16 @@ def train(options: Options) -> int:
         count=lambda text: len(model.tokenizer.encode(text)) + 1,
         limit=options.epoch_steps,
     )
+    model.optimisation = Optimisation(
+        lr_init=options.lr_init,
+        lr_final=options.lr_final,
+        warmup_steps=options.warmup_steps,
+        state_lr_scale=options.state_lr_scale,
+        betas=(options.beta1, options.beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+        total_steps=math.ceil(len(batches) / options.accumulate_grad_batches) * options.epoch_count,
+    )
     trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
     if trainer.is_global_zero:
         run.finish()
@@ -100,7 +104,7 @@ def evaluate_splits(options: Options) -> int:
     from rwkv_speech.scoring import score, score_table, summary, write_report
 
     machine = fit_to_machine(options)
-    adapter = Path(options.adapter) if options.adapter else newest_mission(options.project)
+    adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
     log.info("evaluating %s", adapter)
     fabric = Fabric(
         accelerator=machine.accelerator,
@@ -145,25 +149,35 @@ def evaluate_splits(options: Options) -> int:
 
 
 def predict(options: Options) -> int:
-    """Transcribes files: one line for each on standard output, and nothing else there.
+    """Transcribes files: to standard output, and nothing else there, or each into a file of its own.
 
     A file that can't be used is named in the log; the others go on, and the exit status is 1.
     """
     paths = list(_audio_files(options.file_path or []))
+    folder = Path(options.output_dir).expanduser() if options.output_dir else None
+    places = output_files(paths, folder, options.format) if folder else None
+    if not places and len(paths) > 1 and options.format in ("srt", "vtt"):
+        raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     machine = fit_to_machine(options)
-    adapter = Path(options.adapter) if options.adapter else newest_mission(options.project)
+    adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
     model = _load(options, adapter, machine.first_device, machine)
+    transcripts = model.transcripts(
+        paths,
+        batch_size=options.eval_bsz,
+        max_audio_s=options.max_audio_s,
+        beam=options.beam,
+        max_new_tokens=options.max_new_tokens,
+        loop_guard=options.loop_guard,
+    )
     failed = 0
-    for path in paths:
-        try:
-            (text,) = model.transcribe(
-                [path], beam=options.beam, max_new_tokens=options.max_new_tokens, loop_guard=options.loop_guard
-            )
-        except UserError as error:
-            log.error("%s", error)
+    for index, transcript in enumerate(transcripts):
+        if isinstance(transcript, UserError):
+            log.error("%s", transcript)
             failed += 1
+        elif places:
+            write_whole(places[index], FORMATS[options.format](transcript).encode())
         else:
-            print(" ".join(text.split()), flush=True)
+            print(FORMATS[options.format](transcript), end="", flush=True)
     if failed:
         log.error("%d of %d files could not be transcribed", failed, len(paths))
     return int(failed > 0)

@@ -161,6 +161,13 @@ class Options:
     perturb: bool = flag(False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB")
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped")
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", type=str, nargs="+")
+    max_audio_s: float = flag(30.0, "predict: seconds; longer audio is cut in pauses of speech and joined again")
+    format: str = flag(
+        "text", "predict: lines of text, or with times: JSON lines, subtitles", choices=("text", "json", "srt", "vtt")
+    )
+    output_dir: str | None = flag(
+        None, "predict: folder for a transcript file for each audio file (default: all to standard output)"
+    )
 
     def __post_init__(self) -> None:
         if not (self.lr_init > 0 and self.lr_final > 0):  # so that nan is none either
@@ -169,6 +176,10 @@ class Options:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
         if self.op != "predict" and self.file_path:
             raise UserError(f"--file_path goes with --op predict, not {self.op}")
+        if self.op != "predict" and self.output_dir:
+            raise UserError(f"--output_dir goes with --op predict, not {self.op}; --proj_dir is where this one writes")
+        if not 1 <= self.max_audio_s < math.inf:
+            raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
         if self.op != "train" and self.cache_features:
             raise UserError(f"--cache_features goes with --op train, not {self.op}")
         if self.noise_snr and not self.noise_dir:

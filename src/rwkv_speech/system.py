@@ -6,7 +6,7 @@ What stands in brackets is trained. Usable from a notebook (`transcribe`, `loss`
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -25,10 +25,12 @@ from rwkv_speech.mission import ADAPTER, STATE, Mission, MissionError, read_miss
 from rwkv_speech.rwkv6.model import RWKV6
 from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv_speech.speech.adapter import Adapter
-from rwkv_speech.speech.audio import SAMPLE_RATE, check_waveform, load_audio
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, duration
 from rwkv_speech.speech.augment import SpecAugment
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import AbsentEncoder
+from rwkv_speech.transcript import Transcript
+from rwkv_speech.transcription import Said, transcripts
 
 log = logging.getLogger("rwkv_speech")
 
@@ -54,6 +56,8 @@ class Optimisation:
     eps: float = 1e-8
     weight_decay: float = 0.0
     """On the adapter's two matrices only."""
+    total_steps: int | None = None
+    """Of the whole training, for lr_final; None asks the Trainer, who then forgets a resumed loader's position."""
 
     def factor(self, step: int, total: int) -> float:
         """The learning rate of a step, counted from 0 of `total`, as a multiple of lr_init."""
@@ -234,6 +238,7 @@ class SpeechRWKV(pl.LightningModule):
         audio: Sequence[str | Path | Tensor],
         *,
         batch_size: int = 8,
+        max_audio_s: float = 30.0,
         beam: int = 1,
         max_new_tokens: int | None = None,
         loop_guard: bool = False,
@@ -243,6 +248,7 @@ class SpeechRWKV(pl.LightningModule):
         Args:
             audio: paths, or 1-D float arrays at 16 kHz.
             batch_size: how many are decoded together; recordings of like length share a batch.
+            max_audio_s: longer recordings are cut in pauses, as `segments.cut` tells, and decoded piece by piece.
             beam: beams; 1 is greedy.
             max_new_tokens: longest transcript in tokens; None: 50 per second of audio, and at least 100.
             loop_guard: cut a transcript that has begun to repeat itself.
@@ -250,19 +256,44 @@ class SpeechRWKV(pl.LightningModule):
         Raises:
             AudioError: a recording that can't be used.
         """
-        waveforms = [
-            load_audio(a) if isinstance(a, str | Path) else check_waveform(a, f"audio {i}") for i, a in enumerate(audio)
-        ]
-        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
-        texts = [""] * len(waveforms)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            decoded = self.decode_waveforms(
-                [waveforms[i] for i in batch], beam=beam, max_new_tokens=max_new_tokens, loop_guard=loop_guard
-            )
-            for i, result in zip(batch, decoded, strict=True):
-                texts[i] = self.tokenizer.decode(result.tokens).strip()
+        audio = [a if isinstance(a, str | Path) else check_waveform(a, f"audio {i}") for i, a in enumerate(audio)]
+        seconds = [len(a) / SAMPLE_RATE if isinstance(a, Tensor) else duration(a) for a in audio]
+        order = sorted(range(len(audio)), key=seconds.__getitem__)
+        found = self.transcripts(
+            (audio[i] for i in order),
+            batch_size=batch_size,
+            max_audio_s=max_audio_s,
+            beam=beam,
+            max_new_tokens=max_new_tokens,
+            loop_guard=loop_guard,
+        )
+        texts = [""] * len(audio)
+        for i, transcript in zip(order, found, strict=True):
+            if isinstance(transcript, AudioError):
+                raise transcript
+            texts[i] = transcript.text
         return texts
+
+    def transcripts(
+        self,
+        audio: Iterable[str | Path | Tensor],
+        *,
+        batch_size: int = 8,
+        max_audio_s: float = 30.0,
+        beam: int = 1,
+        max_new_tokens: int | None = None,
+        loop_guard: bool = False,
+    ) -> Iterator[Transcript | AudioError]:
+        """As `transcribe`, with times and scores, one by one, and with an error in the place of a bad recording.
+
+        Batches are filled in the order of the recordings; a transcript comes out as soon as it is complete.
+        """
+
+        def say(waveforms: Sequence[Tensor]) -> list[Said]:
+            decoded = self.decode_waveforms(waveforms, beam=beam, max_new_tokens=max_new_tokens, loop_guard=loop_guard)
+            return [(self.tokenizer.decode(d.tokens).strip(), d.average_log_prob) for d in decoded]
+
+        return transcripts(audio, say, batch_size=batch_size, max_seconds=max_audio_s)
 
     # What Lightning's Trainer calls
 
@@ -292,7 +323,7 @@ class SpeechRWKV(pl.LightningModule):
             {"params": states, "lr": plan.lr_init * plan.state_lr_scale, "name": "state"},
         ]
         optimizer = torch.optim.AdamW(groups, lr=plan.lr_init, betas=plan.betas, eps=plan.eps, weight_decay=0.0)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = plan.total_steps or int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from rwkv_speech.files import PARTIAL, replacing
 

@@ -59,6 +59,7 @@ def _quiet() -> None:
         ".*exists and is not empty.*",
         ".*module\\(s\\) in eval mode.*",  # the frozen parts
         ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
 

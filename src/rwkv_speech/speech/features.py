@@ -157,7 +157,7 @@ class FeatureCache:
         with ShardWriter(self._shards) as writer:
             missing = {i for i, recording in enumerate(mine) if not self._known(recording, writer)}
             work = self._plan(mine, missing, on_bad) if missing else []
-            self._check_room([entry for batch in work for entry in batch if entry.index in missing], world_size)
+            self._check_room([entry for batch in work for entry in batch if entry.index in missing], rank, world_size)
             barrier()  # nobody writes before all have looked at the disk
             if work:
                 self._encode([[mine[entry.index] for entry in batch] for batch in work], writer, device, rank, on_bad)
@@ -216,7 +216,7 @@ class FeatureCache:
             entries = entries[count:]
         return [batch for batch in batches if any(entry.index in missing for entry in batch)]
 
-    def _check_room(self, entries: list["_Entry"], world_size: int) -> None:
+    def _check_room(self, entries: list["_Entry"], rank: int, world_size: int) -> None:
         """Says how much disk all processes together need, taking the other shares to be like this one."""
         if not entries:
             return
@@ -230,7 +230,8 @@ class FeatureCache:
                 f"--cache_features: {sizes}, where {free / 1e9:.2f} GB are free: make room, "
                 f"{'use --cache_dtype int8, ' if self.storage == 'fp16' else ''}or leave --cache_features out"
             )
-        log.info("%s, %.2f GB are free there", sizes, free / 1e9)
+        if not rank:
+            log.info("%s, %.2f GB are free there", sizes, free / 1e9)
 
     def _encode(
         self,
@@ -273,7 +274,9 @@ class FeatureCache:
                 writer.commit()
                 speed = seconds / (time.perf_counter() - start)
                 progress.update(task, advance=len(batch), speed=f"{speed:.0f} x real time")
-        log.info("cached the frames of %.2f h of audio, %.0f times as fast as it lasts", seconds / 3600, speed)
+        if not rank:
+            hours = seconds / 3600
+            log.info("this process cached the frames of %.2f h of audio, %.0f times as fast as it lasts", hours, speed)
 
     def _load(self, device: torch.device | str) -> SpeechEncoder:
         if self._loaded is None:

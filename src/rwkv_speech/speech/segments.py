@@ -55,7 +55,7 @@ def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[Segm
     Raises:
         ValueError: `max_seconds` below 1.
     """
-    if max_seconds < 1:
+    if not max_seconds >= 1:
         raise ValueError(f"cut: max_seconds must be at least 1, not {max_seconds}")
     limit = int(max_seconds * SAMPLE_RATE)
     blocks = iter(blocks)
@@ -75,7 +75,7 @@ def _cut_at_pauses(blocks: Iterable[Tensor], longest: int) -> Iterator[Segment]:
     for samples, voice in _with_voice(blocks):
         held.add(samples, voice)
         while len(held.voice) > longest:
-            yield held.take(_place_to_cut(held.voice[:longest]))
+            yield held.take(_place_to_cut(held.voice, longest))
     if len(_speech(held.voice)):
         yield held.take(len(held.voice))
 
@@ -131,13 +131,13 @@ def _speech(voice: Tensor) -> Tensor:
     return (voice >= QUIET).nonzero().flatten()
 
 
-def _place_to_cut(voice: Tensor) -> int:
-    """The frame in the middle of the last pause after speech; without a pause, the quietest of the second half."""
+def _place_to_cut(voice: Tensor, longest: int) -> int:
+    """The middle of the last pause within reach or, without one, the quietest frame of the second half."""
     speech = _speech(voice)
-    bounds = torch.cat([speech, torch.tensor([len(voice)])])
-    pauses = (bounds.diff() > PAUSE).nonzero().flatten()  # after which of the speech frames
-    if len(pauses):
-        before = int(pauses[-1])
-        return int(bounds[before] + 1 + bounds[before + 1]) // 2
-    half = len(voice) // 2
-    return half + int(voice[half:].argmin())
+    begins, ends = speech + 1, torch.cat([speech[1:], torch.tensor([len(voice)])])  # of the silence after each frame
+    within = ((ends - begins >= PAUSE) & (begins + PAUSE // 2 <= longest)).nonzero().flatten()
+    if len(within):
+        last = within[-1]
+        return min(longest, int(begins[last] + ends[last]) // 2)
+    second_half = voice[longest // 2 : longest]
+    return longest - 1 - int(second_half.flip(0).argmin())  # of equals the last

@@ -1,16 +1,16 @@
-"""How likely somebody speaks, 31 times a second: the network of silero-vad, from the weights that its package ships.
+"""How likely somebody speaks, 31 times a second: the network of silero-vad, with the weights that its package ships.
 
-The package itself is not imported: that would bind the whole process to one thread, and run the network frame by frame
-as TorchScript, which current torch deprecates. Here the convolutions run over all frames at once.
+The package itself is not imported: that would bind the whole process to one thread. Nor is its TorchScript run, which
+goes frame by frame; here the convolutions run over all frames at once, and an hour takes a few seconds of one core.
 """
 
 import functools
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
@@ -24,17 +24,15 @@ Memory = tuple[Tensor, tuple[Tensor, Tensor]]  # the last samples seen, and the 
 
 
 class VoiceActivity(nn.Module):
-    """silero-vad 6 for 16 kHz; made by `voice_activity`. Its layers are named as in the package's weight file."""
+    """silero-vad 6 for 16 kHz; made by `voice_activity`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stft_conv = nn.Conv1d(1, 2 * _BINS, 256, stride=_HOP, bias=False)
-        self.conv1 = nn.Conv1d(_BINS, 128, 3, padding=1)
-        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
-        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
-        self.lstm_cell = nn.LSTM(128, 128)
-        self.final_conv = nn.Conv1d(128, 1, 1)
+        self.stft = nn.Conv1d(1, 2 * _BINS, 256, stride=_HOP, bias=False)
+        sizes = (_BINS, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1)  # channels in, channels out, stride
+        self.encoder = nn.ModuleList(nn.Conv1d(i, o, 3, stride=stride, padding=1) for i, o, stride in sizes)
+        self.rnn = nn.LSTM(128, 128)
+        self.decoder = nn.Conv1d(128, 1, 1)
 
     @torch.no_grad()
     def forward(self, samples: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
@@ -53,12 +51,12 @@ class VoiceActivity(nn.Module):
         x = torch.cat([context, samples])
         context = x[-_CONTEXT:]
         x = x.unfold(0, _CONTEXT + FRAME, FRAME)[:, None]  # (frames, 1, 576)
-        real, imaginary = self.stft_conv(F.pad(x, (0, _CONTEXT), mode="reflect")).split(_BINS, dim=1)
+        real, imaginary = self.stft(F.pad(x, (0, _CONTEXT), mode="reflect")).split(_BINS, dim=1)
         x = torch.hypot(real, imaginary)  # (frames, 129, 4)
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in self.encoder:
             x = conv(x).relu()
-        x, state = self.lstm_cell(x.squeeze(-1), state)  # (frames, 128)
-        x = self.final_conv(x.relu().unsqueeze(-1))  # (frames, 1, 1)
+        x, state = self.rnn(x.squeeze(-1), state)  # (frames, 128)
+        x = self.decoder(x.relu().unsqueeze(-1))  # (frames, 1, 1)
         return x.sigmoid().flatten(), (context, state)
 
 
@@ -70,10 +68,21 @@ def voice_activity() -> VoiceActivity:
         UserError: the package, or its weights, are not there.
     """
     package = importlib.util.find_spec("silero_vad")  # finds it without importing it
-    weights = Path(package.origin).with_name("data") / "silero_vad_16k.safetensors" if package else None
-    if weights is None or not weights.is_file():
+    file = Path(package.origin).with_name("data") / "silero_vad.jit" if package and package.origin else None
+    if file is None or not file.is_file():
         raise UserError("long audio needs the weights that come with silero-vad: pip install 'silero-vad>=6.2.3'")
+    with warnings.catch_warnings():
+        # Of torch.jit. But the package's .safetensors file holds other weights than this, the model that it runs.
+        warnings.simplefilter("ignore")
+        tensors = torch.jit.load(file, map_location="cpu").state_dict()
     network = VoiceActivity()
-    tensors = load_file(weights)
-    network.load_state_dict({f"{n}_l0" if n.startswith("lstm") else n: tensor for n, tensor in tensors.items()})
+    for_16k = {name: tensor for name, tensor in tensors.items() if name.startswith("_model.")}
+    network.load_state_dict({_own_name(name): tensor for name, tensor in for_16k.items()})
     return network.requires_grad_(False)
+
+
+def _own_name(name: str) -> str:
+    """Of a tensor, from the name that the package gives it."""
+    name = name.removeprefix("_model.").replace("forward_basis_buffer", "weight").replace("reparam_conv.", "")
+    name = name.replace("decoder.decoder.2.", "decoder.")
+    return f"{name.removeprefix('decoder.')}_l0" if ".rnn." in name else name

@@ -1,0 +1,284 @@
+"""Transcripts: their forms against hand-written ones, their order whatever the batch, and `--op predict` on files."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import train as door
+from rwkv_speech.errors import UserError
+from rwkv_speech.speech.audio import AudioError, load_audio
+from rwkv_speech.speech.segments import Segment, cut
+from rwkv_speech.speech.voice import FRAME
+from rwkv_speech.transcript import FORMATS, Passage, Transcript, output_files
+from rwkv_speech.transcription import transcripts
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+def passage(start: float, end: float, text: str) -> Passage:
+    return Passage(start=start, end=end, text=text, average_log_prob=-0.25)
+
+
+TALK = Transcript(
+    name="talk.flac",
+    passages=(
+        passage(0.064, 29.824, "so, café\n\nand & so"),
+        passage(31.0, 59.9995, ""),
+        passage(3599.9996, 3661.5, "1 <b> --> 2"),
+        passage(360_000.25, 360_001.0, "the end"),
+    ),
+)
+SILENCE = Transcript(name="silence.wav", passages=())
+
+EXPECTED = {
+    "text": "so, café and & so 1 <b> --> 2 the end\n",
+    "srt": """\
+1
+00:00:00,064 --> 00:00:29,824
+so, café and & so
+
+2
+01:00:00,000 --> 01:01:01,500
+1 <b> --> 2
+
+3
+100:00:00,250 --> 100:00:01,000
+the end
+""",
+    "vtt": """\
+WEBVTT
+
+00:00:00.064 --> 00:00:29.824
+so, café and &amp; so
+
+01:00:00.000 --> 01:01:01.500
+1 &lt;b&gt; --&gt; 2
+
+100:00:00.250 --> 100:00:01.000
+the end
+""",
+}
+
+
+@pytest.mark.parametrize("form", EXPECTED)
+def test_forms(form):
+    assert FORMATS[form](TALK) == EXPECTED[form]
+
+
+def test_json_is_one_line_that_holds_everything():
+    line = FORMATS["json"](TALK)
+    assert line.endswith("}\n")
+    assert line.count("\n") == 1
+    assert "café" in line
+    content = json.loads(line)
+    assert content["name"] == "talk.flac"
+    assert content["text"] == "so, café\n\nand & so 1 <b> --> 2 the end"
+    assert content["passages"][0] == {
+        "start": 0.064,
+        "end": 29.824,
+        "text": "so, café\n\nand & so",
+        "average_log_prob": -0.25,
+    }
+    assert len(content["passages"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("text", "\n"),
+        ("json", '{"name": "silence.wav", "text": "", "passages": []}\n'),
+        ("srt", ""),
+        ("vtt", "WEBVTT\n"),
+    ],
+)
+def test_where_nobody_speaks(form, expected):
+    assert FORMATS[form](SILENCE) == expected
+
+
+def test_files_are_named_after_the_recordings(tmp_path):
+    files = output_files(["a/talk.one.flac", "b/x.mp3"], tmp_path, "srt")
+    assert files == [tmp_path / "talk.one.srt", tmp_path / "x.srt"]
+    assert output_files(["y.wav"], tmp_path, "text") == [tmp_path / "y.txt"]
+    with pytest.raises(UserError, match=r"a/x\.flac and b/x\.mp3 would both go to .*x\.vtt"):
+        output_files(["a/x.flac", "y.flac", "b/x.mp3"], tmp_path, "vtt")
+
+
+# --- from recordings, with a model that only names what it was given -------------------------------------------------
+
+
+class Namer:
+    """Says of each waveform its first sample, and takes down the sizes of the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, waveforms):
+        self.batches.append(len(waveforms))
+        return [(f"{waveform[0]:.0f}", -float(waveform[0])) for waveform in waveforms]
+
+
+def recording(*firsts: int) -> torch.Tensor:
+    """Half a second for each."""
+    return torch.cat([torch.full((8_000,), float(first)) for first in firsts])
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """Cuts recordings into halves of a second, whatever they hold."""
+
+    def cut(blocks, *, max_seconds):
+        for block in blocks:
+            for i, part in enumerate(block.split(8_000)):
+                yield Segment(i / 2, part)
+
+    monkeypatch.setattr("rwkv_speech.transcription.cut", cut)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+def test_batches_reach_across_recordings_which_keep_their_order(halves, tmp_path, batch_size):
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"no audio")
+    audio = [bad, recording(1, 2, 3), recording(4), str(bad), recording(5, 6), torch.zeros(0), recording(7)]
+    namer = Namer()
+    found = list(transcripts(audio, namer, batch_size=batch_size, max_seconds=30.0))
+    texts = [x.text if isinstance(x, Transcript) else type(x) for x in found]
+    assert texts == [AudioError, "1 2 3", "4", AudioError, "5 6", AudioError, "7"]
+    assert [str(x).partition(":")[0] for x in found if isinstance(x, AudioError)] == [str(bad), str(bad), "audio 5"]
+    assert found[1].passages[1] == Passage(start=0.5, end=1.0, text="2", average_log_prob=-2.0)
+    assert sum(namer.batches) == 7
+    assert set(namer.batches[:-1]) <= {batch_size}
+
+
+def test_a_transcript_comes_as_soon_as_it_is_complete(halves):
+    given = []
+
+    def audio():
+        for i in range(10):
+            given.append(i)
+            yield recording(i)
+
+    for done, _ in enumerate(transcripts(audio(), Namer(), batch_size=2, max_seconds=30.0)):
+        assert len(given) - done <= 2
+
+
+def test_what_comes_before_damage_is_not_passed_off_as_the_whole(halves, tmp_path):
+    path = tmp_path / "half.wav"
+    soundfile.write(path, np.full(40_000, 0.5), 16_000)
+    path.write_bytes(path.read_bytes()[:60_000])
+    cut_off, good = transcripts([path, recording(1)], Namer(), batch_size=2, max_seconds=30.0)
+    assert "cut off or damaged" in str(cut_off)
+    assert good.text == "1"
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flags(world, tmp_path_factory) -> list[str]:
+    """Of a mission that was never trained, but says something else of every recording."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("a mission") / "rwkv-adapter-1.pth"
+    model = world.speech_rwkv(adapter_hidden=32)
+    for block in model.language_model.blocks:
+        torch.nn.init.normal_(block.att.time_state)
+    torch.save({name: x.detach() for name, x in model.trainable_state_dict().items()}, path)
+    chosen = [flag for flag in world.flags if not flag.startswith("--data")]
+    return [*chosen, f"--adapter={path}", "--max_new_tokens=8"]
+
+
+@pytest.fixture
+def predict(flags, monkeypatch, capsys):
+    """`train.py --op predict`: exit status, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--op=predict", *flags, *map(str, arguments)])
+        capsys.readouterr()
+        status = door.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def voiced(monkeypatch):
+    """The voice-activity network hears speech wherever there is sound."""
+
+    def told(samples, memory):
+        return torch.stack([frame.abs().max() > 0.05 for frame in samples.split(FRAME)]).float(), memory
+
+    monkeypatch.setattr("rwkv_speech.speech.segments.voice_activity", lambda: told)
+
+
+@pytest.fixture
+def long_file(world, tmp_path):
+    """7 recordings with half a second of silence between any two."""
+    parts = [part for path, _ in world.utterances[:7] for part in (soundfile.read(path)[0], np.zeros(8_000))]
+    soundfile.write(tmp_path / "long.wav", np.concatenate(parts), 16_000)
+    return tmp_path / "long.wav"
+
+
+def test_a_long_file_is_what_its_segments_are_one_by_one(voiced, world, flags, predict, long_file):
+    found = list(cut([load_audio(long_file)], max_seconds=2.0))
+    assert len(found) > 3
+    adapter = next(flag for flag in flags if flag.startswith("--adapter=")).partition("=")[2]
+    model = world.speech_rwkv(adapter=adapter, adapter_hidden=32)
+    texts = [model.transcribe([segment.waveform], max_new_tokens=8)[0] for segment in found]
+    assert len(set(texts)) > 1
+
+    short = world.utterances[0][0]
+    arguments = ("--max_audio_s=2", "--eval_bsz=3", "--format=json", "--file_path", long_file, short)
+    status, out, _ = predict(*arguments)
+    assert status == 0
+    whole, other = map(json.loads, out.splitlines())
+    assert (whole["name"], other["name"]) == (str(long_file), str(short))
+    assert [p["text"] for p in whole["passages"]] == texts
+    assert [(p["start"], p["end"]) for p in whole["passages"]] == [(round(s.start, 3), round(s.end, 3)) for s in found]
+    assert all(p["average_log_prob"] < 0 for p in whole["passages"])
+    assert len(other["passages"]) == 1
+
+    assert model.transcribe([short, long_file], max_audio_s=2.0, max_new_tokens=8) == [other["text"], whole["text"]]
+
+
+def test_subtitles_of_one_file_go_to_standard_output(voiced, predict, long_file):
+    status, out, _ = predict("--max_audio_s=2", "--format=vtt", "--file_path", long_file)
+    assert status == 0
+    assert out.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:0")
+
+
+def test_a_file_for_each_in_output_dir(world, predict, tmp_path, caplog):
+    paths = [path for path, _ in world.utterances[:2]]
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"")
+    folder = tmp_path / "new" / "subtitles"
+    status, out, _ = predict("--format=srt", f"--output_dir={folder}", "--file_path", paths[0], bad, paths[1])
+    assert (status, out) == (1, "")
+    first, last = (record.message for record in caplog.records if record.levelname == "ERROR")
+    assert "bad.wav: is empty" in first
+    assert "1 of 3 files" in last
+    assert sorted(file.name for file in folder.iterdir()) == [f"{path.stem}.srt" for path in paths]
+    assert (folder / f"{paths[0].stem}.srt").read_text().startswith("1\n00:00:00,000 --> 00:00:0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--format=srt", "--file_path", "{0}", "{1}"], ["--format srt", "2 files", "--output_dir"]),
+        (["--output_dir={2}", "--file_path", "{0}", "{0}"], ["would both go to"]),
+        (["--max_audio_s=0.5", "--file_path", "{0}"], ["--max_audio_s 0.5", "at least 1"]),
+        (["--max_audio_s=nan", "--file_path", "{0}"], ["--max_audio_s nan"]),
+        (["--format=xml", "--file_path", "{0}"], ["--format", "xml", "srt"]),
+        (["--op=eval", "--output_dir={2}"], ["--output_dir", "--op predict"]),
+    ],
+    ids=["subtitles-of-two", "one-name", "too-short", "nan", "format", "eval"],
+)
+def test_mistakes_are_told_before_any_work(world, predict, tmp_path, arguments, words):
+    names = [*(path for path, _ in world.utterances[:2]), tmp_path / "x"]
+    status, out, err = predict(*(argument.format(*names) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert not [word for word in words if word not in err], err
+    assert not (tmp_path / "x").exists()
