@@ -1,11 +1,12 @@
 """Where utterances come from: LibriSpeech's layout, manifests, Hugging Face datasets, tables of files."""
 
+import hashlib
 import io
 import json
 import os
-import sys
+import shutil
+import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,39 +137,39 @@ def test_real_folder_without_splits():
     assert utterances == sorted(utterances, key=lambda utterance: utterance.id)
 
 
-def unpacking(url_text: dict[str, str]):
-    """Stands for torchaudio's class: unpacks a split under root unless its folder is there."""
+@pytest.fixture
+def openslr(tmp_path, monkeypatch):
+    """A folder in place of openslr.org, with the archive of one split; its real hash stands where the true one does."""
+    site = tmp_path / "openslr"
+    write_chapter(tmp_path / "LibriSpeech" / "dev-clean", "1", "1", ["NEW"])
+    site.mkdir()
+    with tarfile.open(site / "dev-clean.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "LibriSpeech", "LibriSpeech")
+    shutil.rmtree(tmp_path / "LibriSpeech")
+    monkeypatch.setattr(librispeech, "URL", site.as_uri())
+    digest = hashlib.sha256((site / "dev-clean.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setitem(librispeech.SPLITS, "dev-clean", digest)
+    return site
 
-    def unpack(root, url, download):
-        folder = Path(root) / "LibriSpeech" / url
-        if not folder.is_dir():
-            write_chapter(folder, "1", "1", [url_text[url]])
 
-    return SimpleNamespace(LIBRISPEECH=unpack)
-
-
-def test_download_replaces_half_unpacked_splits_and_leaves_complete_ones(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torchaudio.datasets", unpacking({"dev-clean": "NEW", "dev-other": "NEW"}))
-    write_chapter(tmp_path / "dev-other", "9", "9", ["OWN"])
-    (tmp_path / "archives" / "LibriSpeech" / "dev-clean" / "1").mkdir(parents=True)
-    utterances = load_split("dev-clean+dev-other", data_dir=str(tmp_path), download=True)
+def test_download_fetches_what_is_not_there_and_leaves_what_is(tmp_path, openslr):
+    root = tmp_path / "corpus"
+    write_chapter(root / "dev-other", "9", "9", ["OWN"])
+    (root / ".dev-clean.unpacking" / "LibriSpeech" / "dev-clean" / "half").mkdir(parents=True)
+    utterances = load_split("dev-clean+dev-other", data_dir=str(root), download=True)
     assert [utterance.text for utterance in utterances] == ["new", "own"]
-    assert utterances[0].audio == tmp_path / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac"
+    assert utterances[0].audio == root / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac"
+    assert sorted(path.name for path in root.iterdir()) == ["LibriSpeech", "dev-other"]
 
 
-def test_download_errors_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torchaudio.datasets", None)
-    with pytest.raises(UserError, match="needs torchaudio, which fails to import"):
+def test_download_errors_are_one_line(tmp_path, openslr):
+    archive = openslr / "dev-clean.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"^downloading LibriSpeech dev-clean .*invalid hash value.*$"):
         librispeech.download(["dev-clean"], tmp_path)
-
-    def unreachable(root, url, download):
-        raise OSError("name or service not known\nmore")
-
-    monkeypatch.setitem(sys.modules, "torchaudio.datasets", SimpleNamespace(LIBRISPEECH=unreachable))
-    with pytest.raises(UserError, match=r"^downloading LibriSpeech dev-clean .*name or service not known\).*$"):
-        librispeech.download(["dev-clean"], tmp_path)
+    assert not (tmp_path / "LibriSpeech" / "dev-clean").exists()
+    with pytest.raises(UserError, match=r"^downloading LibriSpeech test-clean .*No such file.*$"):
+        librispeech.download(["test-clean"], tmp_path)
     with pytest.raises(UserError, match="no split 'dev-cleen'"):
         librispeech.download(["dev-cleen"], tmp_path)
 

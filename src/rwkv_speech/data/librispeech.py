@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
 
 from rwkv_speech.data.bad_audio import BadAudio
 from rwkv_speech.data.utterance import BadSample, Utterance
 from rwkv_speech.errors import UserError
 
-SPLITS = (
-    "train-clean-100",
-    "train-clean-360",
-    "train-other-500",
-    "dev-clean",
-    "dev-other",
-    "test-clean",
-    "test-other",
-)
+URL = "https://www.openslr.org/resources/12"
+SPLITS = {  # SHA-256 of their archives, as torchaudio.datasets.LIBRISPEECH has them
+    "train-clean-100": "d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2",
+    "train-clean-360": "146a56496217e96c14334a160df97fffedd6e0a04e66b9c5af0d40be3c792ecf",
+    "train-other-500": "ddb22f27f96ec163645d53215559df6aa36515f26e01dd70798188350adcb6d2",
+    "dev-clean": "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3",
+    "dev-other": "12661c48e8c3fe1de2c1caa4c3e135193bfb1811584f11f569dd12645aa84365",
+    "test-clean": "39fde525e59672dc6d1551919b1478f724438a95aa55f874b576be21967e6c23",
+    "test-other": "d09c181bba5cf717b3dee7d4d592af11a3ee3a09e08ae025c5506f6ebe961c29",
+}
 TRAIN_SPLIT = "train-clean-100+train-clean-360+train-other-500"  # 960 h
 EVAL_SPLITS = ("test-clean", "test-other")
 
@@ -72,35 +76,31 @@ def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadAu
 
 
 def download(splits: Iterable[str], root: str | Path) -> None:
-    """Fetch official splits from openslr.org into `root/LibriSpeech/`, by torchaudio and with its checksums.
+    """Fetch official splits from openslr.org into `root/LibriSpeech/`, and check their SHA-256.
 
-    A split that is already there is left as it is. The archives stay in `root/archives/`.
+    A split that is already there is left as it is. Each archive goes again once it is unpacked.
 
     Raises:
-        UserError: an unknown split, no usable torchaudio, or a failed download.
+        UserError: an unknown split, or a failed download.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     for split in splits:
         if split not in SPLITS:
             raise UserError(f"LibriSpeech has no split {split!r} to download; there are {', '.join(SPLITS)}")
         if (root / split).is_dir() or (root / "LibriSpeech" / split).is_dir():
             continue
+        archive, staging = root / f"{split}.tar.gz", root / f".{split}.unpacking"
         try:
-            from torchaudio.datasets import LIBRISPEECH
-        except (ImportError, OSError, RuntimeError) as error:  # its compiled part is choosy about torch
-            raise UserError(
-                f"downloading LibriSpeech needs torchaudio, which fails to import ({_first_line(error)}); "
-                f"fetch https://www.openslr.org/12 by hand and unpack it in {root}"
-            ) from error
-        # Unpacked apart and moved when whole: torchaudio takes a half-unpacked split for a complete one.
-        staging = root / "archives"
-        try:
-            shutil.rmtree(staging / "LibriSpeech" / split, ignore_errors=True)
-            staging.mkdir(parents=True, exist_ok=True)
-            LIBRISPEECH(staging, url=split, download=True)
-            (root / "LibriSpeech").mkdir(exist_ok=True)
+            (root / "LibriSpeech").mkdir(parents=True, exist_ok=True)
+            if not archive.exists():  # it gets this name only when it is whole and its hash is right
+                torch.hub.download_url_to_file(f"{URL}/{split}.tar.gz", str(archive), hash_prefix=SPLITS[split])
+            shutil.rmtree(staging, ignore_errors=True)
+            with tarfile.open(archive) as tar:
+                tar.extractall(staging, filter="data")
             os.replace(staging / "LibriSpeech" / split, root / "LibriSpeech" / split)
-        except (OSError, RuntimeError) as error:
+            shutil.rmtree(staging)
+            archive.unlink()
+        except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(
                 f"downloading LibriSpeech {split} into {root} failed ({_first_line(error)}); "
                 "start again, or fetch it by hand from https://www.openslr.org/12"

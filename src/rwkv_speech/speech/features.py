@@ -273,10 +273,10 @@ class FeatureCache:
                     seconds += len(x.waveform) / SAMPLE_RATE
                 writer.commit()
                 speed = seconds / (time.perf_counter() - start)
-                progress.update(task, advance=len(batch), speed=f"{speed:.0f} x real time")
+                progress.update(task, advance=len(batch), speed=f"{speed:.3g} x real time")
         if not rank:
             hours = seconds / 3600
-            log.info("this process cached the frames of %.2f h of audio, %.0f times as fast as it lasts", hours, speed)
+            log.info("this process cached the frames of %.2f h of audio, %.3g times as fast as it lasts", hours, speed)
 
     def _load(self, device: torch.device | str) -> SpeechEncoder:
         if self._loaded is None:
