@@ -12,94 +12,81 @@
 
 namespace {
 
-constexpr int VECS = 4, BLOCK = VECS * LANES;  // weights that are taken at a time
-
 constexpr int64_t AHEAD = 8192;  // bytes
 
-// How a block of a row of W becomes vectors of floats, and where the k-th of its weights lands.
-inline void load_block(const float* w, vec* out) {
-  for (int p = 0; p < VECS; ++p) out[p] = load(w + p * LANES);
-}
-inline int place(const float*, int k) { return k; }
+// How 64 bytes of a row of W become vectors of floats, and where the k-th of their weights lands.
+template <typename scalar_t>
+struct Line;
 
-inline void load_block(const at::BFloat16* w, vec* out) {  // of two in a word, a shift leaves one, a mask the other
-  typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
-  for (int p = 0; p < VECS; p += 2) {
+template <>
+struct Line<float> {
+  static constexpr int VECS = 1;
+  static void load(const float* w, vec* out) { out[0] = ::load(w); }
+  static int place(int k) { return k; }
+};
+
+template <>
+struct Line<at::BFloat16> {  // of two in a word, a shift leaves one, a mask the other
+  static constexpr int VECS = 2;
+  static void load(const at::BFloat16* w, vec* out) {
+    typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
     words pairs;
-    std::memcpy(&pairs, w + p * LANES, sizeof pairs);
+    std::memcpy(&pairs, w, sizeof pairs);
     const words even = pairs << 16, odd = pairs & 0xffff0000u;
-    std::memcpy(&out[p], &even, sizeof even);
-    std::memcpy(&out[p + 1], &odd, sizeof odd);
+    std::memcpy(&out[0], &even, sizeof even);
+    std::memcpy(&out[1], &odd, sizeof odd);
   }
-}
-inline int place(const at::BFloat16*, int k) { return k / (2 * LANES) * 2 * LANES + k % 2 * LANES + k / 2 % LANES; }
+  static int place(int k) { return k % 2 * LANES + k / 2; }
+};
 
-// One row of x as floats, each whole block in the order of load_block.
+// One row of x as floats, each whole line in the order of Line::load.
 template <typename scalar_t>
 void arrange(const scalar_t* x, int64_t K, float* out) {
-  const int64_t whole = K - K % BLOCK;
-  for (int64_t at = 0; at < whole; at += BLOCK)
-    for (int k = 0; k < BLOCK; ++k) out[at + place(x, k)] = static_cast<float>(x[at + k]);
+  constexpr int WIDTH = Line<scalar_t>::VECS * LANES;
+  const int64_t whole = K - K % WIDTH;
+  for (int64_t at = 0; at < whole; at += WIDTH)
+    for (int k = 0; k < WIDTH; ++k) out[at + Line<scalar_t>::place(k)] = static_cast<float>(x[at + k]);
   for (int64_t k = whole; k < K; ++k) out[k] = static_cast<float>(x[k]);
 }
 
 // R rows of x times OUT rows of W.
 template <typename scalar_t, int R, int OUT>
 void tile(const float* x, const scalar_t* W, int64_t K, int64_t O, scalar_t* y) {
-  vec acc[R][OUT][VECS] = {};
+  constexpr int VECS = Line<scalar_t>::VECS, WIDTH = VECS * LANES;
+  vec acc[R][OUT] = {};
   int64_t k = 0;
-  for (; k + BLOCK <= K; k += BLOCK) {
+#pragma GCC unroll 4
+  for (; k + WIDTH <= K; k += WIDTH) {
     vec w[OUT][VECS];
-    for (int o = 0; o < OUT; ++o) load_block(W + o * K + k, w[o]);
-    if (OUT == 1)
-      for (size_t at = 0; at < BLOCK * sizeof(scalar_t); at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(W + k) + AHEAD + at);
+    for (int o = 0; o < OUT; ++o) Line<scalar_t>::load(W + o * K + k, w[o]);
+    if (OUT == 1) __builtin_prefetch(reinterpret_cast<const char*>(W + k) + AHEAD);
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < VECS; ++p) {
         const vec xr = load(x + r * K + k + p * LANES);
-        for (int o = 0; o < OUT; ++o) acc[r][o][p] += xr * w[o][p];
+        for (int o = 0; o < OUT; ++o) acc[r][o] += xr * w[o][p];
       }
   }
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < OUT; ++o) {
-      const vec* a = acc[r][o];
-      float s = sum((a[0] + a[1]) + (a[2] + a[3]));
+      float s = sum(acc[r][o]);
       for (int64_t rest = k; rest < K; ++rest) s += x[r * K + rest] * static_cast<float>(W[o * K + rest]);
       y[r * O + o] = static_cast<scalar_t>(s);
     }
 }
 
-// Few enough rows that memory is the limit: W is read in one straight line, which its prefetchers follow best.
-template <typename scalar_t>
-void straight(const float* x, const scalar_t* W, int64_t rows, int64_t K, int64_t O, int64_t outs, scalar_t* y) {
-  for (int64_t o = 0; o < outs; ++o) {
-    switch (rows) {
-      case 1: tile<scalar_t, 1, 1>(x, W + o * K, K, O, y + o); break;
-      case 2: tile<scalar_t, 2, 1>(x, W + o * K, K, O, y + o); break;
-      case 3: tile<scalar_t, 3, 1>(x, W + o * K, K, O, y + o); break;
-      default: tile<scalar_t, 4, 1>(x, W + o * K, K, O, y + o);
+// All rows of x times OUT rows of W, four rows at a time.
+template <typename scalar_t, int OUT>
+void strip(const float* x, const scalar_t* W, int64_t rows, int64_t K, int64_t O, scalar_t* y) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* xr = x + r * K;
+    scalar_t* yr = y + r * O;
+    switch (std::min<int64_t>(4, rows - r)) {
+      case 1: tile<scalar_t, 1, OUT>(xr, W, K, O, yr); break;
+      case 2: tile<scalar_t, 2, OUT>(xr, W, K, O, yr); break;
+      case 3: tile<scalar_t, 3, OUT>(xr, W, K, O, yr); break;
+      default: tile<scalar_t, 4, OUT>(xr, W, K, O, yr);
     }
   }
-}
-
-// More rows: arithmetic is the limit, and pairs of rows on both sides halve what is loaded for it.
-template <typename scalar_t>
-void paired(const float* x, const scalar_t* W, int64_t rows, int64_t K, int64_t O, int64_t outs, scalar_t* y) {
-  for (int64_t o = 0; o < outs; o += 2)
-    for (int64_t r = 0; r < rows; r += 2) {
-      const float* xr = x + r * K;
-      const scalar_t* w = W + o * K;
-      scalar_t* to = y + r * O + o;
-      const bool two_rows = r + 1 < rows, two_outs = o + 1 < outs;
-      if (two_rows && two_outs)
-        tile<scalar_t, 2, 2>(xr, w, K, O, to);
-      else if (two_rows)
-        tile<scalar_t, 2, 1>(xr, w, K, O, to);
-      else if (two_outs)
-        tile<scalar_t, 1, 2>(xr, w, K, O, to);
-      else
-        tile<scalar_t, 1, 1>(xr, w, K, O, to);
-    }
 }
 
 template <typename scalar_t>
@@ -112,8 +99,12 @@ void product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
   // At least some 64 KiB of W for each thread: less is not worth waking it.
   const int64_t grain = std::max<int64_t>(1, (64 * 1024) / (K * sizeof(scalar_t)));
   at::parallel_for(0, O, grain, [&](int64_t begin, int64_t end) {
-    const auto run = rows <= 4 ? straight<scalar_t> : paired<scalar_t>;
-    run(x.data(), W + begin * K, rows, K, O, end - begin, y + begin);
+    int64_t o = begin;
+    // With few rows memory is the limit, and one straight line through W is what its prefetchers follow best. With more
+    // it is arithmetic, and four rows of W at a time quarter what is loaded of x.
+    if (rows > 4)
+      for (; o + 4 <= end; o += 4) strip<scalar_t, 4>(x.data(), W + o * K, rows, K, O, y + o);
+    for (; o < end; ++o) strip<scalar_t, 1>(x.data(), W + o * K, rows, K, O, y + o);
   });
 }
 

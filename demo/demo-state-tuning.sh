@@ -26,6 +26,7 @@ data="${data:-librispeech}"                  # librispeech, a JSON-lines manifes
 data_dir="${data_dir:-}"                     # LibriSpeech's folder, or any in its layout; empty: from Hugging Face
 download="${download:-}"                     # 1: fetch the LibriSpeech splits that data_dir lacks
 train_split="${train_split:-}"               # joined by +; empty: train-clean-100+train-clean-360+train-other-500
+valid_split="${valid_split:-}"               # joined by +; validated on while training; empty: no validation
 eval_split="${eval_split:-}"                 # joined by +, each scored for itself; empty: test-clean+test-other
 audio_column="${audio_column:-}"             # columns of a Hugging Face dataset, where the guess is wrong
 text_column="${text_column:-}"
@@ -44,6 +45,10 @@ epoch_steps="${epoch_steps:-0}"              # optimiser steps to an epoch; 0: o
 epoch_count="${epoch_count:-3}"              # epochs to train
 epoch_save="${epoch_save:-1}"                # epochs between mission files
 save_steps="${save_steps:-1000}"             # steps between mission files within an epoch; 0: none
+valid_steps="${valid_steps:-1000}"           # steps between validations, with valid_split
+early_stop="${early_stop:-0}"                # end after so many validations without a lower word error rate; 0: never
+average="${average:-0}"                      # 5: the mean of the last 5 mission files as well; 0: don't
+on_nonfinite="${on_nonfinite:-stop}"         # stop at a batch whose loss is NaN or infinite, or skip it and list it
 random_seed="${random_seed:-42}"             # of the adapter's first weights, the order of the data, and augmentation
 
 # --- augmentation ---
@@ -107,9 +112,9 @@ PATH=$(dirname -- "$python"):$PATH # as activating the environment would
 
 # Settings go before the arguments, which so have the last word.
 for name in load_model encoder adapter proj_dir n_layer n_embd downsample_k adapter_hidden \
-    data data_dir train_split eval_split audio_column text_column on_bad_audio cache_features cache_dtype num_workers \
+    data data_dir train_split valid_split eval_split audio_column text_column on_bad_audio cache_features cache_dtype num_workers \
     micro_bsz max_batch_s accumulate_grad_batches ctx_len grad_cp epoch_steps epoch_count epoch_save save_steps \
-    random_seed noise_dir noise_snr \
+    valid_steps early_stop average on_nonfinite random_seed noise_dir noise_snr \
     lr_init lr_final warmup_steps state_lr_scale beta1 beta2 adam_eps weight_decay grad_clip train_type \
     accelerator devices num_nodes strategy precision wkv wandb eval_bsz beam max_new_tokens; do
     eval "value=\$$name"

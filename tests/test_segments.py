@@ -62,6 +62,14 @@ def test_memory_goes_on_where_the_last_call_stopped():
     assert (voice_activity()(samples[20 * FRAME :])[0] - second).abs().max() > 1e-3
 
 
+def test_a_recording_in_blocks_is_listened_to_as_a_whole(monkeypatch):
+    monkeypatch.setattr(segments, "_BLOCK", 10 * FRAME)
+    recording = a_voice()
+    samples, probabilities = zip(*segments._with_voice(recording.split(7_000)), strict=True)
+    assert torch.equal(torch.cat(samples), recording)
+    torch.testing.assert_close(torch.cat(probabilities), voice_activity()(recording)[0], atol=1e-5, rtol=0)
+
+
 def test_the_package_is_not_imported():
     """It would set torch to one thread."""
     voice_activity()
@@ -100,6 +108,7 @@ QUIET, LOUD = 0.1, 0.9
         pytest.param([(10, LOUD), (8, QUIET), (5, LOUD), (7, QUIET), (9, LOUD)], [(0, 26), (26, 39)], id="last-pause"),
         pytest.param([(10, LOUD), (7, QUIET), (3, LOUD), (6, QUIET), (9, LOUD)], [(0, 13), (13, 35)], id="6-are-none"),
         pytest.param([(20, LOUD), (100, QUIET), (20, LOUD)], [(0, 28), (112, 140)], id="long-pause"),
+        pytest.param([(26, LOUD), (100, QUIET), (5, LOUD)], [(0, 31), (118, 131)], id="pause-at-the-limit"),
         pytest.param([(40, LOUD), (40, QUIET), (5, 0.35)], [(0, 30), (30, 48), (72, 85)], id="threshold"),
         pytest.param([(24, LOUD), (1, 0.5), (20, LOUD)], [(0, 24), (24, 45)], id="no-pause-least-speech"),
         pytest.param([(3, LOUD), (1, 0.5), (26, LOUD), (1, 0.6), (9, LOUD)], [(0, 30), (30, 40)], id="in-second-half"),

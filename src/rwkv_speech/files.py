@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and one clear line when the disk is full."""
+"""Files that are there whole or not at all, and one clear line where the disk is full."""
 
 import contextlib
 import errno
@@ -8,14 +8,18 @@ from pathlib import Path
 
 from rwkv_speech.errors import UserError
 
-PARTIAL = ".part"  # ends the names of what is still being written
+PARTIAL = ".part"  # ends the name of what is still being written
 
-_NO_ROOM = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "the file would be larger than allowed here",
+}
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[None]:
-    """For the time of writing `path`: a disk without room becomes one line that says so.
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Around the writing of `path`: a disk without room becomes one line.
 
     Raises:
         UserError: the disk, the quota or the limit of a file's size is exhausted.
@@ -26,25 +30,25 @@ def replacing(path: str | os.PathLike) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise UserError(
-            f"cannot write {path}: {_NO_ROOM[error.errno]}; what was written before is whole: make room, "
-            "and give the same command again"
+            f"cannot write {path}: {_NO_ROOM[error.errno]}; what was written before is whole: "
+            "make room and give the same command again"
         ) from error
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes under a temporary name, to the disk, and renames.
+    """Writes under another name, down to the disk, and renames.
 
     Raises:
         UserError: there is no room; `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with replacing(path):
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
+            with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine may leave the new name and no content
-            os.replace(temporary, path)
+                os.fsync(file.fileno())  # else the machine's end could leave the new name without its content
+            os.replace(partial, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)

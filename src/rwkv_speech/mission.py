@@ -4,6 +4,7 @@
 beside the weights stands in a JSON file of the same name; where that is absent, sizes come from the tensors.
 """
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import PARTIAL, writing
 
 STATE = "language_model.blocks.{}.att.time_state"
 ADAPTER = "speech_encoder.adapter."
@@ -89,13 +91,16 @@ def write_mission(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
     A reader never meets half a file, and never weights without what belongs to them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights, beside = (path.with_name(f".{path.name}.{os.getpid()}{suffix}") for suffix in ("", ".json"))
+    content = io.BytesIO()
+    torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, content)
+    weights, beside = (path.with_name(f".{path.stem}{suffix}{PARTIAL}") for suffix in (".pth", ".json"))
     try:
-        beside.write_text(json.dumps(dict(info), indent=2) + "\n")
-        torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, weights)
-        os.replace(beside, path.with_suffix(".json"))
-        os.replace(weights, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(dict(info), indent=2) + "\n")
+            weights.write_bytes(content.getbuffer())
+            os.replace(beside, path.with_suffix(".json"))
+            os.replace(weights, path)
     finally:
         weights.unlink(missing_ok=True)
         beside.unlink(missing_ok=True)

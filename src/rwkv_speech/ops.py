@@ -7,13 +7,13 @@ import glob
 import logging
 import math
 import os
-import resource
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
@@ -22,18 +22,23 @@ from torch.utils.data import DataLoader
 
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.batches import Batch, Speech
+from rwkv_speech.data.batches import Batch, Speech, loader
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.sources import LIBRISPEECH, load_split
 from rwkv_speech.data.steps import OptimiserSteps
 from rwkv_speech.data.utterance import Utterance
-from rwkv_speech.engine.callbacks import BadSamples, MissionFiles, Throughput
+from rwkv_speech.engine.bad_samples import BadSamples
 from rwkv_speech.engine.evaluate import claim, evaluate, write_json
 from rwkv_speech.engine.features import FillFeatures
-from rwkv_speech.engine.machine import Machine, fit_to_machine
+from rwkv_speech.engine.machine import Machine, fit_to_machine, peak_memory
+from rwkv_speech.engine.metrics import Bar, Metrics
+from rwkv_speech.engine.mission_files import MissionFiles
+from rwkv_speech.engine.nonfinite import NonFinite
 from rwkv_speech.engine.runs import find_run
-from rwkv_speech.engine.trainer import make_trainer
+from rwkv_speech.engine.summary import show_run
+from rwkv_speech.engine.trainer import fit, make_trainer
+from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.mission import newest_mission
@@ -58,12 +63,14 @@ def train(options: Options) -> int:
     run = find_run(options)
     bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
     (utterances,) = _splits(options, options.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True).values()
+    validated = _splits(options, options.valid_split, (), join=True)["train"] if options.valid_split else []
     pl.seed_everything(options.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
     features = FeatureCache(options.cache_features, storage=options.cache_dtype) if options.cache_features else None
     model = _load(options, options.adapter, device, machine, features)
     model.language_model.checkpointing = bool(options.grad_cp)
+    model.on_nonfinite = NonFinite(options.on_nonfinite, options.project / "nonfinite.jsonl", model)
     model.spec_augment = SpecAugment(options.random_seed) if options.spec_augment else None
     mission_files = MissionFiles(
         options.project,
@@ -71,13 +78,31 @@ def train(options: Options) -> int:
         model.describe(mission="transcribe", language_model=Path(options.load_model).name),
         epoch_save=options.epoch_save,
         save_steps=options.save_steps,
+        by_wer=bool(options.valid_split),
+        average=options.average,
     )
-    callbacks = [BadSamples(bad_audio), mission_files, Throughput()]
+    metrics = Metrics(options.project, run.id)
+    callbacks = [BadSamples(bad_audio), metrics, Bar(metrics), mission_files]
+    if options.valid_split:
+        validation = Validation(options, mission_files=mission_files, metrics=metrics, bad_audio=bad_audio)
+        callbacks.append(validation)
     if features:
-        callbacks.insert(0, FillFeatures(features, utterances, bad_audio))
+        callbacks.insert(0, FillFeatures(features, utterances + validated, bad_audio))
     trainer = make_trainer(options, machine, run, callbacks)
+    if options.valid_split:
+        validation.batches = loader(
+            Speech(validated, features=features),
+            batch_size=options.eval_bsz,
+            shuffle=False,
+            num_workers=options.num_workers,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+    seconds = read_durations(utterances, options.project / "durations.json", first=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        show_run(model, options, machine, utterances=len(utterances), seconds=seconds.sum())
     batches = OptimiserSteps(
-        _training_batches(options, utterances, model, features, trainer),
+        _training_batches(options, utterances, seconds, model, features, trainer),
         accumulate=options.accumulate_grad_batches,
         count=lambda text: len(model.tokenizer.encode(text)) + 1,
         limit=options.epoch_steps,
@@ -92,8 +117,11 @@ def train(options: Options) -> int:
         weight_decay=options.weight_decay,
         total_steps=math.ceil(len(batches) / options.accumulate_grad_batches) * options.epoch_count,
     )
-    trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
+    if not fit(trainer, model, batches, run):
+        return 128 + signal.SIGTERM if trainer.is_global_zero else 0
     if trainer.is_global_zero:
+        if options.average:
+            mission_files.write_mean()
         run.finish()
     log.info("%s; the newest mission file is %s", bad_audio.report(), newest_mission(options.project))
     return 0
@@ -135,7 +163,7 @@ def evaluate_splits(options: Options) -> int:
                 bad_audio=bad_audio,
             )
             if fabric.is_global_zero:
-                scores[row] = score(records, peak_memory=_peak_memory(fabric.device))
+                scores[row] = score(records, peak_memory=peak_memory(fabric.device))
     if not fabric.is_global_zero:
         return 0
     write_json(folder / "summary.json", {"adapter": str(adapter)} | summary(scores))
@@ -237,12 +265,12 @@ def _splits(
 def _training_batches(
     options: Options,
     utterances: list[Utterance],
+    seconds: np.ndarray,
     model: SpeechRWKV,
     features: FeatureCache | None,
     trainer: pl.Trainer,
 ) -> DataLoader[Batch]:
     """The batches of this process, augmented as asked; the log tells how much of them is padding."""
-    seconds = read_durations(utterances, options.project / "durations.json", first=trainer.is_global_zero)
     change = WaveformAugmentation(
         options.random_seed,
         speeds=SPEEDS if options.speed_perturb else (1.0,),
@@ -313,11 +341,3 @@ def _audio_files(patterns: list[str]) -> Iterator[str]:
 def _file_name(row: str) -> str:
     """A split's name as a file name; that of a path is its last part."""
     return Path(row).name.replace(", ", "-").replace(" ", "-").removesuffix(".jsonl").removesuffix(".json")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -82,6 +82,9 @@ class Options:
     train_split: str | None = flag(
         None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
     )
+    valid_split: str | None = flag(
+        None, "split to validate on while training, several joined by + (default: no validation)"
+    )
     eval_split: str | None = flag(
         None, "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)"
     )
@@ -113,6 +116,18 @@ class Options:
     epoch_count: int = flag(3, "epochs to train", type=positive)
     epoch_save: int = flag(1, "epochs between mission files", type=positive)
     save_steps: int = flag(1000, "optimiser steps between mission files, within an epoch; 0: none", type=count)
+    valid_steps: int = flag(1000, "optimiser steps between validations, with valid_split", type=positive)
+    early_stop: int = flag(
+        0, "end training after so many validations without a lower word error rate; 0: never", type=count
+    )
+    average: int = flag(
+        0,
+        "also write the mean of so many latest mission files at the end, and keep them; 0: don't",
+        type=count,
+    )
+    on_nonfinite: str = flag(
+        "stop", "a batch whose loss is NaN or infinite stops the run, or counts for nothing", choices=("stop", "skip")
+    )
     lr_init: float = flag(1e-4, "learning rate after the warm-up")
     lr_final: float = flag(1e-4, "learning rate at the end; reached exponentially where it differs from lr_init")
     warmup_steps: int = flag(100, "optimiser steps from 0.2 of the learning rate to all of it", type=count)
@@ -172,6 +187,10 @@ class Options:
     def __post_init__(self) -> None:
         if not (self.lr_init > 0 and self.lr_final > 0):  # so that nan is none either
             raise UserError(f"--lr_init {self.lr_init} and --lr_final {self.lr_final} must be positive")
+        if self.early_stop and not self.valid_split:
+            raise UserError(
+                f"--early_stop {self.early_stop} counts validations: name a split for them by --valid_split"
+            )
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
         if self.op != "predict" and self.file_path:

@@ -6,8 +6,9 @@ What stands in brackets is trained. Usable from a notebook (`transcribe`, `loss`
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +68,22 @@ class Optimisation:
         return (self.lr_final / self.lr_init) ** min(1.0, progress)
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Of one micro-batch in all processes; told to each other before the backward pass, in one go."""
+
+    loss_sum: float
+    tokens: float
+    step_tokens: float
+    """Of the whole optimiser step."""
+    utterances: float
+    seconds: float
+    nonfinite: float
+    """Processes whose loss is NaN or infinite."""
+    stop: float
+    """Processes that have been asked to stop."""
+
+
 class SpeechRWKV(pl.LightningModule):
     """See the module's text. Only `adapter` and the language model's `time_state`s take gradients."""
 
@@ -78,6 +95,9 @@ class SpeechRWKV(pl.LightningModule):
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.optimisation = Optimisation()
         self.spec_augment: SpecAugment | None = None  # of training
+        self.stop_asked = False  # set by a signal, told to all processes by the next step
+        self.on_nonfinite: Callable[[int, list[str]], None] = lambda step, ids: None
+        self.totals: Totals | None = None  # of the last micro-batch
         self.strict_loading = False  # a resume point holds what is trained, not the frozen parts
         for block in language_model.blocks:
             block.att.time_state.requires_grad_()
@@ -299,18 +319,32 @@ class SpeechRWKV(pl.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Mean loss over the tokens of the optimiser step that this batch belongs to, in all processes."""
+        total = None
         if len(batch):
             mask = self.spec_augment and partial(self.spec_augment, ids=batch.ids, epoch=batch.epoch)
             total, _ = self.loss_sum(batch.audio, batch.texts, mask=mask)
-        else:  # all samples were bad; the other processes still expect gradients
+        loss_sum = 0.0 if total is None else float(total.detach())
+        finite = math.isfinite(loss_sum)
+        here = Totals(
+            loss_sum=loss_sum if finite else 0.0,
+            tokens=batch.tokens,
+            step_tokens=batch.step_tokens,
+            utterances=len(batch),
+            seconds=batch.seconds,
+            nonfinite=not finite,
+            stop=self.stop_asked,
+        )
+        everywhere = torch.tensor(astuple(here), dtype=torch.float64, device=self.device)
+        self.totals = Totals(*self.trainer.strategy.reduce(everywhere, reduce_op="sum").tolist())
+        if self.totals.nonfinite:
+            self.on_nonfinite(self.trainer.global_step + 1, [] if finite else batch.ids)
+            self.totals = replace(self.totals, loss_sum=0.0, tokens=0.0)
+            total = None
+        if total is None:  # no loss; the other processes and the optimiser still expect gradients
             total = sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
-        self.last_loss_sum = total.detach()
-        self.log("loss", self.last_loss_sum / max(1, batch.tokens), prog_bar=True, batch_size=1)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=1)
-        here = torch.tensor(float(batch.step_tokens), device=self.device)
-        everywhere = self.trainer.strategy.reduce(here, reduce_op="sum")
         # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.
-        return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / everywhere.clamp(min=1))
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return total * (scale / max(1.0, self.totals.step_tokens))
 
     def configure_optimizers(self) -> dict:
         plan = self.optimisation

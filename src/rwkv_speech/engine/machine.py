@@ -2,6 +2,8 @@
 
 import logging
 import platform
+import resource
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +68,22 @@ def fit_to_machine(options: Options) -> Machine:
         raise UserError(f"--devices {options.devices} names GPUs, but this run computes on the CPU: give a number")
     processes = (len(devices) if isinstance(devices, list) else devices) * options.num_nodes
     several_gpus = accelerator == "gpu" and processes > 1
-    strategy = options.strategy or (SEED_STRATEGY if several_gpus else "auto")
     precision = options.precision or ("bf16" if accelerator == "gpu" else "fp32")
+    strategy = options.strategy or (_several(precision) if several_gpus else "auto")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     name = torch.cuda.get_device_name() if accelerator == "gpu" else platform.machine()
     log.info("computing on %d x %s (%s), %s, strategy %s", processes, accelerator.upper(), name, precision, strategy)
     return Machine(accelerator, devices, options.num_nodes, strategy, precision)
+
+
+def _several(precision: str) -> str:
+    """The strategy of several GPUs. DeepSpeed would keep trained weights in fp16, and scales no gradients else."""
+    return "ddp" if precision == "fp16" else SEED_STRATEGY
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,17 +2,22 @@
 
 import json
 import logging
-import os
+import re
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_speech.files import write_whole
 from rwkv_speech.options import Options
 
 log = logging.getLogger("rwkv_speech")
 
-# Options that change nothing in what is learned: a run may go on under other ones.
-_FREE = {"num_workers", "wandb", "wkv", "eval_split", "eval_bsz", "beam", "max_new_tokens", "loop_guard", "resume"}
+# Options that change nothing in what is learned, or only in what comes: a run may go on under other ones.
+_FREE = {
+    *("num_workers", "wandb", "wkv", "eval_split", "eval_bsz", "beam", "max_new_tokens", "loop_guard", "resume"),
+    *("valid_split", "valid_steps", "early_stop", "average", "on_nonfinite", "on_bad_audio"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,18 @@ class Run:
     number: 1 for the first in a project.
     folder: `checkpoints/run-<number>` in the project, where it keeps its resume point.
     asked: the options that decide what it learns.
+    id: a random name, by which it knows its own files again.
     resume_point: the checkpoint to go on from, or None for a new run.
     """
 
     number: int
     folder: Path
     asked: dict[str, Any]
+    id: str
     resume_point: Path | None = None
 
     def begin(self) -> None:
         """Takes the folder. Only one process of a run does this, after all have found their run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._write(finished=False)
 
     def finish(self) -> None:
@@ -40,9 +46,8 @@ class Run:
         self._write(finished=True)
 
     def _write(self, *, finished: bool) -> None:
-        temporary = self.folder / f".run.json.{os.getpid()}"
-        temporary.write_text(json.dumps({"finished": finished, "options": self.asked}, indent=2) + "\n")
-        os.replace(temporary, self.folder / "run.json")
+        content = {"finished": finished, "id": self.id, "options": self.asked}
+        write_whole(self.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def find_run(options: Options) -> Run:
@@ -53,21 +58,16 @@ def find_run(options: Options) -> Run:
     number = max(folders, default=0)
     if number:
         folder = folders[number]
-        point = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+        points = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"step=(\d+)\.ckpt", p.name))}
+        point = points[max(points)] if points else None
         try:
-            before = json.loads((folder / "run.json").read_text())
+            before = {"id": "", **json.loads((folder / "run.json").read_text())}
         except (OSError, ValueError):
-            before = {"finished": True, "options": {}}
-        if not before["finished"] and before["options"] == asked and point:
-            log.info("going on with the unfinished run %d from %s", number, point)
-            return Run(number, folder, asked, point)
+            before = {"finished": True, "id": "", "options": {}}
+        if not before["finished"] and before["options"] == asked:
+            log.info("going on with the unfinished run %d from %s", number, point or "its start")
+            return Run(number, folder, asked, before["id"], point)
         changed = sorted(name for name in asked if before["options"].get(name) != asked[name])
-        why = (
-            "is finished"
-            if before["finished"]
-            else f"had other {', '.join(changed)}"
-            if changed
-            else "saved nothing yet"
-        )
+        why = "is finished" if before["finished"] else f"had other {', '.join(changed)}"
         log.info("run %d in %s %s; this is run %d, and leaves its files alone", number, folder, why, number + 1)
-    return Run(number + 1, checkpoints / f"run-{number + 1}", asked)
+    return Run(number + 1, checkpoints / f"run-{number + 1}", asked, secrets.token_hex(4))

@@ -2,19 +2,27 @@
 
 import importlib.util
 import logging
+import signal
 import warnings
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import StrategyRegistry
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
+from rwkv_speech.data.steps import OptimiserSteps
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
+from rwkv_speech.engine.resume import Interrupted, ResumePoints, WholeFiles
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import writing
 from rwkv_speech.options import Options
+
+log = logging.getLogger("rwkv_speech")
 
 
 def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[Callback]) -> pl.Trainer:
@@ -26,12 +34,11 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
     _quiet()
     if machine.precision == "fp16" and machine.accelerator == "cpu":
         raise UserError("--precision fp16 trains on GPUs only, its small gradients need scaling: use bf16 or fp32")
-    # Each keeps its latest; of the two the run goes on from the newer one.
-    resume_points = [ModelCheckpoint(run.folder, "{epoch}-{step}", enable_version_counter=False, every_n_epochs=1)]
-    if options.save_steps:
-        resume_points.append(
-            ModelCheckpoint(run.folder, "{step}", enable_version_counter=False, every_n_train_steps=options.save_steps)
-        )
+    if machine.precision == "fp16" and machine.strategy in STAGES:
+        raise UserError(f"--precision fp16 does not go with --strategy {machine.strategy}: use bf16, or ddp")
+    plugins: list[Any] = [] if machine.strategy in STAGES else [WholeFiles()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves in the middle of a step
     return pl.Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
@@ -42,13 +49,34 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
         max_epochs=options.epoch_count,
         accumulate_grad_batches=options.accumulate_grad_batches,
         gradient_clip_val=options.grad_clip or None,
-        callbacks=[*callbacks, *resume_points, TQDMProgressBar()],
+        callbacks=[*callbacks, ResumePoints(run, save_steps=options.save_steps)],
+        plugins=plugins,
+        default_root_dir=options.project,
         logger=_loggers(options, run),
-        log_every_n_steps=1 if options.epoch_steps and options.epoch_steps < 50 else 10,
+        log_every_n_steps=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+
+
+def fit(trainer: pl.Trainer, model: pl.LightningModule, batches: OptimiserSteps, run: Run) -> bool:
+    """Trains to the end, or until asked to stop: then it logs how to go on, and gives False.
+
+    Raises:
+        UserError: the disk is full, or what callbacks and the model raise.
+    """
+    try:
+        with writing(run.folder):
+            trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
+    except Interrupted as interrupted:
+        log.info("%s", interrupted)
+        return False
+    except BaseException:
+        if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)  # the other processes would wait for this one
+        raise
+    return True
 
 
 def _quiet() -> None:
@@ -76,5 +104,7 @@ def _loggers(options: Options, run: Run) -> list[Logger]:
     if options.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb needs the package wandb: pip install wandb")
-        loggers.append(WandbLogger(project=options.wandb, save_dir=options.project, config=run.asked))
+        loggers.append(  # a run that goes on stays one run there too, by its id
+            WandbLogger(project=options.wandb, save_dir=options.project, config=run.asked, id=run.id, resume="allow")
+        )
     return loggers

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import replacing
+from rwkv_speech.files import writing
 
 Storage = Literal["fp16", "int8"]
 
@@ -136,7 +136,7 @@ class ShardWriter:
         if self._data is not None and self._data.tell() + len(data) > SHARD_BYTES:
             self.commit()
             self._close()
-        with replacing(self._shards.folder):
+        with writing(self._shards.folder):
             self._open()
             place = (self._shard, self._data.tell(), len(frames), samples, zlib.crc32(data))
             self._data.write(data)
@@ -153,7 +153,7 @@ class ShardWriter:
         """Brings everything to the disk, the data first."""
         if not self._pending:
             return
-        with replacing(self._shards.folder):
+        with writing(self._shards.folder):
             self._open()
             _flush(self._data)
             self._index.write(b"".join(self._pending))

@@ -1,0 +1,170 @@
+"""What training measures, step by step: to `metrics.csv`, the loggers, the picture and the progress bar."""
+
+import csv
+import io
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+
+from rwkv_speech.data.batches import Batch
+from rwkv_speech.engine.machine import peak_memory
+from rwkv_speech.engine.picture import draw
+from rwkv_speech.files import write_whole, writing
+
+log = logging.getLogger("rwkv_speech")
+
+COLUMNS = ("run", "step", "epoch", "loss", "lr", "state_lr", "audio_s_per_s", "utt_per_s", "valid_loss", "valid_wer")
+PICTURE_SECONDS = 30.0  # between two drawings
+WARM_UP, MEASURED = 5, 20  # optimiser steps before the time per epoch is measured, and while it is
+
+
+class MetricsFile:
+    """A table of all runs of a project, a row for each measurement; a run that goes on drops what it will redo.
+
+    rows: of this run.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+        self.rows: list[dict[str, float]] = []
+
+    def begin(self, step: int) -> None:
+        """Goes on after the rows of this step."""
+        before = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if None in row.values():
+                        continue  # cut off in the middle of the row
+                    ours = row["run"] == self.run
+                    if not ours or int(row["step"]) <= step:
+                        before.append(row)
+                        if ours:
+                            self.rows.append({name: float(row[name]) for name in COLUMNS[1:] if row[name]})
+        content = io.StringIO()
+        table = csv.DictWriter(content, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(before)
+        write_whole(self.path, content.getvalue().encode())
+
+    def add(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+        with writing(self.path), self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"run": self.run} | row)
+
+
+class Metrics(Callback):
+    """Measures every 10 optimiser steps (in short epochs, every one), over those steps and all processes.
+
+    folder: takes `metrics.csv` and `training.png`.
+    run: its id.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.file, self.picture = MetricsFile(folder / "metrics.csv", run), folder / "training.png"
+        self.shown: dict[str, Any] = {}  # what the progress bar shows
+        self.drawn = -PICTURE_SECONDS
+        self._reset()
+
+    def _reset(self) -> None:
+        self.loss_sum = self.tokens = self.utterances = self.seconds = 0.0
+        self.since = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step = self.step = trainer.global_step
+        self.every = 10 if trainer.num_training_batches >= 50 * trainer.accumulate_grad_batches else 1
+        if trainer.is_global_zero:
+            self.file.begin(self.step)
+        self._reset()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        totals = pl_module.totals
+        self.loss_sum += totals.loss_sum
+        self.tokens += totals.tokens
+        self.utterances += totals.utterances
+        self.seconds += totals.seconds
+        if trainer.global_step == self.step:  # in the middle of an optimiser step
+            return
+        self.step = trainer.global_step
+        if self.step == self.first_step + WARM_UP:
+            self.timed_since = time.perf_counter()
+        elif self.step == self.first_step + WARM_UP + MEASURED:
+            self._tell_time(trainer, pl_module.device)
+        if self.step % self.every == 0 or self.step == self.first_step + 1:
+            elapsed = time.perf_counter() - self.since
+            row = {
+                "loss": self.loss_sum / max(1.0, self.tokens),
+                "lr": self.rates[0],
+                "state_lr": self.rates[-1],
+                "audio_s_per_s": self.seconds / elapsed,
+                "utt_per_s": self.utterances / elapsed,
+            }
+            self._reset()
+            self.record(trainer, row)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._draw()
+
+    def record(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
+        """Writes a row of this step, wherever one looks for it."""
+        if not trainer.is_global_zero:
+            return
+        self.shown = {name: value for name, value in row.items() if name != "utt_per_s"}
+        for logger in trainer.loggers:
+            logger.log_metrics(row | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+        rounded = {name: float(f"{value:.8g}") for name, value in row.items()}
+        self.file.add({"step": trainer.global_step, "epoch": trainer.current_epoch} | rounded)
+        if time.monotonic() - self.drawn > PICTURE_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
+        write_whole(self.picture, draw(self.file.rows))
+        self.drawn = time.monotonic()
+
+    def _tell_time(self, trainer: pl.Trainer, device: torch.device) -> None:
+        step_time = (time.perf_counter() - self.timed_since) / MEASURED
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        if trainer.is_global_zero:
+            log.info(
+                "measured over %d steps: %.3g s a step, %s an epoch; peak memory %.2f GiB",
+                MEASURED, step_time, hours(step_time * steps), peak_memory(device) / 2**30,
+            )  # fmt: skip
+
+
+class Bar(TQDMProgressBar):
+    """One line: what `Metrics` measured last, and the time left for the whole run."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__()
+        self.metrics = metrics
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.begun, self.first_step = time.perf_counter(), trainer.global_step
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        shown = {name: f"{value:.3g}" for name, value in self.metrics.shown.items()}
+        done = trainer.global_step - self.first_step
+        if done and pl_module.optimisation.total_steps:
+            left = pl_module.optimisation.total_steps - trainer.global_step
+            shown["left"] = hours((time.perf_counter() - self.begun) / done * left)
+        return shown
+
+
+def hours(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,133 @@
+"""The mission files of a run: when they are written, which are kept, and their mean."""
+
+import json
+from collections.abc import Mapping
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from rwkv_speech.data.batches import Batch
+from rwkv_speech.engine.deepspeed import gathered
+from rwkv_speech.engine.runs import Run
+from rwkv_speech.mission import read_mission, write_mission
+
+
+class MissionFiles(Callback):
+    """Writes mission files as training goes, and keeps this run's latest and best.
+
+    The best has the lowest word error rate; without validation, the lowest mean training loss since the file before.
+    Files of other runs are neither overwritten nor deleted: where a name is taken, the run's number joins it.
+
+    folder: where they go.
+    run: the run that they belong to.
+    info: what their JSON says, beside step and scores.
+    epoch_save: epochs between files.
+    save_steps: optimiser steps between files, 0 for none within an epoch.
+    by_wer: whether there is validation.
+    average: how many of the latest to keep, for `write_mean`; 0 and 1: the latest.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: Run,
+        info: dict[str, Any],
+        *,
+        epoch_save: int,
+        save_steps: int,
+        by_wer: bool = False,
+        average: int = 0,
+    ) -> None:
+        self.folder, self.run, self.info = folder, run, info | {"run": run.id}
+        self.epoch_save, self.save_steps, self.by_wer, self.average = epoch_save, save_steps, by_wer, average
+        self.written: list[str] = []  # names of the files that are there, oldest first
+        self.best: tuple[float, str] | None = None
+        self.loss_sum, self.tokens = 0.0, 0.0  # since the latest
+        self.saved_step, self.loss = 0, 0.0  # of the latest
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("written", "best", "loss_sum", "tokens", "saved_step", "loss")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            self.run.begin()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.loss_sum += pl_module.totals.loss_sum
+        self.tokens += pl_module.totals.tokens
+        if self.save_steps and trainer.global_step % self.save_steps == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.epoch_save == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer, pl_module)
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **scores: float) -> None:
+        """Writes the file of this step, or adds scores to it; all processes call this together."""
+        step = trainer.global_step
+        if step == self.saved_step and not scores:
+            return
+        if step != self.saved_step:
+            self.saved_step, self.loss = step, self.loss_sum / max(1.0, self.tokens)
+            self.loss_sum = self.tokens = 0.0
+        tensors = pl_module.trainable_state_dict()
+        info = self.info | {"step": step, "epoch": trainer.current_epoch, "train_loss": round(self.loss, 6)} | scores
+        with gathered(trainer, list(tensors.values())):
+            if trainer.is_global_zero:
+                self._write(str(step), tensors, info, scores.get("wer") if self.by_wer else self.loss)
+
+    def write_mean(self) -> None:
+        """Writes the mean of the latest files as one of its own, `rwkv-adapter-<step>-avg<N>.pth`."""
+        names = self.written[-self.average :]
+        missions = [read_mission(self.folder / name) for name in names]
+        mean = {
+            name: torch.stack([m.tensors[name].double() for m in missions]).mean(0).float()
+            for name in missions[-1].tensors
+        }
+        info = self.info | {"step": self.saved_step, "mean_of": names}
+        write_mission(self._path(f"{self.saved_step}-avg{len(names)}"), mean, info)
+
+    def _write(self, step: str, tensors: Mapping[str, Tensor], info: dict[str, Any], score: float | None) -> None:
+        path = self._path(step)
+        write_mission(path, tensors, info)
+        if score is not None and (self.best is None or score < self.best[0]):
+            self.best = (score, path.name)
+        written = [name for name in self.written if name != path.name] + [path.name]
+        keep = {*written[-max(1, self.average) :], *(self.best or ())[1:]}
+        for name in written:
+            if name not in keep:
+                (self.folder / name).unlink(missing_ok=True)
+                (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
+        self.written = [name for name in written if name in keep]
+
+    def _path(self, step: str) -> Path:
+        """A name that is this run's, or nobody's: whoever deletes `checkpoints/` starts from run 1 again."""
+        ours = f"-run{self.run.number}"
+        suffixes = chain(("", ours), (f"{ours}-{i}" for i in count(2)))
+        paths = (self.folder / f"rwkv-adapter-{step}{suffix}.pth" for suffix in suffixes)
+        return next(path for path in paths if self._ours(path))
+
+    def _ours(self, path: Path) -> bool:
+        """Whether this run may write there: nobody did, or this run before it was interrupted."""
+        beside = path.with_suffix(".json")
+        if not beside.exists():
+            return not path.exists()
+        try:
+            return json.loads(beside.read_text()).get("run") == self.run.id
+        except (ValueError, AttributeError):
+            return False

@@ -1,0 +1,62 @@
+"""What a run is about to do, in one table: sizes, parameters, data, memory."""
+
+from rich.console import Console
+from rich.table import Table
+
+from rwkv_speech.engine.machine import Machine
+from rwkv_speech.engine.metrics import MEASURED, WARM_UP
+from rwkv_speech.options import Options
+from rwkv_speech.system import SpeechRWKV
+
+# Values that a block keeps for the backward pass, per position and channel: inputs of the products and of the
+# element-wise functions, counted in `rwkv6/model.py`; the feed-forward half's are 3.5 times as wide.
+ATTENTION_VALUES, FEED_FORWARD_VALUES = 28, 6 + 3 * 3.5
+POSITIONS = 200  # of a sample, 15 s of audio and its transcript
+ADAM = 8  # bytes of optimiser state for a trained weight
+
+
+def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> dict[str, float]:
+    """Bytes on one device, while it trains on samples of `POSITIONS` positions.
+
+    Frozen weights are whole on each device; fp32 weights and gradients of what is trained too, and its optimiser state
+    is divided by DeepSpeed. Left out: the encoder's activations, which are dropped call by call.
+    """
+    sizes = model.language_model.sizes
+    parameters = [*model.parameters()]
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
+    width = model.language_model.emb.weight.element_size()
+    positions = options.micro_bsz * POSITIONS
+    block = positions * sizes.n_embd * (ATTENTION_VALUES + FEED_FORWARD_VALUES) * width
+    blocks = block + sizes.n_layer * positions * sizes.n_embd * width if options.grad_cp else sizes.n_layer * block
+    shares = machine.per_node * machine.num_nodes if machine.strategy.startswith("deepspeed") else 1
+    on_device = 0 if machine.strategy.endswith("offload") else 1
+    return {
+        "frozen weights": frozen,
+        "trained weights and optimiser": trained * (4 + 4 + on_device * ADAM / shares),
+        "activations": blocks + positions / 4 * sizes.vocab_size * 3 * 4,  # logits of the transcript's positions, fp32
+    }
+
+
+def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterances: int, seconds: float) -> None:
+    """Prints the table on standard error."""
+    sizes = model.language_model.sizes
+    encoder, adapter = model.speech_encoder, model.adapter
+    count = {kind: sum(p.numel() for p in model.parameters() if p.requires_grad == kind) for kind in (True, False)}
+    memory = estimate_memory(model, options, machine)
+    processes = machine.per_node * machine.num_nodes
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    table = Table(show_header=False)
+    for row in (
+        ("language model", f"RWKV-6 {sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}"),
+        ("speech encoder", f"{encoder.name}, width {encoder.width}"),
+        ("adapter", f"{adapter.downsample_k} frames to a position, {adapter.layers[0].out_features} hidden units"),
+        ("trained", f"{count[True]:,} parameters"),
+        ("frozen", f"{count[False]:,} parameters"),
+        ("data", f"{utterances:,} utterances, {seconds / 3600:.2f} h"),
+        ("processes", f"{processes} x {machine.accelerator.upper()}, {machine.precision}, strategy {machine.strategy}"),
+        ("memory of each", f"about {sum(memory.values()) / 2**30:.2f} GiB at {POSITIONS} positions a sample: {parts}"),
+        ("time per epoch", f"told once {WARM_UP + MEASURED} steps are done"),
+    ):
+        table.add_row(*row)
+    Console(stderr=True).print(table)

@@ -1,0 +1,352 @@
+"""The engine: strategies that agree, notices, full disks, losses that are none, validation, and what a run leaves behind."""
+
+import csv
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from rwkv_speech.engine.deepspeed import STAGES
+from rwkv_speech.engine.machine import fit_to_machine
+from rwkv_speech.engine.metrics import MetricsFile, hours
+from rwkv_speech.engine.nonfinite import NonFinite
+from rwkv_speech.engine.picture import draw
+from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_whole
+from rwkv_speech.ops import OPS
+from rwkv_speech.options import Options
+from rwkv_speech.scoring import Hypothesis, align
+from rwkv_speech.system import SpeechRWKV
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--num_workers=0", "--warmup_steps=4", "--lr_init=1e-3", "--lr_final=1e-3"]
+
+
+def train(world, project, *flags):
+    return OPS["train"](Options.parse([f"--proj_dir={project}", *world.flags, *QUICK, *flags]))
+
+
+def start(world, project, *flags, **how):
+    command = [sys.executable, str(ROOT / "train.py"), f"--proj_dir={project}", *world.flags, *QUICK, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **how)
+
+
+def rows(project, column):
+    """Step -> value in metrics.csv."""
+    with (project / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+
+
+def mission(project, name):
+    return torch.load(project / f"rwkv-adapter-{name}.pth", weights_only=True)
+
+
+def info(project, name):
+    return json.loads((project / f"rwkv-adapter-{name}.json").read_text())
+
+
+def steps_of(project):
+    return sorted(int(path.stem.split("-")[2]) for path in project.glob("rwkv-adapter-*.pth"))
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(world, tmp_path_factory):
+    """24 steps of 4 utterances by one process, with the learning rates of the published recipe."""
+    project = tmp_path_factory.mktemp("single")
+    assert train(world, project, "--epoch_count=4", "--lr_init=1e-4", "--lr_final=1e-4") == 0
+    return project
+
+
+def test_two_processes_under_zero_1_have_the_loss_curve_of_one(world, single, tmp_path):
+    """DeepSpeed on two CPU processes over gloo; the other strategies are in tests/slow/test_strategies.py."""
+    flags = ["--epoch_count=4", "--lr_init=1e-4", "--lr_final=1e-4", "--micro_bsz=2", "--devices=2"]
+    process = start(world, tmp_path, *flags, "--strategy=deepspeed_stage_1", "--save_steps=20")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    one, two = rows(single, "loss"), rows(tmp_path, "loss")
+    assert sorted(two) == list(range(1, 25))
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+    assert one[1] - one[24] > 0.1, "the case is void: nothing was learned"
+    for name, x in mission(single, 24).items():
+        torch.testing.assert_close(mission(tmp_path, 24)[name], x, atol=1e-5, rtol=0)
+    (saved,) = tmp_path.glob("checkpoints/run-1/*.ckpt")
+    trained = sum(x.numel() for x in mission(single, 24).values())
+    files = [torch.load(path, weights_only=False) for path in sorted(saved.glob("checkpoint/*.pt"))]
+    (model,) = [file["module"] for file in files if "module" in file]
+    assert sum(x.numel() for x in model.values()) == trained, "frozen weights were saved"
+    moments = [file["optimizer_state_dict"]["base_optimizer_state"] for file in files if "module" not in file]
+    assert len(moments) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        pytest.param(["--strategy=deepspeed_stage_4"], [*STAGES, "ddp", "auto"], id="unknown-strategy"),
+        pytest.param(["--early_stop=2"], ["--valid_split"], id="early-stop-without-validation"),
+    ],
+)
+def test_a_mistake_is_one_line(world, tmp_path, flags, said):
+    with pytest.raises(UserError) as error:
+        train(world, tmp_path, *flags)
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in said)
+
+
+def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    machine = fit_to_machine(Options(load_model="m"))
+    assert (machine.strategy, machine.devices, machine.precision) == ("deepspeed_stage_1", 4, "bf16")
+    assert fit_to_machine(Options(load_model="m", precision="fp16")).strategy == "ddp"
+    assert fit_to_machine(Options(load_model="m", devices=1)).strategy == "auto"
+
+
+# --- ends of other kinds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tmp_path, monkeypatch, caplog, number):
+    caplog.set_level("INFO", "rwkv_speech")
+    plain = SpeechRWKV.training_step
+
+    def step(self, batch, index):
+        if self.trainer.global_step == 8:
+            os.kill(os.getpid(), number)
+        return plain(self, batch, index)
+
+    flags = ["--epoch_count=4", "--lr_init=1e-4", "--lr_final=1e-4"]
+    monkeypatch.setattr(SpeechRWKV, "training_step", step)
+    before = signal.getsignal(number)
+    assert train(world, tmp_path, *flags) == 128 + signal.SIGTERM
+    assert signal.getsignal(number) == before
+    assert "stopped at step 9" in caplog.text
+    assert [path.name for path in tmp_path.glob("checkpoints/run-1/*.ckpt")] == ["step=9.ckpt"]
+    monkeypatch.undo()
+    assert train(world, tmp_path, *flags) == 0
+    for name, x in mission(single, 24).items():
+        assert torch.equal(mission(tmp_path, 24)[name], x)
+    assert rows(tmp_path, "loss") == rows(single, "loss")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_files_whole(world, tmp_path):
+    """The limit of a file's size stands for the disk: mission files fit, resume points don't."""
+    flags = ["--epoch_count=1", "--save_steps=2"]
+    assert train(world, tmp_path / "free", *flags) == 0
+    before = mission(tmp_path / "free", 6)
+    size = (tmp_path / "free/rwkv-adapter-6.pth").stat().st_size
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * size), resource.RLIM_INFINITY))
+
+    process = start(world, tmp_path / "full", *flags, preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert "cannot write" in line
+    assert "step=2.ckpt" in line
+    assert "Traceback" not in err
+    assert mission(tmp_path / "full", 2).keys() == before.keys()
+    assert not [path for path in (tmp_path / "full").rglob("*.part")]
+    assert train(world, tmp_path / "full", *flags) == 0  # with room again
+    for name, x in before.items():
+        assert torch.equal(mission(tmp_path / "full", 6)[name], x)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="no space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """The loss of the third step's batch is NaN; gives its ids."""
+    plain, ids = SpeechRWKV.loss_sum, []
+
+    def loss_sum(self, audio, texts, **how):
+        total, count = plain(self, audio, texts, **how)
+        return (total * math.nan if self.trainer.global_step == 2 else total), count
+
+    plain_step = SpeechRWKV.training_step
+
+    def training_step(self, batch, index):
+        if self.trainer.global_step == 2:
+            ids[:] = batch.ids
+        return plain_step(self, batch, index)
+
+    monkeypatch.setattr(SpeechRWKV, "loss_sum", loss_sum)
+    monkeypatch.setattr(SpeechRWKV, "training_step", training_step)
+    return ids
+
+
+def test_a_loss_that_is_none_stops_the_run(world, tmp_path, poisoned):
+    with pytest.raises(UserError, match="step 3 is not finite.*--on_nonfinite skip"):
+        train(world, tmp_path, "--epoch_count=1", "--save_steps=2")
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 3, "ids": poisoned}]
+    assert len(poisoned) == 4
+    assert train(world, tmp_path, "--epoch_count=1", "--save_steps=2", "--on_nonfinite=skip") == 0
+    assert len(list(tmp_path.glob("checkpoints/run-*"))) == 1, "skipping is how the same run goes on"
+
+
+def test_a_loss_that_is_none_is_skipped(world, tmp_path, poisoned):
+    assert train(world, tmp_path, "--epoch_count=1", "--on_nonfinite=skip", "--grad_clip=0") == 0
+    losses = rows(tmp_path, "loss")
+    assert losses.pop(3) == 0.0, "a step without targets"
+    assert all(math.isfinite(x) and x > 1 for x in losses.values())
+    assert all(x.isfinite().all() for x in mission(tmp_path, 6).values())
+
+
+def test_spoilt_weights_cannot_be_skipped(tmp_path):
+    model = SimpleNamespace(trainable_state_dict=lambda: {"x": torch.tensor([1.0, math.inf])})
+    with pytest.raises(UserError, match="weights are spoilt"):
+        NonFinite("skip", tmp_path / "nonfinite.jsonl", model)(7, [])
+    assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+VALIDATE = ["--valid_steps=3", "--max_new_tokens=6", "--save_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def validated(world, tmp_path_factory):
+    """Validated at steps 3, 6, 9, 12 and, as the last, 14; mission files of these steps."""
+    project = tmp_path_factory.mktemp("validated")
+    flags = ["--epoch_count=2", "--epoch_steps=7", "--micro_bsz=3", "--lr_init=1e-2", "--lr_final=1e-2"]
+    valid = world.folder / "valid.jsonl"
+    valid.write_text("".join((world.folder / "train.jsonl").read_text().splitlines(keepends=True)[:10]))
+    assert train(world, project, *flags, *VALIDATE, f"--valid_split={valid}", "--average=3") == 0
+    return project
+
+
+def test_validation_measures_loss_and_wer(world, validated):
+    assert sorted(rows(validated, "valid_wer")) == sorted(rows(validated, "valid_loss")) == [3, 6, 9, 12, 14]
+    model = world.speech_rwkv(adapter=validated / "rwkv-adapter-14.pth")
+    audio, texts = zip(*[(str(path), text) for path, text in world.utterances[:10]], strict=True)
+    heard = model.transcribe(audio, batch_size=1, max_new_tokens=6)
+    pairs = zip(texts, heard, strict=True)
+    records = [Hypothesis(id=str(i), reference=r, hypothesis=h, seconds=1) for i, (r, h) in enumerate(pairs)]
+    edits = [aligned.edits for aligned in align(records)]
+    wer = sum(e.errors for e in edits) / sum(e.length for e in edits)
+    assert rows(validated, "valid_wer")[14] == pytest.approx(wer)
+    assert info(validated, 14)["wer"] == pytest.approx(wer, abs=1e-6)
+    from rwkv_speech.speech.audio import load_audio
+
+    losses = [model.loss_sum([load_audio(path)], [text]) for path, text in zip(audio, texts, strict=True)]
+    loss = float(sum(total.detach() for total, _ in losses)) / sum(count for _, count in losses)
+    assert rows(validated, "valid_loss")[14] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_best_by_wer_and_the_latest_are_kept(validated):
+    scores = rows(validated, "valid_wer")
+    best = min(scores, key=lambda step: (scores[step], step))
+    kept = {int(path.stem.split("-")[2]) for path in validated.glob("*.pth") if "avg" not in path.name}
+    assert kept == {best, 9, 12, 14}
+
+
+def test_the_mean_of_the_latest(validated):
+    mean, latest = mission(validated, "14-avg3"), [mission(validated, step) for step in (9, 12, 14)]
+    for name, x in mean.items():
+        expected = np.mean([m[name].numpy().astype(np.float64) for m in latest], axis=0)
+        np.testing.assert_allclose(x.numpy(), expected, rtol=1e-6, atol=1e-8)
+    assert info(validated, "14-avg3")["mean_of"] == [f"rwkv-adapter-{step}.pth" for step in (9, 12, 14)]
+
+
+def test_training_ends_after_validations_without_improvement(world, tmp_path, monkeypatch):
+    rates = iter([0.9, 0.5, 0.7, 0.5, 0.1])
+    from rwkv_speech.engine.validation import Validation
+    from rwkv_speech.scoring import Edits
+
+    def score(self, model):
+        errors = round(100 * next(rates))
+        return 1.0, 1, Edits(substitutions=errors, hits=100 - errors)
+
+    monkeypatch.setattr(Validation, "_score", score)
+    flags = ["--epoch_count=5", "--early_stop=2", "--valid_steps=2", f"--valid_split={world.folder / 'train.jsonl'}"]
+    assert train(world, tmp_path, *flags) == 0
+    assert rows(tmp_path, "valid_wer") == {2: 0.9, 4: 0.5, 6: 0.7, 8: 0.5}
+    assert steps_of(tmp_path) == [4, 8]
+    assert json.loads((tmp_path / "checkpoints/run-1/run.json").read_text())["finished"]
+
+
+# --- what a run looks like -------------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_a_table_metrics_and_a_picture(world, tmp_path, capsys):
+    assert train(world, tmp_path, "--epoch_count=5") == 0
+    shown = "".join(capsys.readouterr())
+    model = world.speech_rwkv(adapter_hidden=32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    for part in ("RWKV-6 2 x 64", f"{trained:,} parameters", f"{frozen:,} parameters", "24 utterances", "GiB"):
+        assert part in shown
+    assert "left=" in shown
+    assert sorted(rows(tmp_path, "loss")) == list(range(1, 31))
+    rates = rows(tmp_path, "lr")
+    assert [rates[step] for step in (1, 3, 5, 30)] == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
+    assert all(rate > 0 for rate in rows(tmp_path, "audio_s_per_s").values())
+    assert imread(tmp_path / "training.png").shape == (700, 1100, 4)
+
+
+def test_the_table_of_metrics_goes_on_where_the_run_does(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for run, steps in (("a", (1, 2)), ("b", (1, 2, 3))):
+        file = MetricsFile(path, run)
+        file.begin(0)
+        for step in steps:
+            file.add({"step": step, "epoch": 0, "loss": 10.0 + step})
+    with path.open("a") as torn:
+        torn.write("b,4,0")
+    file = MetricsFile(path, "b")
+    file.begin(2)
+    file.add({"step": 3, "epoch": 0, "loss": 7.0})
+    lines = [line.split(",")[:4] for line in path.read_text().splitlines()[1:]]
+    assert lines == [["a", "1", "0", "11.0"], ["a", "2", "0", "12.0"], ["b", "1", "0", "11.0"],
+                     ["b", "2", "0", "12.0"], ["b", "3", "0", "7.0"]]  # fmt: skip
+    assert [row["loss"] for row in file.rows] == [11.0, 12.0, 7.0]
+
+
+def test_the_picture_shows_what_was_measured(tmp_path):
+    measured = [{"step": s, "loss": 5 / s, "lr": 1e-4, "state_lr": 1e-3, "audio_s_per_s": 9.0} for s in range(1, 9)]
+    (tmp_path / "without.png").write_bytes(draw(measured))
+    (tmp_path / "with.png").write_bytes(draw([*measured, {"step": 8, "valid_wer": 0.2, "valid_loss": 1.0}]))
+    without, scored = (imread(tmp_path / f"{name}.png") for name in ("without", "with"))
+    different = (without != scored).any(axis=-1)
+    assert different[350:, :550].any(), "the panel of the word error rate"
+    assert different[:350, :550].any(), "the validation's loss beside that of training"
+
+
+def test_hours():
+    assert [hours(s) for s in (0, 59.6, 3599, 360_000)] == ["0:00:00", "0:01:00", "0:59:59", "100:00:00"]
+
+
+def test_starting_is_not_slowed_down_by_deepspeed():
+    """Its import takes seconds; only its users wait for it."""
+    code = "import sys, rwkv_speech.ops; sys.exit('deepspeed' in sys.modules)"
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0, time.monotonic() - began
