@@ -3,68 +3,47 @@
 //   y_t[i]  = sum_j r_t[j] (S[i,j] + u[j] k_t[j] v_t[i])
 //   S[i,j] <- d_t[j] S[i,j] + k_t[j] v_t[i]                      d = exp(-exp(w)),  i: value,  j: key
 //
-// Each (sample, head) is one task: its state, N x N floats (16 KiB at N = 64), stays in the first-level cache while
-// time runs through it. Rows of the state lie along j, so r, k and d are held in registers for a whole step.
+// Step by step, each state is read and written once for two multiplications per number. Over a block of B steps all of
+// it is products of small matrices, which keep the arithmetic units busy. With P(a,b) = d_a ... d_{b-1} in each channel
+// j, a block that starts from the state S leaves S':
 //
-// Backward runs the recurrence of G = dL/dS from the last step to the first,
+//   y_t = S (P(0,t) r_t) + sum_{s<=t} A[t,s] v_s       A[t,s] = sum_j r_t k_s P(s+1,t) for s < t,  A[t,t] = r_t . u k_t
+//   S'  = S diag P(0,B) + sum_s v_s (P(s+1,B) k_s)^T
 //
-//   G_t[i,j] = d_t[j] G_{t+1}[i,j] + r_t[j] gy_t[i]
-//   gr_t[j] = sum_i gy_t[i] S_t[i,j] + u[j] k_t[j] (gy_t . v_t)       gv_t[i] = sum_j G_{t+1}[i,j] k_t[j] + gy_t[i] (r_t u k_t)
-//   gk_t[j] = sum_i v_t[i] G_{t+1}[i,j] + u[j] r_t[j] (gy_t . v_t)    gd_t[j] = sum_i G_{t+1}[i,j] S_t[i,j]
+// P(s+1,t) as P(0,t) / P(0,s+1) would overflow where decays are strong, so A is filled by halves: for s in the first
+// half of a block and t in the second, with m between them, P(s+1,t) = P(s+1,m) P(m,t), neither of which exceeds 1, and
+// within a half the same holds again. We start from blocks of one step and double them, keeping r_t times the decays
+// from the start of its block to t, and k_s times those from s to the end of its block; after the last doubling they
+// are what S needs. Nothing is divided, and no decay is too strong: d = 0 is like any other.
 //
-// and needs S_t on the way: the forward pass leaves the state before every CHUNK-th step, and the states of one chunk
-// at a time are computed again. (Running S backwards would divide by a decay that may be zero.)
+// Backward leads from G' = dL/dS' to G = dL/dS. With M[t,s] = gy_t . v_s,
+//
+//   G    = G' diag P(0,B) + sum_t gy_t (P(0,t) r_t)^T
+//   gv_s = G' (P(s+1,B) k_s)   + sum_{t>=s} A[t,s] gy_t
+//   gr_t = P(0,t) (S^T gy_t)   + sum_{s<t} M[t,s] P(s+1,t) k_s + M[t,t] u k_t
+//   gk_s = P(s+1,B) (G'^T v_s) + sum_{t>s} M[t,s] P(s+1,t) r_t + M[s,s] u r_s
+//
+// The gradient of a decay, d_t gd_t[j] = d_t sum_i S_t[i,j] (dL/dS_{t+1})[i,j], collects what flows across step t: from
+// S to G', from S to each later r, from each earlier k to G', and from each earlier k to each later r. All but the
+// first are summands of r gr and k gk above: a running sum adds them up at each doubling, and once more for S and G'.
+// (The shorter d_t gd_t = d_{t+1} gd_{t+1} + r_{t+1} gr_{t+1} - k_t gk_t, bonus left out, is a difference of large
+// numbers and loses all digits where d is small.)
+//
+// S at the start of each block is computed again from the states that the forward pass left every CHUNK steps.
 #include "wkv6_cpu.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <memory>
 
-#include "vec.h"
+#include "rows_cpu.h"
 
 namespace {
 
-constexpr int ROWS = 16;  // rows of the state that the backward pass takes at a time
-
-template <int N>
-struct Row {  // N floats in registers
-  static constexpr int V = N / LANES;
-  vec x[V];
-
-  template <typename scalar_t>
-  static Row from(const scalar_t* p) {
-    Row row;
-    for (int c = 0; c < V; ++c) row.x[c] = load(p + c * LANES);
-    return row;
-  }
-  void to(float* p) const {
-    for (int c = 0; c < V; ++c) store(p + c * LANES, x[c]);
-  }
-  template <typename scalar_t>
-  void to(scalar_t* p) const {
-    float values[N];
-    to(values);
-    for (int j = 0; j < N; ++j) p[j] = static_cast<scalar_t>(values[j]);
-  }
-};
-
-template <int N>
-Row<N> operator*(const Row<N>& a, const Row<N>& b) {
-  Row<N> out;
-  for (int c = 0; c < Row<N>::V; ++c) out.x[c] = a.x[c] * b.x[c];
-  return out;
-}
-
-template <int N>
-float dot(const Row<N>& a, const Row<N>& b) {
-  vec s{};
-  for (int c = 0; c < Row<N>::V; ++c) s += a.x[c] * b.x[c];
-  return sum(s);
-}
+constexpr int BLOCK = 16;  // steps; must divide CHUNK and be a power of two
 
 struct Sizes {
   int64_t B, T, H;
@@ -74,133 +53,262 @@ struct Sizes {
   int64_t steps(int64_t b) const { return lengths ? lengths[b] : T; }
 };
 
+template <int N>
+struct alignas(64) Block {
+  float r[BLOCK][N], k[BLOCK][N], v[BLOCK][N];  // r and k times the decays since, or until, a block's bounds
+  float decay[BLOCK][N];                        // of a whole block, at its first step
+  float A[BLOCK][BLOCK] = {};                   // s <= t
+
+  // From blocks of one step to one block. At each doubling, join(h, a) is called before the blocks of h steps at a and
+  // a + h become one.
+  template <int h = 1, typename Join>
+  void grow(const Join& join) {
+    for (int a = 0; a < BLOCK; a += 2 * h) {
+      const int m = a + h;
+      dots<N, h>(&A[m][a], BLOCK, r[m], k[a]);
+      join(std::integral_constant<int, h>{}, a);
+      scale_rows<N>(r[m], h, decay[a]);
+      scale_rows<N>(k[a], h, decay[m]);
+      scale_rows<N>(decay[a], 1, decay[m]);
+    }
+    if constexpr (2 * h < BLOCK) grow<2 * h>(join);
+  }
+};
+
+// One step as its formula reads, for the few that fill no block. S is [value, key].
 template <typename scalar_t, int N>
-void forward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar_t* v, const float* d, const float* u,
-             const float* state, scalar_t* y, float* final_state, float* chunk_states) {
-  constexpr int V = Row<N>::V;
+void single_step(float* S, const scalar_t* r, const scalar_t* k, const scalar_t* v, const scalar_t* w, const float* u,
+                 scalar_t* y) {
+  constexpr int V = N / LANES;
+  float values[N], sums[N];
+  read_rows<N>(values, v, 0, 1);
+  vec rt[V], kt[V], dt[V], uk{};
+  for (int c = 0; c < V; ++c) {
+    rt[c] = load(r + c * LANES);
+    kt[c] = load(k + c * LANES);
+    dt[c] = exp(-exp(load(w + c * LANES)));
+    uk += rt[c] * load(u + c * LANES) * kt[c];
+  }
+  const float now = sum(uk);
+  for (int i = 0; i < N; ++i) {
+    vec acc{};
+    for (int c = 0; c < V; ++c) {
+      float* s = S + i * N + c * LANES;
+      acc += rt[c] * load(s);
+      store(s, dt[c] * load(s) + kt[c] * values[i]);
+    }
+    sums[i] = sum(acc) + now * values[i];
+  }
+  write_rows<N>(y, 0, 1, sums);
+}
+
+template <typename scalar_t, int N>
+void forward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar_t* v, const scalar_t* w,
+             const float* u, const float* state, scalar_t* y, float* final_state, float* chunk_states) {
+  struct Scratch {
+    Block<N> block;
+    alignas(64) float S[N * N], y[BLOCK][N];  // S as [key, value]: y and v then lie along the lanes
+  };
   const int64_t stride = n.H * N, chunks = (n.T + CHUNK - 1) / CHUNK;
   const int64_t grain = std::max<int64_t>(1, 16 / n.T);  // a head's single step is not worth waking a thread
   at::parallel_for(0, n.B * n.H, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Scratch> scratch(n.T < BLOCK ? nullptr : new Scratch);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / n.H, h = task % n.H, first = b * n.T * stride + h * N;
-      float vt[N], yt[N];
-      float* S = final_state + task * N * N;
-      std::copy_n(state + (n.shared_state ? h : task) * N * N, N * N, S);
-      const auto bonus = Row<N>::from(u + h * N);
-
-      for (int64_t t = 0; t < n.steps(b); ++t) {
-        if (chunk_states && t % CHUNK == 0) std::copy_n(S, N * N, chunk_states + (task * chunks + t / CHUNK) * N * N);
-        const int64_t at = first + t * stride;
-        const auto rt = Row<N>::from(r + at), kt = Row<N>::from(k + at), dt = Row<N>::from(d + at);
-        Row<N>::from(v + at).to(vt);
-        const float now = dot(rt * bonus, kt);
-        for (int i = 0; i < N; ++i) {
-          float* row = S + i * N;
-          vec acc{};
-          for (int c = 0; c < V; ++c) {
-            const vec s = load(row + c * LANES);
-            acc += rt.x[c] * s;
-            store(row + c * LANES, dt.x[c] * s + kt.x[c] * vt[i]);
+      const int64_t b = task / n.H, h = task % n.H, first = b * n.T * stride + h * N, steps = n.steps(b);
+      const float *initial = state + (n.shared_state ? h : task) * N * N, *bonus = u + h * N;
+      float *last = final_state + task * N * N, *saved = chunk_states + task * chunks * N * N;
+      int64_t t = 0;
+      if (steps < BLOCK) {
+        std::copy_n(initial, N * N, last);
+      } else {
+        auto& [x, S, yt] = *scratch;
+        transpose<N>(S, initial);
+        for (; t + BLOCK <= steps; t += BLOCK) {
+          if (chunk_states && t % CHUNK == 0) transpose<N>(saved + t / CHUNK * N * N, S);
+          const int64_t at = first + t * stride, next = at + BLOCK * stride;
+          const int64_t ahead = std::min<int64_t>(BLOCK, steps - t - BLOCK);
+          prefetch_rows<N, 1>(y + at, stride, BLOCK);
+          for (const auto* p : {r, k, v, w}) prefetch_rows<N, 0>(p + next, stride, ahead);
+          read_rows<N>(x.r[0], r + at, stride, BLOCK);
+          read_rows<N>(x.k[0], k + at, stride, BLOCK);
+          read_rows<N>(x.v[0], v + at, stride, BLOCK);
+          for (int s = 0; s < BLOCK; ++s) {
+            for (int j = 0; j < N; j += LANES) store(x.decay[s] + j, exp(-exp(load(w + at + s * stride + j))));
+            x.A[s][s] = dot<N>(x.r[s], bonus, x.k[s]);
           }
-          yt[i] = sum(acc) + now * vt[i];
+          x.grow([](auto, int) {});
+          multiply<N>(yt[0], BLOCK, x.r[0], N, 1, S, N);
+          multiply<N, true>(yt[0], BLOCK, x.A[0], BLOCK, 1, x.v[0], BLOCK);
+          decay_and_add<N, true>(S, S, x.decay[0], x.k[0], x.v[0], BLOCK);
+          write_rows<N>(y + at, stride, BLOCK, yt[0]);
         }
-        Row<N>::from(yt).to(y + at);
+        transpose<N>(last, S);
+      }
+      for (; t < steps; ++t) {
+        const int64_t at = first + t * stride;
+        if (chunk_states && t % CHUNK == 0) std::copy_n(last, N * N, saved + t / CHUNK * N * N);
+        single_step<scalar_t, N>(last, r + at, k + at, v + at, w + at, bonus, y + at);
       }
     }
   });
 }
 
-// What the backward pass of one chunk works on, as fp32 rows: inputs, and sums over the value index i.
+// A block on its way back. Steps beyond the sample's last are zeros with a decay of 1: they change nothing.
 template <int N>
-struct ChunkRows {
-  float r[CHUNK][N], k[CHUNK][N], v[CHUNK][N], d[CHUNK][N], gy[CHUNK][N];
-  float gr[CHUNK][N], gk[CHUNK][N], gd[CHUNK][N], gv[CHUNK][N];
-  float now[CHUNK];             // r_t u k_t
-  float S[CHUNK][ROWS * N];     // some rows of the state before each step
+struct BackwardBlock : Block<N> {
+  using Block<N>::r, Block<N>::k, Block<N>::v, Block<N>::decay, Block<N>::A;
+  float S[N * N];                                        // [value, key], before the block
+  float gy[BLOCK][N], gr[BLOCK][N], gk[BLOCK][N];
+  float since[BLOCK][N], until[BLOCK][N];                // the decays that r and k are multiplied with
+  float e[BLOCK][N], d_gd[BLOCK][N];                     // e = exp(w)
+  float M[BLOCK][BLOCK] = {};
+
+  template <typename scalar_t>
+  void read(const scalar_t* rt, const scalar_t* kt, const scalar_t* vt, const scalar_t* wt, const scalar_t* gyt,
+            int64_t stride, int64_t rows, const float* bonus, float* gu) {
+    std::fill_n(r[0], 3 * BLOCK * N, 0.0f);
+    std::fill_n(gy[0], BLOCK * N, 0.0f);
+    std::fill_n(e[0], 2 * BLOCK * N, 0.0f);
+    std::fill_n(since[0], 2 * BLOCK * N, 1.0f);
+    read_rows<N>(r[0], rt, stride, rows);
+    read_rows<N>(k[0], kt, stride, rows);
+    read_rows<N>(v[0], vt, stride, rows);
+    read_rows<N>(gy[0], gyt, stride, rows);
+    read_rows<N>(e[0], wt, stride, rows);
+    for (int t = 0; t < BLOCK; ++t) {
+      A[t][t] = dot<N>(r[t], bonus, k[t]);
+      M[t][t] = dot<N>(gy[t], v[t]);
+      for (int j = 0; j < N; j += LANES) {
+        const vec et = t < rows ? exp(load(e[t] + j)) : vec{}, gain = load(bonus + j) * M[t][t];
+        store(e[t] + j, et);
+        store(decay[t] + j, exp(-et));
+        store(gr[t] + j, gain * load(k[t] + j));
+        store(gk[t] + j, gain * load(r[t] + j));
+        store(gu + j, load(gu + j) + load(r[t] + j) * load(k[t] + j) * M[t][t]);
+      }
+    }
+  }
+
+  void grow() {
+    Block<N>::grow([this](auto half, int a) {
+      constexpr int h = half;
+      const int m = a + h;
+      alignas(64) float g[(h < 4 ? 4 : h) * N];
+      dots<N, h>(&M[m][a], BLOCK, gy[m], v[a]);
+      few<h>(g, &M[m][a], BLOCK, 1, k[a]);
+      to_r(m, h, g);
+      few<h>(g, &M[m][a], 1, BLOCK, r[m]);
+      to_k(a, h, g);
+      scale_rows<N>(since[m], h, decay[a]);
+      scale_rows<N>(until[a], h, decay[m]);
+    });
+  }
+
+  // Adds the gradients g of r[t], as it now stands, for T steps from `first`, and what flowed to them past other steps.
+  void to_r(int first, int T, const float* g) {
+    for (int j = 0; j < N; j += LANES) {
+      vec later{};
+      for (int t = first + T - 1; t >= first; --t) {
+        const vec gt = load(g + (t - first) * N + j);
+        store(d_gd[t] + j, load(d_gd[t] + j) + later);
+        store(gr[t] + j, load(gr[t] + j) + load(since[t] + j) * gt);
+        later += load(r[t] + j) * gt;
+      }
+    }
+  }
+
+  // The same for k[t].
+  void to_k(int first, int T, const float* g) {
+    for (int j = 0; j < N; j += LANES) {
+      vec earlier{};
+      for (int t = first; t < first + T; ++t) {
+        const vec gt = load(g + (t - first) * N + j);
+        store(d_gd[t] + j, load(d_gd[t] + j) + earlier);
+        store(gk[t] + j, load(gk[t] + j) + load(until[t] + j) * gt);
+        earlier += load(k[t] + j) * gt;
+      }
+    }
+  }
+
+  // `multiply` of h x h by h rows, also for one and two.
+  template <int h>
+  static void few(float* out, const float* a, int a_row, int a_column, const float* b) {
+    if constexpr (h >= 4) return multiply<N>(out, h, a, a_row, a_column, b, h);
+    for (int t = 0; t < h; ++t)
+      for (int j = 0; j < N; j += LANES) {
+        vec sum{};
+        for (int m = 0; m < h; ++m) sum += a[t * a_row + m * a_column] * load(b + m * N + j);
+        store(out + t * N + j, sum);
+      }
+  }
+
+  // d gd, complete once what flowed from S to G is added; then gw = -e d gd, in its place.
+  void to_w(const float* G) {
+    for (int j = 0; j < N; j += LANES) {
+      vec through{};
+      for (int i = 0; i < N; ++i) through += load(G + i * N + j) * load(S + i * N + j);
+      through *= load(decay[0] + j);
+      for (int t = 0; t < BLOCK; ++t) store(d_gd[t] + j, -load(e[t] + j) * (load(d_gd[t] + j) + through));
+    }
+  }
 };
 
 template <typename scalar_t, int N>
-void backward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar_t* v, const float* e, const float* d,
+void backward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar_t* v, const scalar_t* w,
               const float* u, const float* chunk_states, const scalar_t* gy, const float* g_final, scalar_t* gr,
               scalar_t* gk, scalar_t* gv, scalar_t* gw, float* gu, float* g_state) {
-  constexpr int V = Row<N>::V;
+  struct Scratch {
+    BackwardBlock<N> blocks[CHUNK / BLOCK];
+    alignas(64) float G_by_key[N * N], out[BLOCK][N], gu[N];
+  };
   const int64_t stride = n.H * N, chunks = (n.T + CHUNK - 1) / CHUNK;
   at::parallel_for(0, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-    const auto rows = std::make_unique<ChunkRows<N>>();
-    auto& c = *rows;
+    const std::unique_ptr<Scratch> scratch(new Scratch);
+    auto& [blocks, G_by_key, out, gu_sum] = *scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / n.H, h = task % n.H, first = b * n.T * stride + h * N, steps = n.steps(b);
       float* G = g_state + task * N * N;
       std::copy_n(g_final + task * N * N, N * N, G);
-      const auto bonus = Row<N>::from(u + h * N);
-      Row<N> gu_sum{};
-
-      for (int64_t chunk = (steps + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
-        const int64_t t0 = chunk * CHUNK, length = std::min(CHUNK, steps - t0);
-        for (int64_t t = 0; t < length; ++t) {
-          const int64_t at = first + (t0 + t) * stride;
-          Row<N>::from(r + at).to(c.r[t]);
-          Row<N>::from(k + at).to(c.k[t]);
-          Row<N>::from(v + at).to(c.v[t]);
-          Row<N>::from(d + at).to(c.d[t]);
-          Row<N>::from(gy + at).to(c.gy[t]);
-          c.now[t] = dot(Row<N>::from(c.r[t]) * bonus, Row<N>::from(c.k[t]));
-          Row<N>{}.to(c.gr[t]);
-          Row<N>{}.to(c.gk[t]);
-          Row<N>{}.to(c.gd[t]);
-        }
-        // A few rows of the state at a time: their states of the whole chunk fit the first-level cache.
-        for (int i0 = 0; i0 < N; i0 += ROWS) {
-          std::copy_n(chunk_states + ((task * chunks + chunk) * N + i0) * N, ROWS * N, c.S[0]);
-          for (int64_t t = 0; t + 1 < length; ++t) {
-            const auto kt = Row<N>::from(c.k[t]), dt = Row<N>::from(c.d[t]);
-            for (int i = 0; i < ROWS; ++i)
-              for (int q = 0; q < V; ++q) {
-                const int at = i * N + q * LANES;
-                store(c.S[t + 1] + at, dt.x[q] * load(c.S[t] + at) + kt.x[q] * c.v[t][i0 + i]);
-              }
-          }
-          for (int64_t t = length - 1; t >= 0; --t) {
-            const auto rt = Row<N>::from(c.r[t]), kt = Row<N>::from(c.k[t]), dt = Row<N>::from(c.d[t]);
-            auto gr_sum = Row<N>::from(c.gr[t]), gk_sum = Row<N>::from(c.gk[t]), gd_sum = Row<N>::from(c.gd[t]);
-            for (int i = 0; i < ROWS; ++i) {
-              const float vi = c.v[t][i0 + i], gyi = c.gy[t][i0 + i];
-              float* row = G + (i0 + i) * N;
-              vec acc{};
-              for (int q = 0; q < V; ++q) {
-                const vec g = load(row + q * LANES), s = load(c.S[t] + i * N + q * LANES);
-                gr_sum.x[q] += s * gyi;
-                gk_sum.x[q] += g * vi;
-                gd_sum.x[q] += g * s;
-                acc += g * kt.x[q];
-                store(row + q * LANES, dt.x[q] * g + rt.x[q] * gyi);
-              }
-              c.gv[t][i0 + i] = sum(acc) + c.now[t] * gyi;
-            }
-            gr_sum.to(c.gr[t]);
-            gk_sum.to(c.gk[t]);
-            gd_sum.to(c.gd[t]);
+      std::fill_n(gu_sum, N, 0.0f);
+      for (int64_t chunk = (steps - 1) / CHUNK; chunk >= 0; --chunk) {
+        const int64_t t0 = chunk * CHUNK, t1 = std::min(t0 + CHUNK, steps);
+        const float* saved = chunk_states + (task * chunks + chunk) * N * N;
+        if (chunk > 0) prefetch_rows<N, 0>(saved - N * N, N, N);
+        std::copy_n(saved, N * N, blocks[0].S);
+        for (int64_t t = t0; t < t1; t += BLOCK) {
+          auto& x = blocks[(t - t0) / BLOCK];
+          const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, t1 - t);
+          // Next come the block after this one or, after the last, the first of the chunk before.
+          const int64_t next = t + BLOCK < t1 ? t + BLOCK : t0 - CHUNK;
+          const int64_t ahead = next < 0 ? 0 : std::min<int64_t>(BLOCK, steps - next);
+          for (const auto* p : {r, k, v, w, gy}) prefetch_rows<N, 0>(p + first + next * stride, stride, ahead);
+          x.read(r + at, k + at, v + at, w + at, gy + at, stride, rows, u + h * N, gu_sum);
+          x.grow();
+          for (const auto* p : {gr, gk, gv, gw}) prefetch_rows<N, 1>(p + at, stride, rows);
+          multiply<N>(out[0], BLOCK, x.gy[0], N, 1, x.S, N);
+          x.to_r(0, BLOCK, out[0]);
+          write_rows<N>(gr + at, stride, rows, x.gr[0]);
+          if (t + BLOCK < t1) {
+            float* S_next = blocks[(t - t0) / BLOCK + 1].S;
+            decay_and_add<N, false>(S_next, x.S, x.decay[0], x.v[0], x.k[0], BLOCK);
           }
         }
-        for (int64_t t = 0; t < length; ++t) {
-          const int64_t at = first + (t0 + t) * stride;
-          const auto rt = Row<N>::from(c.r[t]), kt = Row<N>::from(c.k[t]);
-          auto gr_row = Row<N>::from(c.gr[t]), gk_row = Row<N>::from(c.gk[t]);
-          const float gy_v = dot(Row<N>::from(c.gy[t]), Row<N>::from(c.v[t]));
-          for (int q = 0; q < V; ++q) {
-            gr_row.x[q] += bonus.x[q] * kt.x[q] * gy_v;
-            gk_row.x[q] += bonus.x[q] * rt.x[q] * gy_v;
-            gu_sum.x[q] += rt.x[q] * kt.x[q] * gy_v;
-          }
-          gr_row.to(gr + at);
-          gk_row.to(gk + at);
-          Row<N>::from(c.gv[t]).to(gv + at);
-          auto gw_row = Row<N>::from(c.gd[t]) * Row<N>::from(d + at) * Row<N>::from(e + at);
-          for (int q = 0; q < V; ++q) gw_row.x[q] = -gw_row.x[q];
-          gw_row.to(gw + at);
+        for (int64_t t = (t1 - 1) / BLOCK * BLOCK; t >= t0; t -= BLOCK) {
+          auto& x = blocks[(t - t0) / BLOCK];
+          const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, t1 - t);
+          multiply<N>(out[0], BLOCK, x.v[0], N, 1, G, N);
+          x.to_k(0, BLOCK, out[0]);
+          write_rows<N>(gk + at, stride, rows, x.gk[0]);
+          x.to_w(G);
+          write_rows<N>(gw + at, stride, rows, x.d_gd[0]);
+          transpose<N>(G_by_key, G);
+          multiply<N>(out[0], BLOCK, x.k[0], N, 1, G_by_key, N);
+          multiply<N, true>(out[0], BLOCK, x.A[0], 1, BLOCK, x.gy[0], BLOCK);
+          write_rows<N>(gv + at, stride, rows, out[0]);
+          decay_and_add<N, false>(G, G, x.decay[0], x.gy[0], x.r[0], BLOCK);
         }
       }
-      gu_sum.to(gu + task * N);
+      std::copy_n(gu_sum, N, gu + task * N);
     }
   });
 }
@@ -228,7 +336,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv6_forward_cpu(const at::Tensor
                                                                 bool save_states) {
   const auto n = sizes_of(r, state.dim() == 3, lengths);
   const int64_t N = r.size(3), chunks = (n.T + CHUNK - 1) / CHUNK;
-  const auto d = w.to(at::kFloat).exp().neg_().exp_();
   const auto allocate = [&](at::IntArrayRef sizes, const at::TensorOptions& options) {
     return lengths ? at::zeros(sizes, options) : at::empty(sizes, options);  // steps beyond a length are not visited
   };
@@ -239,7 +346,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv6_forward_cpu(const at::Tensor
     if constexpr (!std::is_same_v<scalar_t, double>) {
       with_head_size(N, [&](auto size) {
         forward<scalar_t, size.value>(n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(),
-                                      d.data_ptr<float>(), u.data_ptr<float>(), state.data_ptr<float>(),
+                                      w.data_ptr<scalar_t>(), u.data_ptr<float>(), state.data_ptr<float>(),
                                       y.data_ptr<scalar_t>(), final_state.data_ptr<float>(),
                                       save_states ? chunk_states.data_ptr<float>() : nullptr);
       });
@@ -254,7 +361,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& g_final) {
   const auto n = sizes_of(r, false, lengths);
   const int64_t N = r.size(3);
-  const auto e = w.to(at::kFloat).exp(), d = e.neg().exp_();
   const auto like = [&](const at::Tensor& x) {
     return lengths ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
   };
@@ -264,8 +370,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if constexpr (!std::is_same_v<scalar_t, double>) {
       with_head_size(N, [&](auto size) {
         backward<scalar_t, size.value>(
-            n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(), e.data_ptr<float>(),
-            d.data_ptr<float>(), u.data_ptr<float>(), chunk_states.data_ptr<float>(), gy.data_ptr<scalar_t>(),
+            n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(), w.data_ptr<scalar_t>(),
+            u.data_ptr<float>(), chunk_states.data_ptr<float>(), gy.data_ptr<scalar_t>(),
             g_final.data_ptr<float>(), gr.data_ptr<scalar_t>(), gk.data_ptr<scalar_t>(), gv.data_ptr<scalar_t>(),
             gw.data_ptr<scalar_t>(), gu.data_ptr<float>(), g_state.data_ptr<float>());
       });

@@ -1,4 +1,4 @@
-"""The engine: strategies that agree, notices, full disks, losses that are none, validation, and what a run leaves behind."""
+"""The engine: processes that agree, notices, full disks, losses that are none, validation, what a run leaves behind."""
 
 import csv
 import json
@@ -22,10 +22,13 @@ from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.engine.metrics import MetricsFile, hours
 from rwkv_speech.engine.nonfinite import NonFinite
 from rwkv_speech.engine.picture import draw
+from rwkv_speech.engine.summary import BLOCK_VALUES, POSITIONS
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
+from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
+from rwkv_speech.rwkv6.model import RWKV6
 from rwkv_speech.scoring import Hypothesis, align
 from rwkv_speech.system import SpeechRWKV
 
@@ -162,7 +165,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_files_whole(world, tmp_path
     assert "step=2.ckpt" in line
     assert "Traceback" not in err
     assert mission(tmp_path / "full", 2).keys() == before.keys()
-    assert not [path for path in (tmp_path / "full").rglob("*.part")]
+    assert not list((tmp_path / "full").rglob("*.part"))
     assert train(world, tmp_path / "full", *flags) == 0  # with room again
     for name, x in before.items():
         assert torch.equal(mission(tmp_path / "full", 6)[name], x)
@@ -204,7 +207,7 @@ def poisoned(monkeypatch):
 
 
 def test_a_loss_that_is_none_stops_the_run(world, tmp_path, poisoned):
-    with pytest.raises(UserError, match="step 3 is not finite.*--on_nonfinite skip"):
+    with pytest.raises(UserError, match=r"step 3 is not finite.*--on_nonfinite skip"):
         train(world, tmp_path, "--epoch_count=1", "--save_steps=2")
     lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
     assert lines == [{"step": 3, "ids": poisoned}]
@@ -311,6 +314,24 @@ def test_a_run_shows_a_table_metrics_and_a_picture(world, tmp_path, capsys):
     assert [rates[step] for step in (1, 3, 5, 30)] == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
     assert all(rate > 0 for rate in rows(tmp_path, "audio_s_per_s").values())
     assert imread(tmp_path / "training.png").shape == (700, 1100, 4)
+
+
+def test_a_block_keeps_what_the_estimate_of_memory_says():
+    sizes = official_sizes(n_layer=3, n_embd=128, vocab_size=257)
+    model = RWKV6(sizes)
+    model.load_state_dict(random_weights(sizes, seed=0, time_state=True))
+    weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
+    kept = {}
+
+    def pack(x):
+        kept.setdefault(x.untyped_storage().data_ptr(), x)  # held, so that no address comes twice
+        return x
+
+    inputs = torch.randn(2, POSITIONS, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(inputs)
+    held = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
+    assert held / (inputs.nbytes * sizes.n_layer) == pytest.approx(BLOCK_VALUES, rel=0.25)
 
 
 def test_the_table_of_metrics_goes_on_where_the_run_does(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,18 +189,19 @@ def test_what_is_written_is_the_published_form(world, tmp_path):
         assert torch.equal(x, content[name])
 
 
-def test_a_crash_while_writing_leaves_the_old_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "name"), [(torch, "save"), (os, "replace")], ids=["save", "rename"])
+def test_a_crash_while_writing_leaves_the_old_files(tmp_path, monkeypatch, module, name):
     path = tmp_path / "rwkv-adapter-3.pth"
     write_mission(path, tensors(), {"step": "old"})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def crash(content, file):
-        with open(file, "wb") as opened:
-            opened.write(b"half")
-        raise OSError("disk full")
+        if name == "save":
+            file.write(b"half") if hasattr(file, "write") else Path(file).write_bytes(b"half")
+        raise RuntimeError("power cut")
 
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(module, name, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
         write_mission(path, tensors(), {"step": "new"})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 

@@ -131,7 +131,7 @@ def test_gradient_of_the_initial_state_is_that_of_finite_differences(small):
     state.requires_grad_(False)
     direction = torch.randn(state.shape, generator=torch.Generator().manual_seed(6))
     direction /= direction.norm()
-    start, step = state.clone(), 0.02
+    start, step = state.clone(), 0.1  # less is lost in the rounding of the fp32 model
     values = []
     for sign in (1, -1):
         state.copy_(start + sign * step * direction)

@@ -210,7 +210,7 @@ def test_accumulated_micro_batches_are_one_batch(world, tmp_path, uneven):
         parts = missions(tmp_path / other)["rwkv-adapter-6.pth"]
         assert parts[1]["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=1e-5)
         for name, x in whole[0].items():
-            torch.testing.assert_close(parts[0][name], x, atol=1e-6, rtol=0)
+            torch.testing.assert_close(parts[0][name], x, atol=5e-6, rtol=0)
 
 
 def test_the_order_of_data_and_the_first_weights_follow_from_the_seed(world, tmp_path):

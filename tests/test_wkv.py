@@ -110,6 +110,31 @@ def test_strong_and_weak_decays_stay_finite(backend):
             assert error <= 1e-4 * max(1.0, want[name].abs().max()), name
 
 
+@pytest.mark.parametrize("w", [-3.0, 0.0, 1.0, 2.0, 3.0, 4.0])
+def test_gradient_of_the_decay_holds_at_every_strength(w):
+    # Where d = exp(-exp(w)) is small (2e-24 at w = 4) its gradient is a small number among large ones. It is compared
+    # channel by channel, so that no channel hides behind another, one of them with a decay much weaker than the rest.
+    wkv.set_backend("cpu")
+    inputs = [x.detach() for x in make_inputs(2, 70, 1, 64)]
+    inputs[3] = torch.full_like(inputs[3], w)
+    inputs[3][..., 5] = -4.0
+    got, want = (values_and_gradients(f, inputs, None)["gw"].double() for f in (wkv.wkv6, wkv6_reference))
+    wkv.set_backend("auto")
+    errors = (got - want).flatten(0, 2).norm(dim=0) / want.flatten(0, 2).norm(dim=0)
+    assert errors.max() <= 1e-5, errors
+
+
+@pytest.mark.parametrize("w", [float("-inf"), 30.0, 100.0], ids=["never-forgets", "d-is-0", "exp-w-overflows"])
+def test_decays_beyond_fp32_give_finite_gradients(w):
+    wkv.set_backend("cpu")
+    inputs = [x.detach() for x in make_inputs(1, 40, 1, 32)]
+    inputs[3] = torch.full_like(inputs[3], w)
+    got = values_and_gradients(wkv.wkv6, inputs, None)
+    wkv.set_backend("auto")
+    assert all(x.isfinite().all() for x in got.values())
+    assert not got["gw"].any()  # a decay of exactly 1 or 0 does not move
+
+
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
 def test_opcheck(backend, with_lengths):
     inputs = make_inputs(2, 40, 2, 32, shared=True)

@@ -40,6 +40,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(world, tmp_path, uttera
     two, info = train(world, tmp_path / "two", *flags, "--micro_bsz=2", "--devices=2", "--strategy=ddp")
     assert info["step"] == steps
     for name, x in one.items():
-        torch.testing.assert_close(two[name], x, atol=1e-6, rtol=0)
+        torch.testing.assert_close(two[name], x, atol=1e-5, rtol=0)
     states = [x for name, x in one.items() if "time_state" in name]
     assert all(x.abs().max() > 5e-5 for x in states), "the case is void: nothing was learned"

@@ -19,15 +19,8 @@ from rwkv_speech.engine.deepspeed import STAGES
 
 ROOT = Path(__file__).parents[2]
 # With a large epsilon Adam's steps follow the size of the gradients, which it hides otherwise.
-FLAGS = [
-    "--epoch_count=4",
-    "--adam_eps=1e-2",
-    "--lr_init=1e-3",
-    "--lr_final=1e-3",
-    "--warmup_steps=2",
-    "--num_workers=0",
-]
-ACCUMULATE = ["--accumulate_grad_batches=2", "--grad_clip=0.5"]
+FLAGS = ["--epoch_count=4", "--adam_eps=1e-2", "--lr_init=1e-4", "--lr_final=1e-4", "--warmup_steps=2"]
+ACCUMULATE = ["--num_workers=0", "--accumulate_grad_batches=2", "--grad_clip=0.5"]
 
 
 def command(world, project, *flags):

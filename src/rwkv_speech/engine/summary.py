@@ -8,9 +8,7 @@ from rwkv_speech.engine.metrics import MEASURED, WARM_UP
 from rwkv_speech.options import Options
 from rwkv_speech.system import SpeechRWKV
 
-# Values that a block keeps for the backward pass, per position and channel: inputs of the products and of the
-# element-wise functions, counted in `rwkv6/model.py`; the feed-forward half's are 3.5 times as wide.
-ATTENTION_VALUES, FEED_FORWARD_VALUES = 28, 6 + 3 * 3.5
+BLOCK_VALUES = 28  # that a block keeps for the backward pass, per position and channel: counted by a test
 POSITIONS = 200  # of a sample, 15 s of audio and its transcript
 ADAM = 8  # bytes of optimiser state for a trained weight
 
@@ -27,14 +25,14 @@ def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> di
     frozen = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     width = model.language_model.emb.weight.element_size()
     positions = options.micro_bsz * POSITIONS
-    block = positions * sizes.n_embd * (ATTENTION_VALUES + FEED_FORWARD_VALUES) * width
-    blocks = block + sizes.n_layer * positions * sizes.n_embd * width if options.grad_cp else sizes.n_layer * block
+    values = BLOCK_VALUES + sizes.n_layer if options.grad_cp else BLOCK_VALUES * sizes.n_layer
     shares = machine.per_node * machine.num_nodes if machine.strategy.startswith("deepspeed") else 1
     on_device = 0 if machine.strategy.endswith("offload") else 1
     return {
         "frozen weights": frozen,
         "trained weights and optimiser": trained * (4 + 4 + on_device * ADAM / shares),
-        "activations": blocks + positions / 4 * sizes.vocab_size * 3 * 4,  # logits of the transcript's positions, fp32
+        # A quarter of the positions is the transcript; its logits are there in fp32, with their softmax and gradient.
+        "activations": positions * (sizes.n_embd * values * width + sizes.vocab_size * 3 * 4 / 4),
     }
 
 
