@@ -59,7 +59,7 @@ noise_snr="${noise_snr:-}"                   # level of the speech above it in d
 
 # --- learning ---
 lr_init="${lr_init:-1e-4}"                   # learning rate after the warm-up
-lr_final="${lr_final:-1e-4}"                 # at the end; other than lr_init: exponential between them
+lr_final="${lr_final:-}"                     # at the end, reached exponentially; empty: lr_init all the way
 warmup_steps="${warmup_steps:-100}"          # steps from 0.2 of the rate to all of it
 state_lr_scale="${state_lr_scale:-1.0}"      # learning rate of the initial state, as a multiple of the adapter's
 beta1="${beta1:-0.9}"                        # AdamW; seldom worth a change

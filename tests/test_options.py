@@ -47,7 +47,7 @@ def help_of() -> dict[str, str]:
         "micro_bsz": 4,
         "accumulate_grad_batches": 1,
         "lr_init": 1e-4,
-        "lr_final": 1e-4,
+        "lr_final": None,
         "warmup_steps": 100,
         "beta1": 0.9,
         "beta2": 0.99,

@@ -109,7 +109,7 @@ def train(options: Options) -> int:
     )
     model.optimisation = Optimisation(
         lr_init=options.lr_init,
-        lr_final=options.lr_final,
+        lr_final=options.lr_final or options.lr_init,
         warmup_steps=options.warmup_steps,
         state_lr_scale=options.state_lr_scale,
         betas=(options.beta1, options.beta2),

@@ -129,7 +129,9 @@ class Options:
         "stop", "a batch whose loss is NaN or infinite stops the run, or counts for nothing", choices=("stop", "skip")
     )
     lr_init: float = flag(1e-4, "learning rate after the warm-up")
-    lr_final: float = flag(1e-4, "learning rate at the end; reached exponentially where it differs from lr_init")
+    lr_final: float | None = flag(
+        None, "learning rate at the end, reached exponentially (default: lr_init, a constant rate)", type=float
+    )
     warmup_steps: int = flag(100, "optimiser steps from 0.2 of the learning rate to all of it", type=count)
     state_lr_scale: float = flag(1.0, "learning rate of the initial state, as a multiple of the adapter's")
     beta1: float = flag(0.9, "AdamW's beta1")
@@ -185,8 +187,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if not (self.lr_init > 0 and self.lr_final > 0):  # so that nan is none either
-            raise UserError(f"--lr_init {self.lr_init} and --lr_final {self.lr_final} must be positive")
+        for name, rate in (("lr_init", self.lr_init), ("lr_final", self.lr_final)):
+            if rate is not None and not rate > 0:  # so that nan is none either
+                raise UserError(f"--{name} {rate} must be positive")
         if self.early_stop and not self.valid_split:
             raise UserError(
                 f"--early_stop {self.early_stop} counts validations: name a split for them by --valid_split"

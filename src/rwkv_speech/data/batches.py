@@ -234,5 +234,7 @@ def load_batches(dataset: Speech, batches: Sampler[list[int]], *, num_workers: i
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        # Workers share what the dataset's checks refer to (the model, a cache), which a fresh process could not load.
+        multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),  # else each iterator draws a number from the global stream
     )
