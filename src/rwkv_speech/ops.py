@@ -59,6 +59,7 @@ AUDIO_SUFFIXES = librispeech.AUDIO_SUFFIXES
 
 def train(options: Options) -> int:
     """Trains adapter and initial state; writes mission files into the project."""
+    _check_model_file(options)
     machine = fit_to_machine(options)
     run = find_run(options)
     bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
@@ -131,6 +132,7 @@ def evaluate_splits(options: Options) -> int:
     """Measures error rates; hypotheses, summary and report go to `eval/` in the project."""
     from rwkv_speech.scoring import score, score_table, summary, write_report
 
+    _check_model_file(options)
     machine = fit_to_machine(options)
     adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
     log.info("evaluating %s", adapter)
@@ -186,6 +188,7 @@ def predict(options: Options) -> int:
     places = output_files(paths, folder, options.format) if folder else None
     if not places and len(paths) > 1 and options.format in ("srt", "vtt"):
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
+    _check_model_file(options)
     machine = fit_to_machine(options)
     adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
     model = _load(options, adapter, machine.first_device, machine)
@@ -212,6 +215,14 @@ def predict(options: Options) -> int:
 
 
 OPS: dict[str, Callable[[Options], int]] = {"train": train, "eval": evaluate_splits, "predict": predict}
+
+
+def _check_model_file(options: Options) -> None:
+    """Says first what would otherwise come to light last, after the data and the encoder were found."""
+    if not Path(options.load_model).expanduser().is_file():
+        raise UserError(
+            f"--load_model {options.load_model}: no such file; expected RWKV-6 weights, .pth or .safetensors"
+        )
 
 
 def _load(

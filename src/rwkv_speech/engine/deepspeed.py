@@ -81,6 +81,13 @@ class ZeRO(DeepSpeedStrategy):
                 os.replace(partial, path)
             self.barrier()
 
+    def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        if self.zero_stage_3:  # loading has divided what each process keeps whole
+            kept = self.deepspeed_engine.optimizer.persistent_parameters
+            kept[0].all_gather(kept)
+        return state
+
 
 @contextmanager
 def gathered(trainer: pl.Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:

@@ -172,7 +172,7 @@ def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
     Raises:
         WeightsError: one line that says what is wrong with the file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise WeightsError(f"{path}: {what}; expected an RWKV-6 weight file (.pth or .safetensors)")
