@@ -1,9 +1,14 @@
 """What the tests of training share: one small world (see tiny.py), written once a session."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported, here and in every process that a test starts: models of this size take longer with two
+# threads than with one, much longer where something else runs. test_wkv.py asks for two where they matter.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import soundfile

@@ -177,3 +177,16 @@ def test_misfitting_inputs_are_named(change, message):
     change(inputs)
     with pytest.raises(ValueError, match=message):
         wkv.wkv6(*inputs)
+
+
+def test_threads_change_nothing():
+    wkv.set_backend("cpu")
+    inputs, before = make_inputs(3, 70, 5, 64), torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(wkv.wkv6, inputs, torch.tensor([70, 1, 33])))
+    torch.set_num_threads(before)
+    wkv.set_backend("auto")
+    for name in NAMES:
+        assert all(torch.equal(result[name], results[0][name]) for result in results), name

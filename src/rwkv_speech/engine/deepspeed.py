@@ -66,6 +66,12 @@ class ZeRO(DeepSpeedStrategy):
                     delattr(module, name)
                     module.register_buffer(name, parameter.data, persistent=False)
         super().setup(trainer)
+        if self.zero_stage_3:
+            import deepspeed
+
+            language_model = self.lightning_module.language_model
+            for block in language_model.blocks:  # their initial states are read by the model, not by themselves
+                deepspeed.zero.register_external_parameter(language_model, block.att.time_state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         path = Path(self.broadcast(str(filepath)))
@@ -80,13 +86,6 @@ class ZeRO(DeepSpeedStrategy):
                 shutil.rmtree(path, ignore_errors=True)
                 os.replace(partial, path)
             self.barrier()
-
-    def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        state = super().load_checkpoint(checkpoint_path, weights_only)
-        if self.zero_stage_3:  # loading has divided what each process keeps whole
-            kept = self.deepspeed_engine.optimizer.persistent_parameters
-            kept[0].all_gather(kept)
-        return state
 
 
 @contextmanager

@@ -36,10 +36,10 @@ class ResumePoints(Checkpoint):
 
     def __init__(self, run: Run, *, save_steps: int) -> None:
         self.run, self.save_steps = run, save_steps
-        self.saved_step = -1
+        self.step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.saved_step = trainer.global_step
+        self.step = trainer.global_step
 
         def notice(*_: Any) -> None:
             pl_module.stop_asked = True
@@ -50,15 +50,16 @@ class ResumePoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self.saved_step or trainer.is_last_batch:  # the epoch's end has more to be saved
+        if trainer.global_step == self.step or trainer.is_last_batch:  # within a step; or an epoch's end is to come
             return
+        self.step = trainer.global_step
         if pl_module.totals.stop:
             self._stop(trainer)
-        if self.save_steps and step % self.save_steps == 0:
+        if self.save_steps and self.step % self.save_steps == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
         if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
             return  # what comes after training is part of the last epoch, and is done again with it
         if pl_module.totals.stop:
@@ -67,11 +68,10 @@ class ResumePoints(Checkpoint):
 
     def _stop(self, trainer: pl.Trainer) -> None:
         self._save(trainer)
-        raise Interrupted(f"stopped at step {trainer.global_step}, as asked; the same command goes on from there")
+        raise Interrupted(f"stopped at step {self.step}, as asked; the same command goes on from there")
 
     def _save(self, trainer: pl.Trainer) -> None:
-        self.saved_step = trainer.global_step
-        path = self.run.folder / f"step={self.saved_step}.ckpt"
+        path = self.run.folder / f"step={self.step}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             for old in (*self.run.folder.glob("step=*.ckpt"), *self.run.folder.glob(f"*{PARTIAL}")):
