@@ -1,6 +1,6 @@
 """Kills training at random moments, goes on by the same command, and compares with a run that was never killed.
 
-    python tests/slow/kill_test.py [--kills 20] [--processes 1] [--strategy auto] [--seed 0]
+    python tests/slow/kill_test.py [--kills 20] [--processes 1] [--strategy auto] [--longest 2.5] [--seed 0]
 
 Takes about 10 s for each kill, most of it starting Python. The whole process group gets SIGKILL, at a random moment
 between the first sign of life of the run and the end of a few saves; resume points and mission files are written
@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps_per_kill", type=int, default=15)
+    parser.add_argument("--longest", type=float, default=2.5, help="seconds of training before a kill, at most")
+    parser.add_argument("--steps_per_kill", type=int, default=25)
     args = parser.parse_args()
     dice = random.Random(args.seed)
     began = time.monotonic()
@@ -92,7 +93,7 @@ def main() -> None:
         finish(folder / "whole", flags)
         project, torn, lives = folder / "killed", 0, [0]
         while len(lives) <= args.kills:
-            if not life(project, flags, dice.uniform(0.0, 2.5)):
+            if not life(project, flags, dice.uniform(0.0, args.longest)):
                 raise SystemExit(f"the run ended after {len(lives) - 1} kills: give more --steps_per_kill")
             torn += any(project.rglob("*.part"))
             lives.append(reached(project))
