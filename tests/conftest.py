@@ -9,6 +9,8 @@ from typing import Any
 # Before torch is imported, here and in every process that a test starts: models of this size take longer with two
 # threads than with one, much longer where something else runs. test_wkv.py asks for two where they matter.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The rwkv package asks for these whenever a model is made.
+os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
 
 import pytest
 import soundfile

@@ -220,9 +220,7 @@ OPS: dict[str, Callable[[Options], int]] = {"train": train, "eval": evaluate_spl
 def _check_model_file(options: Options) -> None:
     """Says first what would otherwise come to light last, after the data and the encoder were found."""
     if not Path(options.load_model).expanduser().is_file():
-        raise UserError(
-            f"--load_model {options.load_model}: no such file; expected RWKV-6 weights, .pth or .safetensors"
-        )
+        raise UserError(f"{options.load_model}: does not exist; expected RWKV-6 weights, .pth or .safetensors")
 
 
 def _load(
