@@ -1,6 +1,7 @@
 """The door: read the flags, then do what they ask."""
 
 import logging
+import os
 import sys
 
 from rwkv_speech.errors import UserError
@@ -9,7 +10,9 @@ from rwkv_speech.options import Options
 
 def main() -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("rwkv_speech").setLevel(logging.INFO)
+    # Of several processes the first one tells, the others only warn.
+    others = any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    logging.getLogger("rwkv_speech").setLevel(logging.WARNING if others else logging.INFO)
     try:
         options = Options.parse()
         from rwkv_speech.ops import OPS  # torch and Lightning take seconds, which a wrong flag need not wait for

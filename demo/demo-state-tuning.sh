@@ -67,6 +67,8 @@ beta2="${beta2:-0.99}"
 adam_eps="${adam_eps:-1e-8}"
 weight_decay="${weight_decay:-0.0}"
 grad_clip="${grad_clip:-1.0}"                # norm that gradients are clipped to; 0: not at all
+ctc_align="${ctc_align:-0}"                  # weight of a CTC loss that makes the adapter speak in embeddings; 0: none
+ctc_align_steps="${ctc_align_steps:-0}"      # first steps by that loss alone; 500, say, where the loss won't fall
 train_type="${train_type:-state}"            # what is trained beside the adapter
 
 # --- machine ---
@@ -115,7 +117,8 @@ for name in load_model encoder adapter proj_dir n_layer n_embd downsample_k adap
     data data_dir train_split valid_split eval_split audio_column text_column on_bad_audio cache_features cache_dtype num_workers \
     micro_bsz max_batch_s accumulate_grad_batches ctx_len grad_cp epoch_steps epoch_count epoch_save save_steps \
     valid_steps early_stop average on_nonfinite random_seed noise_dir noise_snr \
-    lr_init lr_final warmup_steps state_lr_scale beta1 beta2 adam_eps weight_decay grad_clip train_type \
+    lr_init lr_final warmup_steps state_lr_scale ctc_align ctc_align_steps beta1 beta2 adam_eps \
+    weight_decay grad_clip train_type \
     accelerator devices num_nodes strategy precision wkv wandb eval_bsz beam max_new_tokens; do
     eval "value=\$$name"
     [ -z "$value" ] || set -- "--$name=$value" "$@"

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rwkv_speech.engine.deepspeed import STAGES
 from rwkv_speech.engine.machine import fit_to_machine
@@ -332,6 +334,24 @@ def test_a_block_keeps_what_the_estimate_of_memory_says():
         model(inputs)
     held = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
     assert held / (inputs.nbytes * sizes.n_layer) == pytest.approx(BLOCK_VALUES, rel=0.25)
+
+
+def test_there_are_logits_at_transcript_positions_only(world):
+    model, rows = world.speech_rwkv(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.dim() > 1]
+            rows.extend(x.numel() // 257 for x in given if x.shape[-1] == 257)
+            return result
+
+    frames = [torch.randn(count, 32) for count in (500, 300)]
+    with Watch():
+        model.loss_sum(frames, ["abc", "de"])[0].backward()
+    targets = 4 + 3  # letters and ends of text
+    # The other tensor with a side of the vocabulary is the transposed matrix of the head, 64 rows.
+    assert set(rows) == {targets, 64}, "of 100 + 4 positions of each sample"
 
 
 def test_the_table_of_metrics_goes_on_where_the_run_does(tmp_path):

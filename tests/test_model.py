@@ -104,6 +104,15 @@ def test_states_are_gathered_copied_and_saved(small, tmp_path):
     assert state.layers[0].wkv.abs().sum() > 0
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_state_holds_no_more_than_itself(small, batch):
+    """Not, by a view, the activations of all positions that led to it."""
+    _, state = small(torch.randint(1, 257, (batch, 50)))
+    for layer in state.layers:
+        for x in (layer.att_shift, layer.ffn_shift):
+            assert x.untyped_storage().nbytes() == x.nbytes
+
+
 def test_only_what_is_asked_for_gets_a_gradient(small):
     states = [block.att.time_state.requires_grad_() for block in small.blocks]
     inputs = torch.randn(2, 11, 128, requires_grad=True)

@@ -13,7 +13,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError, load_audio
 from rwkv_speech.speech.segments import Segment, cut
 from rwkv_speech.speech.voice import FRAME
-from rwkv_speech.transcript import FORMATS, Passage, Transcript, output_files
+from rwkv_speech.transcript import FORMATS, Passage, Reading, Transcript, output_files
 from rwkv_speech.transcription import transcripts
 
 # --- forms -----------------------------------------------------------------------------------------------------------
@@ -82,6 +82,7 @@ def test_json_is_one_line_that_holds_everything():
         "end": 29.824,
         "text": "so, café\n\nand & so",
         "average_log_prob": -0.25,
+        "alternatives": [],
     }
     assert len(content["passages"]) == 4
 
@@ -118,7 +119,10 @@ class Namer:
 
     def __call__(self, waveforms):
         self.batches.append(len(waveforms))
-        return [(f"{waveform[0]:.0f}", -float(waveform[0])) for waveform in waveforms]
+        return [
+            [Reading(text=f"{x[0]:.0f}", average_log_prob=-float(x[0])), Reading(text="other", average_log_prob=-99.0)]
+            for x in waveforms
+        ]
 
 
 def recording(*firsts: int) -> torch.Tensor:
@@ -148,7 +152,9 @@ def test_batches_reach_across_recordings_which_keep_their_order(halves, tmp_path
     texts = [x.text if isinstance(x, Transcript) else type(x) for x in found]
     assert texts == [AudioError, "1 2 3", "4", AudioError, "5 6", AudioError, "7"]
     assert [str(x).partition(":")[0] for x in found if isinstance(x, AudioError)] == [str(bad), str(bad), "audio 5"]
-    assert found[1].passages[1] == Passage(start=0.5, end=1.0, text="2", average_log_prob=-2.0)
+    other = Reading(text="other", average_log_prob=-99.0)
+    expected = Passage(start=0.5, end=1.0, text="2", average_log_prob=-2.0, alternatives=(other,))
+    assert found[1].passages[1] == expected
     assert sum(namer.batches) == 7
     assert set(namer.batches[:-1]) <= {batch_size}
 
@@ -241,6 +247,21 @@ def test_a_long_file_is_what_its_segments_are_one_by_one(voiced, world, flags, p
     assert len(other["passages"]) == 1
 
     assert model.transcribe([short, long_file], max_audio_s=2.0, max_new_tokens=8) == [other["text"], whole["text"]]
+
+
+def test_a_beam_search_tells_what_else_may_have_been_said(world, predict):
+    path = world.utterances[0][0]
+    _, line, _ = predict("--beam=4", "--file_path", path)
+    status, out, _ = predict("--beam=4", "--format=json", "--file_path", path)
+    assert status == 0
+    (passage,) = json.loads(out)["passages"]
+    texts = [passage["text"], *(reading["text"] for reading in passage["alternatives"])]
+    assert texts[0] == json.loads(out)["text"]
+    assert " ".join(texts[0].split()) + "\n" == line
+    assert 1 < len(texts) == len(set(texts)) <= 4
+    scores = [reading["average_log_prob"] for reading in (passage, *passage["alternatives"])]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] < 0
 
 
 def test_subtitles_of_one_file_go_to_standard_output(voiced, predict, long_file):

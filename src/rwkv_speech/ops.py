@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -29,12 +29,13 @@ from rwkv_speech.data.sources import LIBRISPEECH, load_split
 from rwkv_speech.data.steps import OptimiserSteps
 from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.engine.bad_samples import BadSamples
-from rwkv_speech.engine.evaluate import claim, evaluate, write_json
+from rwkv_speech.engine.evaluate import check_ids, claim, evaluate, write_json
 from rwkv_speech.engine.features import FillFeatures
 from rwkv_speech.engine.machine import Machine, fit_to_machine, peak_memory
 from rwkv_speech.engine.metrics import Bar, Metrics
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.nonfinite import NonFinite
+from rwkv_speech.engine.processes import launched, make_fabric
 from rwkv_speech.engine.runs import find_run
 from rwkv_speech.engine.summary import show_run
 from rwkv_speech.engine.trainer import fit, make_trainer
@@ -49,7 +50,7 @@ from rwkv_speech.speech.augment import NOISE_SNR_DB, SPEEDS, SpecAugment, Wavefo
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.perturb import ROBUSTNESS
-from rwkv_speech.system import Optimisation, SpeechRWKV
+from rwkv_speech.system import Alignment, Optimisation, SpeechRWKV
 from rwkv_speech.transcript import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
@@ -108,6 +109,7 @@ def train(options: Options) -> int:
         count=lambda text: len(model.tokenizer.encode(text)) + 1,
         limit=options.epoch_steps,
     )
+    model.alignment = Alignment(weight=options.ctc_align, alone_steps=options.ctc_align_steps)
     model.optimisation = Optimisation(
         lr_init=options.lr_init,
         lr_final=options.lr_final or options.lr_init,
@@ -136,36 +138,39 @@ def evaluate_splits(options: Options) -> int:
     machine = fit_to_machine(options)
     adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
     log.info("evaluating %s", adapter)
-    fabric = Fabric(
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        num_nodes=machine.num_nodes,
-        strategy="auto" if machine.per_node * machine.num_nodes == 1 else "ddp",
-    )
-    fabric.launch()
     bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
     splits = _splits(options, options.eval_split, librispeech.EVAL_SPLITS)
+    changes = (None, *(ROBUSTNESS if options.perturb else ()))
+    rows = {f"{name}, {change.name}" if change else name: (name, change) for name in splits for change in changes}
+    files = _file_names(rows)
+    for utterances in splits.values():
+        check_ids(utterances)
+    fabric = make_fabric(machine)
     model = _load(options, adapter, fabric.device, machine)
     folder = options.project / "eval"
-    if fabric.is_global_zero:
-        identity = {name: getattr(options, name) for name in ("load_model", "beam", "max_new_tokens", "loop_guard")}
-        stamp = {"adapter": str(adapter), "written": adapter.stat().st_mtime_ns, "precision": machine.precision}
-        claim(folder, identity | stamp | {"encoder": model.speech_encoder.name}, resume=options.resume)
     scores: dict[str, Any] = {}
-    for name, utterances in splits.items():
-        for change in (None, *(ROBUSTNESS if options.perturb else ())):
-            row = f"{name}, {change.name}" if change else name
+    with launched(fabric):
+        if fabric.is_global_zero:
+            asked = ("load_model", "data", "data_dir", "beam", "max_new_tokens", "loop_guard")
+            written = datetime.fromtimestamp(adapter.stat().st_mtime).isoformat()
+            settings = {name: getattr(options, name) for name in asked} | {
+                **{"adapter": str(adapter), "adapter_written": written},
+                **{"encoder": model.speech_encoder.name, "precision": machine.precision},
+            }
+            claim(folder, settings, resume=options.resume)
+        for row, (name, change) in rows.items():
             records = evaluate(
                 model,
-                utterances,
-                name=_file_name(row),
+                splits[name],
+                name=files[row],
                 change=change,
                 options=options,
                 fabric=fabric,
                 bad_audio=bad_audio,
             )
             if fabric.is_global_zero:
-                scores[row] = score(records, peak_memory=peak_memory(fabric.device))
+                left_out = len(splits[name]) - len(records)
+                scores[row] = score(records, left_out=left_out, peak_memory=peak_memory(fabric.device))
     if not fabric.is_global_zero:
         return 0
     write_json(folder / "summary.json", {"adapter": str(adapter)} | summary(scores))
@@ -174,7 +179,9 @@ def evaluate_splits(options: Options) -> int:
     for row, result in scores.items():
         texts = result.raw
         print(f"{row}: WER {texts.words.rate:.2%}, mean of utterances {texts.mean_utterance_wer:.2%}")
-    log.info("%s; %s holds hypotheses, summary.json and report.html", bad_audio.report(), folder)
+    left_out = sum(result.left_out for result in scores.values())
+    bad = f"{left_out} bad samples left out, listed in {bad_audio.path}" if left_out else "no bad samples"
+    log.info("%s; %s holds hypotheses, summary.json and report.html", bad, folder)
     return 0
 
 
@@ -197,6 +204,7 @@ def predict(options: Options) -> int:
         batch_size=options.eval_bsz,
         max_audio_s=options.max_audio_s,
         beam=options.beam,
+        n_best=options.beam if options.format == "json" else 1,
         max_new_tokens=options.max_new_tokens,
         loop_guard=options.loop_guard,
     )
@@ -347,6 +355,12 @@ def _audio_files(patterns: list[str]) -> Iterator[str]:
         yield from found
 
 
-def _file_name(row: str) -> str:
-    """A split's name as a file name; that of a path is its last part."""
-    return Path(row).name.replace(", ", "-").replace(" ", "-").removesuffix(".jsonl").removesuffix(".json")
+def _file_names(rows: Iterable[str]) -> dict[str, str]:
+    """File names for the rows of an evaluation; that of a path is its last part."""
+    names: dict[str, str] = {}
+    for row in rows:
+        name = Path(row).name.replace(", ", "-").replace(" ", "-").removesuffix(".jsonl").removesuffix(".json")
+        if name in names.values():
+            raise UserError(f"--eval_split: two of the splits would go to eval/{name}.jsonl: give each a --proj_dir")
+        names[row] = name
+    return names

@@ -134,6 +134,12 @@ class Options:
     )
     warmup_steps: int = flag(100, "optimiser steps from 0.2 of the learning rate to all of it", type=count)
     state_lr_scale: float = flag(1.0, "learning rate of the initial state, as a multiple of the adapter's")
+    ctc_align: float = flag(
+        0.0, "weight of a CTC loss between the adapter's outputs and the frozen embeddings; 0: none"
+    )
+    ctc_align_steps: int = flag(
+        0, "first optimiser steps that train by that loss alone, without the language model", type=count
+    )
     beta1: float = flag(0.9, "AdamW's beta1")
     beta2: float = flag(0.99, "AdamW's beta2")
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
@@ -190,6 +196,10 @@ class Options:
         for name, rate in (("lr_init", self.lr_init), ("lr_final", self.lr_final)):
             if rate is not None and not rate > 0:  # so that nan is none either
                 raise UserError(f"--{name} {rate} must be positive")
+        if not 0 <= self.ctc_align < math.inf:
+            raise UserError(f"--ctc_align {self.ctc_align} is a weight: expected 0 or more")
+        if self.ctc_align_steps and not self.ctc_align:
+            raise UserError(f"--ctc_align_steps {self.ctc_align_steps} needs --ctc_align: the weight of that loss")
         if self.early_stop and not self.valid_split:
             raise UserError(
                 f"--early_stop {self.early_stop} counts validations: name a split for them by --valid_split"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rwkv_speech.alignment import alignment_loss_sum
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.decoding import Decoded, decode, default_max_new_tokens
 from rwkv_speech.mission import ADAPTER, STATE, Mission, MissionError, read_mission
@@ -30,8 +31,8 @@ from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, du
 from rwkv_speech.speech.augment import SpecAugment
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import AbsentEncoder
-from rwkv_speech.transcript import Transcript
-from rwkv_speech.transcription import Said, transcripts
+from rwkv_speech.transcript import Reading, Transcript
+from rwkv_speech.transcription import transcripts
 
 log = logging.getLogger("rwkv_speech")
 
@@ -69,11 +70,25 @@ class Optimisation:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """How far the auxiliary CTC loss of `rwkv_speech.alignment` takes part in training; by default it doesn't."""
+
+    weight: float = 0.0
+    """Beside the language model's cross-entropy, of weight 1."""
+    alone_steps: int = 0
+    """First optimiser steps that know nothing but the CTC loss, and so don't run the language model."""
+
+
+@dataclass(frozen=True)
 class Totals:
     """Of one micro-batch in all processes; told to each other before the backward pass, in one go."""
 
     loss_sum: float
+    """The language model's cross-entropy, over `tokens`; both 0 where it isn't computed."""
     tokens: float
+    ctc_sum: float
+    """The alignment's loss before its weight, over `ctc_tokens`."""
+    ctc_tokens: float
     step_tokens: float
     """Of the whole optimiser step."""
     utterances: float
@@ -94,6 +109,7 @@ class SpeechRWKV(pl.LightningModule):
         self.adapter = adapter
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.optimisation = Optimisation()
+        self.alignment = Alignment()
         self.spec_augment: SpecAugment | None = None  # of training
         self.stop_asked = False  # set by a signal, told to all processes by the next step
         self.on_nonfinite: Callable[[int, list[str]], None] = lambda step, ids: None
@@ -213,7 +229,9 @@ class SpeechRWKV(pl.LightningModule):
 
         Audio and mask are taken as by `embed_audio`.
         """
-        heard, lengths = self.embed_audio(audio, mask=mask)
+        return self._text_loss_sum(*self.embed_audio(audio, mask=mask), texts)
+
+    def _text_loss_sum(self, heard: Tensor, lengths: Tensor, texts: Sequence[str]) -> tuple[Tensor, int]:
         tokens = [
             torch.tensor([TURN, *self.tokenizer.encode(text), END_OF_TEXT], device=heard.device) for text in texts
         ]
@@ -225,6 +243,20 @@ class SpeechRWKV(pl.LightningModule):
         targets = torch.cat([t[1:] for t in tokens])
         logits = self.language_model.logits(told).float()
         return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
+
+    def _training_losses(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Summed cross-entropy and summed CTC loss of a batch; None for what this step doesn't compute."""
+        if not len(batch):
+            return None, None
+        mask = self.spec_augment and partial(self.spec_augment, ids=batch.ids, epoch=batch.epoch)
+        heard, lengths = self.embed_audio(batch.audio, mask=mask)
+        text = ctc = None
+        if not self.alignment.weight or self.trainer.global_step >= self.alignment.alone_steps:
+            text, _ = self._text_loss_sum(heard, lengths, batch.texts)
+        if self.alignment.weight:
+            tokens = [torch.tensor(self.tokenizer.encode(t), device=heard.device) for t in batch.texts]
+            ctc = alignment_loss_sum(heard, lengths, tokens, self.language_model.emb.weight)
+        return text, ctc
 
     def loss(self, waveforms: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
         """Cross-entropy averaged over transcript tokens and ends of text, differentiable in adapter and state.
@@ -244,6 +276,7 @@ class SpeechRWKV(pl.LightningModule):
         beam: int = 1,
         max_new_tokens: int | None = None,
         loop_guard: bool = False,
+        n_best: int = 1,
     ) -> list[Decoded]:
         """One batch of audio, taken as by `hear` -> what is said in each; see `decoding.decode`."""
         heard, lengths = self.embed_audio(audio)
@@ -251,7 +284,8 @@ class SpeechRWKV(pl.LightningModule):
         x = pad_sequence([torch.cat([a[:n], turn]) for a, n in zip(heard, lengths, strict=True)], True)
         rate = SAMPLE_RATE if audio[0].ndim == 1 else self.speech_encoder.frame_rate
         limits = [max_new_tokens or default_max_new_tokens(len(a) / rate) for a in audio]
-        return decode(self.language_model, x, lengths + 1, max_new_tokens=limits, beam=beam, loop_guard=loop_guard)
+        search = {"beam": beam, "n_best": n_best, "loop_guard": loop_guard}
+        return decode(self.language_model, x, lengths + 1, max_new_tokens=limits, **search)
 
     def transcribe(
         self,
@@ -303,31 +337,42 @@ class SpeechRWKV(pl.LightningModule):
         beam: int = 1,
         max_new_tokens: int | None = None,
         loop_guard: bool = False,
+        n_best: int = 1,
     ) -> Iterator[Transcript | AudioError]:
         """As `transcribe`, with times and scores, one by one, and with an error in the place of a bad recording.
 
-        Batches are filled in the order of the recordings; a transcript comes out as soon as it is complete.
+        Batches are filled in the order of the recordings; a transcript comes out as soon as it is complete. Of a beam
+        search, each passage has up to `n_best` readings, at most `beam`.
         """
+        search = {"beam": beam, "n_best": n_best, "max_new_tokens": max_new_tokens, "loop_guard": loop_guard}
 
-        def say(waveforms: Sequence[Tensor]) -> list[Said]:
-            decoded = self.decode_waveforms(waveforms, beam=beam, max_new_tokens=max_new_tokens, loop_guard=loop_guard)
-            return [(self.tokenizer.decode(d.tokens).strip(), d.average_log_prob) for d in decoded]
+        def say(waveforms: Sequence[Tensor]) -> list[list[Reading]]:
+            return [self._readings(decoded) for decoded in self.decode_waveforms(waveforms, **search)]
 
         return transcripts(audio, say, batch_size=batch_size, max_seconds=max_audio_s)
+
+    def _readings(self, decoded: Decoded) -> list[Reading]:
+        """Best first, each text once: several rows of tokens may spell the same."""
+        scores: dict[str, float] = {}
+        for reading in (decoded, *decoded.alternatives):
+            scores.setdefault(self.tokenizer.decode(reading.tokens).strip(), reading.average_log_prob)
+        return [Reading(text=text, average_log_prob=score) for text, score in scores.items()]
 
     # What Lightning's Trainer calls
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        """Mean loss over the tokens of the optimiser step that this batch belongs to, in all processes."""
-        total = None
-        if len(batch):
-            mask = self.spec_augment and partial(self.spec_augment, ids=batch.ids, epoch=batch.epoch)
-            total, _ = self.loss_sum(batch.audio, batch.texts, mask=mask)
-        loss_sum = 0.0 if total is None else float(total.detach())
-        finite = math.isfinite(loss_sum)
+        """Mean loss over the tokens of the optimiser step that this batch belongs to, in all processes.
+
+        With the alignment's loss, times its weight, where that takes part.
+        """
+        text, ctc = self._training_losses(batch)
+        loss_sum, ctc_sum = (0.0 if part is None else float(part.detach()) for part in (text, ctc))
+        finite = math.isfinite(loss_sum + ctc_sum)
         here = Totals(
             loss_sum=loss_sum if finite else 0.0,
-            tokens=batch.tokens,
+            tokens=0 if text is None else batch.tokens,
+            ctc_sum=ctc_sum if finite else 0.0,
+            ctc_tokens=0 if ctc is None else batch.tokens,
             step_tokens=batch.step_tokens,
             utterances=len(batch),
             seconds=batch.seconds,
@@ -338,10 +383,13 @@ class SpeechRWKV(pl.LightningModule):
         self.totals = Totals(*self.trainer.strategy.reduce(everywhere, reduce_op="sum").tolist())
         if self.totals.nonfinite:
             self.on_nonfinite(self.trainer.global_step + 1, [] if finite else batch.ids)
-            self.totals = replace(self.totals, loss_sum=0.0, tokens=0.0)
-            total = None
-        if total is None:  # no loss; the other processes and the optimiser still expect gradients
-            total = sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
+            self.totals = replace(self.totals, loss_sum=0.0, tokens=0.0, ctc_sum=0.0, ctc_tokens=0.0)
+            text = ctc = None
+        total = torch.zeros((), device=self.device) if text is None else text
+        if ctc is not None:
+            total = total + self.alignment.weight * ctc
+        if text is None:  # the other processes and the optimiser still expect all gradients
+            total = total + sum(p.sum() for p in self.trainable_state_dict().values()) * 0.0
         # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return total * (scale / max(1.0, self.totals.step_tokens))

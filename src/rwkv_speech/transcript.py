@@ -10,6 +10,15 @@ from rwkv_speech.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What may have been said in a segment."""
+
+    text: str
+    average_log_prob: float
+    """Natural logarithm, per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Passage:
     """The transcript of one segment of a recording."""
 
@@ -19,6 +28,8 @@ class Passage:
     text: str
     average_log_prob: float
     """Natural logarithm, per token."""
+    alternatives: tuple[Reading, ...] = ()
+    """Other readings that a beam search found, best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +51,7 @@ def as_text(transcript: Transcript) -> str:
 
 
 def as_json(transcript: Transcript) -> str:
-    """One object on one line: `name`, `text`, and `passages` with `start`, `end`, `text` and `average_log_prob`."""
+    """One object on one line: `name`, `text`, and `passages` with the fields of `Passage`."""
     content = {"name": transcript.name, "text": transcript.text, "passages": [asdict(p) for p in transcript.passages]}
     return json.dumps(content, ensure_ascii=False) + "\n"
 

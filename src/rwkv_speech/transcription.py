@@ -11,14 +11,14 @@ from torch import Tensor
 
 from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
 from rwkv_speech.speech.segments import Segment, cut
-from rwkv_speech.transcript import Passage, Transcript
+from rwkv_speech.transcript import Passage, Reading, Transcript
 
-Said = tuple[str, float]  # text, and its average log-probability
+Say = Callable[[Sequence[Tensor]], Sequence[Sequence[Reading]]]
 
 
 def transcripts(
     audio: Iterable[str | Path | Tensor],
-    say: Callable[[Sequence[Tensor]], Sequence[Said]],
+    say: Say,
     *,
     batch_size: int,
     max_seconds: float,
@@ -27,7 +27,7 @@ def transcripts(
 
     Args:
         audio: paths, or 1-D float arrays at 16 kHz.
-        say: gives what is said in each waveform (samples,) of a batch.
+        say: gives what is said in each waveform (samples,) of a batch, the best reading first.
         batch_size: segments in a batch; only the last has fewer.
         max_seconds: the longest segment; longer recordings are cut in pauses, see `segments.cut`.
     """
@@ -60,9 +60,7 @@ def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterat
         yield _End(name, error)
 
 
-def _decoded(
-    pieces: Iterable[Segment | _End], say: Callable[[Sequence[Tensor]], Sequence[Said]], batch_size: int
-) -> Iterator[Passage | _End]:
+def _decoded(pieces: Iterable[Segment | _End], say: Say, batch_size: int) -> Iterator[Passage | _End]:
     """The same, with what is said in the segments in their place."""
 
     def decoded() -> Iterator[Passage | _End]:
@@ -71,9 +69,14 @@ def _decoded(
             if isinstance(piece, _End):
                 yield piece
             else:
-                text, average_log_prob = next(said)
-                start, end = round(piece.start, 3), round(piece.end, 3)
-                yield Passage(start=start, end=end, text=text, average_log_prob=average_log_prob)
+                best, *others = next(said)
+                yield Passage(
+                    start=round(piece.start, 3),
+                    end=round(piece.end, 3),
+                    text=best.text,
+                    average_log_prob=best.average_log_prob,
+                    alternatives=tuple(others),
+                )
 
     waiting: list[Segment | _End] = []
     batch: list[Segment] = []

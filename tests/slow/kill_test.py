@@ -1,11 +1,12 @@
 """Kills training at random moments, goes on by the same command, and compares with a run that was never killed.
 
-    python tests/slow/kill_test.py [--kills 20] [--processes 1] [--strategy auto] [--longest 2.5] [--seed 0]
+    python tests/slow/kill_test.py [--kills 20] [--processes 1] [--strategy auto] [--seed 0]
 
 Takes about 10 s for each kill, most of it starting Python. The whole process group gets SIGKILL, at a random moment
-between the first sign of life of the run and the end of a few saves; resume points and mission files are written
-every two steps, so that many kills come in the middle of writing. Prints one JSON line: whether the final weights are
-equal bit for bit, the largest difference, how many kills hit a half-written file, how far each life came.
+after the first sign of life of the run, so that each life trains for a few per cent of the whole; resume points and
+mission files are written every two steps, so that many kills come in the middle of writing. Prints one JSON line:
+whether the final weights are equal bit for bit, the largest difference, how many kills left a half-written file, how
+far each life came.
 """
 
 import argparse
@@ -26,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.tiny import write_world  # noqa: E402
 
+LONGEST_LIFE = 1.2  # of the time of the whole run, over the kills; a life of average length gets half of it
+
 
 def start(project: Path, flags: list[str]) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), f"--proj_dir={project}", *flags]
@@ -45,7 +48,7 @@ def reached(project: Path) -> int:
 
 
 def life(project: Path, flags: list[str], delay: float) -> bool:
-    """Starts the command and kills it so many seconds after it has begun to train; whether it was killed."""
+    """Starts the command and kills it so many seconds after its first sign of life; whether it was killed."""
     record = project / "checkpoints/run-1/run.json"
     before = record.stat().st_mtime_ns if record.exists() else 0
     process = start(project, flags)
@@ -73,7 +76,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=2.5, help="seconds of training before a kill, at most")
     parser.add_argument("--steps_per_kill", type=int, default=25)
     args = parser.parse_args()
     dice = random.Random(args.seed)
@@ -90,10 +92,12 @@ def main() -> None:
             "--adapter_hidden=2048",  # files of some megabytes, so that writing them takes a good part of the time
             *("--save_steps=2", "--num_workers=0", "--warmup_steps=4", "--lr_init=1e-3", "--lr_final=1e-4"),
         ]
+        began_whole = time.monotonic()
         finish(folder / "whole", flags)
+        longest = LONGEST_LIFE * (time.monotonic() - began_whole) / args.kills
         project, torn, lives = folder / "killed", 0, [0]
         while len(lives) <= args.kills:
-            if not life(project, flags, dice.uniform(0.0, args.longest)):
+            if not life(project, flags, dice.uniform(0.0, longest)):
                 raise SystemExit(f"the run ended after {len(lives) - 1} kills: give more --steps_per_kill")
             torn += any(project.rglob("*.part"))
             lives.append(reached(project))

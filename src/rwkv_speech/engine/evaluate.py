@@ -1,9 +1,10 @@
 """Transcribing a split and keeping the record of it, in one process or several, in one go or several."""
 
 import json
-import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from rwkv_speech.data.bad_audio import BadAudio
 from rwkv_speech.data.batches import Speech, loader
 from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import write_whole
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import Edits, Hypothesis, RecordWriter, align, read_records
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.perturb import Perturbation
 from rwkv_speech.system import SpeechRWKV
+
+UNFINISHED = "unfinished"  # folder of what each process has written of the split at hand
+LEDGER = "evaluation.json"  # the settings, and the splits that are finished under them
 
 
 def evaluate(
@@ -35,20 +40,15 @@ def evaluate(
     """Transcribes utterances, each exactly once over all processes.
 
     Every process writes its records as it goes; the first one then joins them to `eval/<name>.jsonl` in the project.
-    With `options.resume`, what an interrupted evaluation has written is not decoded again.
+    What stands there of the evaluation that `claim` goes on with is not decoded again.
 
     Returns:
         All records, in the order of the utterances, in the first process; an empty list in the others.
     """
     folder = options.project / "eval"
-    whole = folder / f"{name}.jsonl"
-    parts = [folder / f".{name}.part{rank}.jsonl" for rank in range(fabric.world_size)]
-    mine = parts[fabric.global_rank]
-    earlier = {
-        record.id: record for path in (whole, *folder.glob(f".{name}.part*.jsonl")) for record in read_records(path)
-    }
-    done = earlier if options.resume else {}
-    fabric.barrier()  # all have read what was there before any of them writes
+    parts = folder / UNFINISHED / name
+    # All wait here for the first, so that none writes before it has read.
+    done = fabric.broadcast(_earlier(folder, name, utterances) if fabric.is_global_zero else {})
     left = [utterance for utterance in utterances if utterance.id not in done]
     batches = loader(
         Speech(left, change=change),
@@ -59,8 +59,11 @@ def evaluate(
         world_size=fabric.world_size,
     )
     edits = sum((a.edits for a in align(list(done.values()))), Edits())
-    with RecordWriter(mine, resume=options.resume) as writer, _progress(fabric.is_global_zero) as progress:
-        task = progress.add_task(name, total=len(batches.dataset), wer="")
+    with (
+        RecordWriter(parts / f"{fabric.global_rank}.jsonl") as writer,
+        _progress(fabric.is_global_zero) as progress,
+    ):
+        task = progress.add_task(name, total=len(utterances), completed=len(done), wer="")
         for batch in batches:
             bad_audio.add(batch.bad)
             start = time.perf_counter()
@@ -90,41 +93,65 @@ def evaluate(
     fabric.barrier()
     if not fabric.is_global_zero:
         return []
-    found = done | {record.id: record for path in parts for record in read_records(path)}
+    found = done | _by_id(parts.iterdir())
     records = [found[utterance.id] for utterance in utterances if utterance.id in found]
-    temporary = folder / f".{name}.whole"
-    temporary.unlink(missing_ok=True)
-    with RecordWriter(temporary) as writer:
-        for record in records:
-            writer.write(record)
-    os.replace(temporary, whole)
-    for path in parts:
-        path.unlink(missing_ok=True)
+    write_whole(folder / f"{name}.jsonl", b"".join(record.line() for record in records))
+    _note_finished(folder, name)
+    shutil.rmtree(parts)
+    if not any(parts.parent.iterdir()):
+        parts.parent.rmdir()
     return records
 
 
-def claim(folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
-    """Writes down what is evaluated, so that an interrupted evaluation is not continued with another model.
+def claim(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Begins an evaluation in a folder, or goes on with the one that is there.
+
+    Only records written under this very claim count from here on, so that no utterance is scored with what another
+    model or an earlier evaluation made of it.
 
     Raises:
         UserError: `resume`, but what is there comes from other settings.
     """
-    path = folder / "evaluation.json"
+    path = folder / LEDGER
     if resume and path.exists():
-        before = json.loads(path.read_text())
-        changed = [name for name in identity if before.get(name) != identity[name]]
+        before = json.loads(path.read_text())["settings"]
+        changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
-            differs = ", ".join(f"{name} was {before.get(name)}, is {identity[name]}" for name in changed)
+            differs = ", ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
             raise UserError(f"--resume, but the evaluation in {folder} is another one: {differs}; leave --resume out")
-    write_json(path, identity)
+        return
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    write_json(path, {"settings": settings, "finished": []})
+
+
+def check_ids(utterances: Iterable[Utterance]) -> None:
+    """Raises a UserError where two utterances have one id: records would be taken for each other."""
+    counts = Counter(utterance.id for utterance in utterances)
+    id, times = counts.most_common(1)[0]
+    if times > 1:
+        raise UserError(f"utterance id {id!r} occurs {times} times in a split; ids must be unique")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes under a temporary name and renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _earlier(folder: Path, name: str, utterances: Sequence[Utterance]) -> dict[str, Hypothesis]:
+    """What has been written of these utterances since the evaluation began."""
+    finished = name in json.loads((folder / LEDGER).read_text())["finished"]
+    found = _by_id([folder / f"{name}.jsonl"] if finished else (folder / UNFINISHED / name).glob("*.jsonl"))
+    texts = {utterance.id: utterance.text for utterance in utterances}
+    return {id: record for id, record in found.items() if texts.get(id) == record.reference}
+
+
+def _by_id(paths: Iterable[Path]) -> dict[str, Hypothesis]:
+    return {record.id: record for path in sorted(paths) for record in read_records(path)}
+
+
+def _note_finished(folder: Path, name: str) -> None:
+    ledger = json.loads((folder / LEDGER).read_text())
+    write_json(folder / LEDGER, ledger | {"finished": sorted({*ledger["finished"], name})})
 
 
 def _progress(visible: bool) -> Progress:

@@ -18,7 +18,19 @@ from rwkv_speech.files import write_whole, writing
 
 log = logging.getLogger("rwkv_speech")
 
-COLUMNS = ("run", "step", "epoch", "loss", "lr", "state_lr", "audio_s_per_s", "utt_per_s", "valid_loss", "valid_wer")
+COLUMNS = (
+    "run",
+    "step",
+    "epoch",
+    "loss",
+    "ctc_loss",
+    "lr",
+    "state_lr",
+    "audio_s_per_s",
+    "utt_per_s",
+    "valid_loss",
+    "valid_wer",
+)
 PICTURE_SECONDS = 30.0  # between two drawings
 WARM_UP, MEASURED = 5, 20  # optimiser steps before the time per epoch is measured, and while it is
 
@@ -45,7 +57,7 @@ class MetricsFile:
                     if not ours or int(row["step"]) <= step:
                         before.append(row)
                         if ours:
-                            self.rows.append({name: float(row[name]) for name in COLUMNS[1:] if row[name]})
+                            self.rows.append({name: float(row[name]) for name in COLUMNS[1:] if row.get(name)})
         content = io.StringIO()
         table = csv.DictWriter(content, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
@@ -72,7 +84,7 @@ class Metrics(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.loss_sum = self.tokens = self.utterances = self.seconds = 0.0
+        self.loss_sum = self.tokens = self.ctc_sum = self.ctc_tokens = self.utterances = self.seconds = 0.0
         self.since = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,6 +105,8 @@ class Metrics(Callback):
         totals = pl_module.totals
         self.loss_sum += totals.loss_sum
         self.tokens += totals.tokens
+        self.ctc_sum += totals.ctc_sum
+        self.ctc_tokens += totals.ctc_tokens
         self.utterances += totals.utterances
         self.seconds += totals.seconds
         if trainer.global_step == self.step:  # in the middle of an optimiser step
@@ -104,8 +118,8 @@ class Metrics(Callback):
             self._tell_time(trainer, pl_module.device)
         if self.step % self.every == 0 or self.step == self.first_step + 1:
             elapsed = time.perf_counter() - self.since
-            row = {
-                "loss": self.loss_sum / max(1.0, self.tokens),
+            sums = {"loss": (self.loss_sum, self.tokens), "ctc_loss": (self.ctc_sum, self.ctc_tokens)}
+            row = {name: total / tokens for name, (total, tokens) in sums.items() if tokens} | {
                 "lr": self.rates[0],
                 "state_lr": self.rates[-1],
                 "audio_s_per_s": self.seconds / elapsed,

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 PANELS = (
-    ("loss", {"loss": "training", "valid_loss": "validation"}),
+    ("loss", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
     ("learning rate", {"lr": "adapter", "state_lr": "initial state"}),
     ("validation WER, %", {"valid_wer": None}),
     ("seconds of audio per second", {"audio_s_per_s": None}),

@@ -200,5 +200,5 @@ def shift(x: Tensor, before: Tensor) -> Tensor:
 def last(x: Tensor, lengths: Tensor | None) -> Tensor:
     """The vectors (B, C) at each sample's last position of x (B, T, C)."""
     if lengths is None:
-        return x[:, -1]
+        return x[:, -1].clone()  # a view would keep all of x for as long as the state is kept
     return x[torch.arange(x.shape[0], device=x.device), lengths.to(x.device) - 1]

@@ -1,6 +1,6 @@
 """How good the transcripts are: records on disk, error rates with their uncertainty, a report to look at.
 
-    with RecordWriter("output/eval/test-clean.jsonl", resume=True) as writer:
+    with RecordWriter("output/eval/test-clean.jsonl") as writer:
         writer.write(Hypothesis(id=..., reference=..., hypothesis=..., seconds=...))
     splits = {"test-clean": score(read_records("output/eval/test-clean.jsonl"))}
     summary(splits), score_table(splits), write_report("output/eval/report.html", splits)

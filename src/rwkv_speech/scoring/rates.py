@@ -120,6 +120,7 @@ class Scores:
         loops: utterances in which the decoder repeated itself.
         empty_outputs: hypotheses without a word.
         empty_references: references without a word.
+        left_out: utterances of the split that could not be used, as told by the caller; they count nowhere else.
         peak_memory: bytes, as measured by the caller.
     """
 
@@ -131,6 +132,7 @@ class Scores:
     loops: int
     empty_outputs: int
     empty_references: int
+    left_out: int
     peak_memory: int | None
 
     @property
@@ -144,11 +146,12 @@ class Scores:
         return self.utterances / self.wall_seconds if self.wall_seconds else None
 
 
-def score(records: Iterable[Hypothesis], *, peak_memory: int | None = None) -> Scores:
+def score(records: Iterable[Hypothesis], *, left_out: int = 0, peak_memory: int | None = None) -> Scores:
     """Score one split. The order of the records changes nothing.
 
     Args:
         records: one per utterance.
+        left_out: utterances that should have a record and have none, to be shown with the scores.
         peak_memory: bytes the decoding took at most, to be shown with the scores.
 
     Raises:
@@ -170,6 +173,7 @@ def score(records: Iterable[Hypothesis], *, peak_memory: int | None = None) -> S
         loops=sum(record.loop for record in records),
         empty_outputs=sum(not record.hypothesis.strip() for record in records),
         empty_references=sum(not record.reference.strip() for record in records),
+        left_out=left_out,
         peak_memory=peak_memory,
     )
 

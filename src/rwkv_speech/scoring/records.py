@@ -38,28 +38,31 @@ class Hypothesis:
     loop: bool = False
     wall_seconds: float | None = None
 
+    def line(self) -> bytes:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+
 
 class RecordWriter:
     """Appends records to a file, each handed to the operating system before `write` returns.
 
-    A process killed half-way through a line leaves it without its newline; with `resume` that tail is cut off
-    before anything is appended. One writer per file.
+    It goes on behind the records already there. A process killed half-way through a line leaves it without its
+    newline; that tail is cut off before anything is appended. One writer per file.
 
     Args:
         path: the `.jsonl` file; its folder is made where it is missing.
-        resume: go on behind the records already there, instead of starting afresh.
     """
 
-    def __init__(self, path: str | os.PathLike, *, resume: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = len(_whole_lines(path)) if resume else 0
+        whole = len(_whole_lines(path))
         self._file = path.open("ab")
         self._file.truncate(whole)
 
     def write(self, record: Hypothesis) -> None:
         """Append one record and flush."""
-        self._file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
+        self._file.write(record.line())
         self._file.flush()
 
     def close(self) -> None:

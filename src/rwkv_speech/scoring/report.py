@@ -36,6 +36,7 @@ COST = [
     "Loops",
     "Empty out",
     "Empty ref.",
+    "Left out",
 ]
 GROUPS = ["Utterances", "Audio", "Words", "WER", "95 % interval", "Subst.", "Del.", "Ins."]
 LONGEST_RUN = 40  # words shown of one deletion or insertion: a run-away hypothesis must not bury the page
@@ -146,7 +147,7 @@ def _cost_row(name: str, scores: Scores) -> str:
             figure(scores.real_time_factor),
             figure(scores.utterances_per_second),
             memory(scores.peak_memory),
-            *(f"{count:,}" for count in (scores.loops, scores.empty_outputs, scores.empty_references)),
+            *(f"{count:,}" for count in (scores.loops, scores.empty_outputs, scores.empty_references, scores.left_out)),
         )
         + "</tr>"
     )
@@ -238,6 +239,7 @@ def _reading_aid() -> str:
         "2004). It takes utterances for independent; few speakers with many of them make the truth wider.",
         "Empty references": "What is heard there counts as insertions of the corpus; such utterances have no "
         "rate of their own.",
+        "Left out": "Utterances whose audio could not be used; they count nowhere else.",
         "RTF": "Real-time factor: seconds of work per second of audio.",
     }
     entries = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms.items())
@@ -245,4 +247,6 @@ def _reading_aid() -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return " · ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The splits by name; a split that was perturbed, `name, how`, goes without saying beside the plain one."""
+    plain = [name for name in names if name.rpartition(", ")[0] not in names]
+    return " · ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")

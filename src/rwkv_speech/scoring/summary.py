@@ -77,6 +77,7 @@ def _split(scores: Scores) -> dict[str, Any]:
         "loops": scores.loops,
         "empty_outputs": scores.empty_outputs,
         "empty_references": scores.empty_references,
+        "left_out": scores.left_out,
         "raw": _texts(scores.raw),
         "normalised": _texts(scores.normalised),
         "by_length": [_row(group) for group in by_length(scores.raw.aligned)],

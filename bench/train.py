@@ -1,0 +1,205 @@
+"""One training step: the share of its time that its matrix products need, and what takes how much. One JSON line.
+
+An RWKV-6 of 12 x 1024 with vocabulary 65,536, fp32, and the adapter of a WavLM-large, all of random weights. A batch
+is 8 utterances of 14.6 to 15 s and 45 words, T about 200 positions. Their frames are given, as a cache gives them
+(fp16), and nothing is recomputed. A step is all that training does with a batch: adapter, language model, loss, the
+backward pass, clipping, AdamW.
+
+`products_at_peak` is the time that the step's matrix products would take at the rate of a product of two 2048 x 2048
+matrices, measured between the steps, over the time of the step. Counted are the adapter's, the language model's with
+the low-rank ones, and the head's at the positions of the transcript, forward and backward: frozen matrices need the
+gradient of their input only. torch's own counter must find the same number of operations.
+
+Before anything is timed, loss and gradients must be those of the utterances one by one, with the operator in plain
+torch.
+
+`shares` are parts of the step, loss and adapter each both ways. `of_all` tells what the WKV operator and the matrix
+products, as they really run, take of a step under torch's profiler. The encoder is outside: bench/cache.py tells its
+share.
+
+python bench/train.py [--rounds 3]
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.timing import seconds
+from rwkv_speech.rwkv6 import wkv
+from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
+from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.features import AbsentEncoder
+from rwkv_speech.system import Optimisation, SpeechRWKV
+
+WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
+SECONDS = (14.6, 14.7, 14.7, 14.8, 14.8, 14.9, 14.9, 15.0)
+WORDS_EACH = 45
+WIDTH = 1024  # of WavLM-large's frames
+CONVOLUTIONS = ((10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2)
+PEAK_SIZE = 2048
+BOUND = 0.70  # asked of products_at_peak
+TOLERANCE = 1e-4
+OPERATOR = ("rwkv_speech_cpu::wkv6_forward", "rwkv_speech_cpu::wkv6_backward")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+
+
+def random_speech_model(*, n_layer: int, n_embd: int) -> SpeechRWKV:
+    sizes = official_sizes(n_layer=n_layer, n_embd=n_embd)
+    with torch.device("meta"):
+        language_model = RWKV6(sizes)
+    language_model.load_state_dict(random_weights(sizes, seed=0, time_state=True), assign=True)
+    encoder = AbsentEncoder("WavLM-large", width=WIDTH, convolutions=CONVOLUTIONS)
+    torch.manual_seed(0)
+    return SpeechRWKV(language_model.requires_grad_(False), encoder, Adapter(WIDTH, n_embd))
+
+
+def random_batch(model: SpeechRWKV) -> tuple[list[Tensor], list[str]]:
+    """Frames (F, WIDTH) and a transcript for each of SECONDS."""
+    rng = np.random.default_rng(0)
+    counts = [model.speech_encoder.frame_count(round(s * SAMPLE_RATE)) for s in SECONDS]
+    frames = [torch.from_numpy(rng.standard_normal((count, WIDTH), np.float32)).half() for count in counts]
+    return frames, [" ".join(rng.choice(WORDS, WORDS_EACH)) for _ in SECONDS]
+
+
+def product_flops(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> int:
+    """Floating-point operations of the matrix products of a step, two for each multiplication; padding counts."""
+    s = model.language_model.sizes
+    C, D, E = s.n_embd, s.dim_mix, s.dim_decay
+    tokens = [len(model.tokenizer.encode(text)) + 1 for text in texts]  # with "#" in, with the end of text out
+    groups = [model.adapter.group_count(len(x)) for x in frames]
+    positions = len(texts) * max(map(sum, zip(groups, tokens, strict=True)))
+    # W_r, W_k, W_v, W_g, W_o and the channel mix's W_r; its other two; the low-rank interpolations and decays.
+    block = 6 * C * C + 2 * C * s.dim_ffn + 2 * C * 5 * D + 2 * C * E
+    first, second = (model.adapter.layers[i].weight.numel() for i in (0, 2))
+    return 2 * (
+        2 * s.n_layer * positions * block
+        + 2 * sum(tokens) * C * s.vocab_size
+        + len(texts) * max(groups) * (2 * first + 3 * second)  # frames take no gradient, the hidden units do
+    )
+
+
+def gradients(model: SpeechRWKV) -> dict[str, Tensor]:
+    """Those of the trained tensors, which are cleared."""
+    found = {name: x.grad for name, x in model.trainable_state_dict().items()}
+    model.zero_grad()
+    return found
+
+
+def largest_difference(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> float:
+    """Between the batch and its utterances one by one with the operator in plain torch: of the loss or a gradient."""
+    results = []
+    for backend, parts in (
+        ("auto", [(frames, texts)]),
+        ("torch", [([x], [t]) for x, t in zip(frames, texts, strict=True)]),
+    ):
+        wkv.set_backend(backend)
+        totals = [model.loss_sum(*part)[0] for part in parts]
+        sum(totals).backward()
+        results.append({"loss": sum(totals).detach()} | gradients(model))
+    wkv.set_backend("auto")
+    ours, theirs = results
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
+
+
+class Stopwatch:
+    """Sums the time of the parts of each step; hooks see where the language model begins and ends, both ways."""
+
+    def __init__(self, model: SpeechRWKV) -> None:
+        self.laps: dict[str, float] = defaultdict(float)
+        model.language_model.register_forward_pre_hook(self._enter)
+        model.language_model.register_forward_hook(self._leave)
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the lap before belongs to this part."""
+        now = time.perf_counter()
+        self.laps[name] += now - self.since
+        self.since = now
+
+    def _enter(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.lap("adapter")
+        inputs[0].register_hook(lambda _: self.lap("language_model_backward"))
+
+    def _leave(self, _: nn.Module, inputs: tuple[Tensor], outputs: tuple) -> None:
+        self.lap("language_model_forward")
+        outputs[0].register_hook(lambda _: self.lap("loss"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
+    model = random_speech_model(n_layer=12, n_embd=1024)
+    frames, texts = random_batch(model)
+    difference = largest_difference(model, frames, texts)
+    if difference > TOLERANCE:
+        raise SystemExit(f"the loss or a gradient of the batch is off by {difference:.1e}; nothing was timed")
+    flops = product_flops(model, frames, texts)
+    with FlopCounterMode(display=False) as counter:
+        model.loss_sum(frames, texts)[0].backward()
+    if flops != counter.get_total_flops():
+        raise SystemExit(f"{flops} operations by formula, {counter.get_total_flops()} by torch's counter")
+
+    model.optimisation = Optimisation(total_steps=1000)
+    optimizer = model.configure_optimizers()["optimizer"]
+    watch = Stopwatch(model)
+
+    def step() -> None:
+        watch.start()
+        total, count = model.loss_sum(frames, texts)
+        watch.lap("loss")
+        (total / count).backward()
+        watch.lap("adapter")
+        torch.nn.utils.clip_grad_norm_(model.trainable_state_dict().values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.lap("optimiser")
+
+    square = torch.randn(PEAK_SIZE, PEAK_SIZE)
+    t = seconds({"step": step, "square": lambda: square @ square}, rounds=args.rounds)
+    peak = 2 * PEAK_SIZE**3 / t["square"]
+    laps = {name: time / sum(watch.laps.values()) for name, time in watch.laps.items()}
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    events = profiled.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    of_kind = {
+        kind: sum(event.self_cpu_time_total for event in events if event.key in names) / whole
+        for kind, names in (("operator", OPERATOR), ("matrix_products", PRODUCTS))
+    }
+    line = {
+        "bench": "train",
+        "model": "12 x 1024, vocabulary 65536, fp32, random",
+        "wkv": wkv.backend("cpu").name,
+        "threads": torch.get_num_threads(),
+        "batch": len(texts),
+        "largest_difference": float(f"{difference:.1e}"),
+        "step_seconds": round(t["step"], 2),
+        "product_tflop": round(flops / 1e12, 3),
+        "peak_gflops": round(peak / 1e9),
+        "products_at_peak": round(flops / peak / t["step"], 3),
+        "bound": BOUND,
+        "shares": {name: round(share, 3) for name, share in laps.items()},
+        "of_all": {kind: round(share, 3) for kind, share in of_kind.items()},
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""An auxiliary loss that makes the adapter speak in the language model's own embeddings: CTC against them.
+
+CTC: Graves et al. 2006, "Connectionist Temporal Classification". The classes are the whole vocabulary, a position's
+logits the cosines between the adapter's output and the frozen embeddings, times `SCALE`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SCALE = 12.0  # cosines lie within one of zero; so scaled they can tell a token with probability near one
+BLANK = 1  # token of the byte 0, which no transcript holds
+ROWS = 256  # positions whose logits over the whole vocabulary are held at once
+
+
+def alignment_loss_sum(heard: Tensor, lengths: Tensor, tokens: Sequence[Tensor], embeddings: Tensor) -> Tensor:
+    """The CTC loss summed over utterances (fp32 scalar), differentiable in `heard`.
+
+    Args:
+        heard: (B, G, C), the adapter's outputs.
+        lengths: (B,) int64, the valid positions of each.
+        tokens: of each transcript, 1-D int64. One that doesn't fit into its positions counts for nothing.
+        embeddings: (V, C), frozen.
+    """
+    flat = torch.cat([row[:n] for row, n in zip(heard, lengths.tolist(), strict=True)])
+    classes = torch.unique(torch.cat([torch.tensor([BLANK], device=heard.device), *tokens]))
+    norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
+    parts = [
+        checkpoint(_class_logits, rows, classes, embeddings, norms, use_reentrant=False) for rows in flat.split(ROWS)
+    ]
+    log_probs = torch.cat(parts).log_softmax(dim=1)
+    padded = torch.nn.utils.rnn.pad_sequence(log_probs.split(lengths.tolist()))  # (G, B, classes)
+    return F.ctc_loss(
+        padded,
+        torch.searchsorted(classes, torch.cat(list(tokens))),
+        lengths,
+        torch.tensor([len(t) for t in tokens], device=heard.device),
+        blank=int(torch.searchsorted(classes, BLANK)),
+        reduction="sum",
+        zero_infinity=True,
+    )
+
+
+def _class_logits(rows: Tensor, classes: Tensor, embeddings: Tensor, norms: Tensor) -> Tensor:
+    """(R, C) -> (R, classes + 1) in fp32: the classes' logits, and the rest of the vocabulary's as one."""
+    cosines = (F.normalize(rows, dim=1) @ embeddings.T).float() / norms
+    logits = SCALE * cosines
+    rest = logits.index_fill(1, classes, float("-inf")).logsumexp(dim=1, keepdim=True)
+    return torch.cat([logits[:, classes], rest], dim=1)

@@ -1,0 +1,142 @@
+"""The CTC loss against frozen embeddings: torch's over the whole vocabulary, paths counted by hand, and training."""
+
+import csv
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train import do, last
+from tiny import write_world
+
+from rwkv_speech import alignment
+from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum
+from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.system import Alignment, SpeechRWKV
+
+VOCABULARY, WIDTH = 40, 12
+LENGTHS = torch.tensor([9, 5, 7])
+TOKENS = [torch.tensor(t) for t in ([7, 7, 30], [2, 39], [5, 6, 7, 5])]
+
+
+def cosine_log_probs(heard, embeddings):
+    cosines = F.cosine_similarity(heard[..., None, :], embeddings, dim=-1)
+    return (SCALE * cosines).log_softmax(-1)
+
+
+@pytest.fixture
+def heard():
+    return torch.randn(3, 9, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def embeddings():
+    return torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("rows", [4, 256], ids=["in-pieces", "at-once"])
+def test_it_is_ctc_over_the_whole_vocabulary(heard, embeddings, rows, monkeypatch):
+    monkeypatch.setattr(alignment, "ROWS", rows)
+    ours, theirs = heard.clone().requires_grad_(), heard.double().requires_grad_()
+    loss = alignment_loss_sum(ours, LENGTHS, TOKENS, embeddings)
+    log_probs = cosine_log_probs(theirs, embeddings.double()).transpose(0, 1)
+    counts = torch.tensor([len(t) for t in TOKENS])
+    expected = F.ctc_loss(log_probs, torch.cat(TOKENS), LENGTHS, counts, blank=BLANK, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+    assert not ours.grad[1, 5:].any()
+
+
+def test_it_is_the_sum_over_all_paths(embeddings):
+    heard = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(3))
+    said = [7, 9]
+    log_probs = cosine_log_probs(heard.double(), embeddings.double())[0]
+    chance = 0.0
+    for path in itertools.product([BLANK, *said], repeat=4):
+        merged = [token for token, _ in itertools.groupby(path) if token != BLANK]
+        if merged == said:
+            chance += log_probs[range(4), path].sum().exp()
+    loss = alignment_loss_sum(heard, torch.tensor([4]), [torch.tensor(said)], embeddings)
+    torch.testing.assert_close(loss.double(), -chance.log(), rtol=1e-5, atol=0)
+
+
+def test_lengths_of_vectors_do_not_matter(heard, embeddings):
+    loss = alignment_loss_sum(heard, LENGTHS, TOKENS, embeddings)
+    scaled = alignment_loss_sum(3 * heard, LENGTHS, TOKENS, embeddings * torch.rand(VOCABULARY, 1).add(0.5))
+    torch.testing.assert_close(scaled, loss)
+
+
+def test_a_transcript_too_long_for_its_audio_counts_for_nothing(heard, embeddings):
+    heard.requires_grad_()
+    without = alignment_loss_sum(heard[:2], LENGTHS[:2], TOKENS[:2], embeddings)
+    loss = alignment_loss_sum(heard, LENGTHS, [*TOKENS[:2], torch.arange(8) + 3], embeddings)
+    torch.testing.assert_close(loss, without)
+    loss.backward()
+    assert heard.grad.isfinite().all()
+    assert not heard.grad[2].any()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+
+    return SimpleNamespace(flags=write_world(folder))
+
+
+def rows(project):
+    """What was measured at each step, as numbers."""
+    with (project / "metrics.csv").open() as file:
+        found = [
+            {name: value for name, value in row.items() if value and name != "run"} for row in csv.DictReader(file)
+        ]
+    return [{name: float(value) for name, value in row.items()} for row in found]
+
+
+def test_steps_alone_leave_the_language_model_out(world, tmp_path, monkeypatch):
+    calls = []
+    forward = RWKV6.forward
+    monkeypatch.setattr(RWKV6, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+    flags = ["--epoch_count=1", "--epoch_steps=6", "--ctc_align=0.5", "--downsample_k=2"]
+    do("train", world, tmp_path / "alone", *flags, "--ctc_align_steps=6")
+    assert not calls
+    found = rows(tmp_path / "alone")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert all("loss" not in row for row in found)
+    assert found[-1]["ctc_loss"] < found[0]["ctc_loss"]
+    assert not any(x.any() for name, x in last(tmp_path / "alone").items() if "time_state" in name)
+
+    do("train", world, tmp_path / "both", *flags, "--ctc_align_steps=4")
+    assert len(calls) == 2
+    found = rows(tmp_path / "both")
+    assert ["loss" in row for row in found] == [False] * 4 + [True] * 2
+    assert all("ctc_loss" in row for row in found)
+    assert all(x.any() for name, x in last(tmp_path / "both").items() if "time_state" in name)
+
+
+def test_its_weight_is_that_of_its_gradient(world):
+    flags = dict(flag.removeprefix("--").split("=") for flag in world.flags)
+    model = SpeechRWKV.from_pretrained(flags["load_model"], encoder=flags["encoder"], downsample_k=2, adapter_hidden=8)
+    waveforms = list(torch.randn(2, 16000, generator=torch.Generator().manual_seed(4)))
+    batch = SimpleNamespace(
+        audio=waveforms, texts=["ab", "cde"], ids=["0", "1"], seconds=2.0, tokens=7, step_tokens=7.0, epoch=0
+    )
+    Sized = type("Sized", (SimpleNamespace,), {"__len__": lambda self: len(self.audio)})
+    model.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(reduce=lambda x, reduce_op: x),
+        world_size=1,
+        accumulate_grad_batches=1,
+        global_step=0,
+    )
+
+    def gradient(weight, steps=0):
+        model.alignment = Alignment(weight=weight, alone_steps=steps)
+        (gradient,) = torch.autograd.grad(model.training_step(Sized(**vars(batch)), 0), model.adapter.layers[0].weight)
+        return gradient
+
+    text, ctc = gradient(0.0), gradient(1.0, steps=1)
+    assert text.any()
+    assert ctc.any()
+    torch.testing.assert_close(gradient(0.5), text + 0.5 * ctc)
