@@ -87,8 +87,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--measure", str(positions), str(int(checkpointing))]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | FREE_AT_ONCE)
             peaks.append(int(done.stdout))
-        slope, start = np.polyfit(args.positions, peaks, 1)
-        off = np.abs(np.polyval((slope, start), args.positions) / peaks - 1).max()
+        slope, start = np.polyfit(args.positions, peaks, 1).tolist()
+        off = np.abs(np.polyval((slope, start), args.positions) / peaks - 1).max().item()
         theory = bytes_per_position(checkpointing)
         line["checkpointing" if checkpointing else "without"] = {
             "peak_mib": [round(peak / 2**20) for peak in peaks],
