@@ -329,7 +329,7 @@ def test_a_block_keeps_what_the_estimate_of_memory_says():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(inputs)
     held = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
-    assert held / (inputs.nbytes * sizes.n_layer) == pytest.approx(BLOCK_VALUES, rel=0.25)
+    assert held / (inputs.nbytes * sizes.n_layer) == pytest.approx(BLOCK_VALUES, rel=0.1)
 
 
 def test_there_are_logits_at_transcript_positions_only(world):
