@@ -229,6 +229,25 @@ def test_spoilt_weights_cannot_be_skipped(tmp_path):
     assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"
 
 
+def test_weights_spoilt_under_a_finite_loss_are_not_saved(world, tmp_path, monkeypatch):
+    plain = SpeechRWKV.training_step
+
+    def training_step(self, batch, index):
+        loss = plain(self, batch, index)
+        if self.trainer.global_step == 2:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    monkeypatch.setattr(SpeechRWKV, "training_step", training_step)
+    with pytest.raises(UserError, match=r"weights after step 3 are not finite.*--adapter"):
+        train(world, tmp_path, "--epoch_count=1", "--save_steps=1")
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["rwkv-adapter-2.pth"]
+    assert all(x.isfinite().all() for x in mission(tmp_path, 2).values())
+    points = [torch.load(path, weights_only=False) for path in tmp_path.rglob("*.ckpt")]
+    assert points
+    assert all(x.isfinite().all() for point in points for x in point["state_dict"].values())
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 VALIDATE = ["--valid_steps=3", "--max_new_tokens=6", "--save_steps=0"]

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.errors import UserError
+from rwkv_speech.learning import Optimisation
 from rwkv_speech.mission import Mission
 from rwkv_speech.speech.audio import AudioError
-from rwkv_speech.system import Optimisation
 
 HASH = 36  # the token of "#"
 TEXTS = ["abcab", "j", "feed a cab", "de"]
@@ -259,12 +259,12 @@ def test_learning_rate_at_points_worked_by_hand():
     assert constant.factor(50, 1000) == pytest.approx(0.6)
     assert [constant.factor(step, 1000) for step in (100, 500, 1000)] == [1, 1, 1]
     falling = Optimisation(lr_init=1e-3, lr_final=1e-5, warmup_steps=100)
-    assert falling.factor(0, 1100) == pytest.approx(0.2)
-    assert falling.factor(100, 1100) == pytest.approx(1)
-    assert falling.factor(600, 1100) == pytest.approx(0.1), "halfway it is the geometric mean"
-    assert falling.factor(1100, 1100) == pytest.approx(0.01)
+    assert falling.factor(0, 1101) == pytest.approx(0.2)
+    assert falling.factor(100, 1101) == pytest.approx(1)
+    assert falling.factor(600, 1101) == pytest.approx(0.1), "halfway it is the geometric mean"
+    assert falling.factor(1100, 1101) == pytest.approx(0.01), "the last of 1101 steps"
     rising = Optimisation(lr_init=1e-4, lr_final=4e-4, warmup_steps=0)
-    assert [rising.factor(step, 100) for step in (0, 50, 100)] == pytest.approx([1, 2, 4])
+    assert [rising.factor(step, 101) for step in (0, 50, 100)] == pytest.approx([1, 2, 4])
 
 
 def test_the_state_has_its_own_learning_rate_and_only_matrices_decay(model, waveforms):

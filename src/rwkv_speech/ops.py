@@ -42,6 +42,7 @@ from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
+from rwkv_speech.learning import Alignment, Optimisation
 from rwkv_speech.mission import newest_mission
 from rwkv_speech.options import Options
 from rwkv_speech.rwkv6 import wkv
@@ -50,7 +51,7 @@ from rwkv_speech.speech.augment import NOISE_SNR_DB, SPEEDS, SpecAugment, Wavefo
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.perturb import ROBUSTNESS
-from rwkv_speech.system import Alignment, Optimisation, SpeechRWKV
+from rwkv_speech.system import SpeechRWKV
 from rwkv_speech.transcript import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")

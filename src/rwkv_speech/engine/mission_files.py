@@ -14,6 +14,7 @@ from torch import Tensor
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.deepspeed import gathered
 from rwkv_speech.engine.runs import Run
+from rwkv_speech.errors import UserError
 from rwkv_speech.mission import read_mission, write_mission
 
 
@@ -78,7 +79,11 @@ class MissionFiles(Callback):
         self.save(trainer, pl_module)
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **scores: float) -> None:
-        """Writes the file of this step, or adds scores to it; all processes call this together."""
+        """Writes the file of this step, or adds scores to it; all processes call this together.
+
+        Raises:
+            UserError: a weight is not finite; nothing has been written.
+        """
         step = trainer.global_step
         if step == self.saved_step and not scores:
             return
@@ -88,6 +93,9 @@ class MissionFiles(Callback):
         tensors = pl_module.trainable_state_dict()
         info = self.info | {"step": step, "epoch": trainer.current_epoch, "train_loss": round(self.loss, 6)} | scores
         with gathered(trainer, list(tensors.values())):
+            if not all(bool(x.isfinite().all()) for x in tensors.values()):
+                raise UserError(f"the weights after step {step} are not finite, and were not saved: start from the "
+                                "last mission file by --adapter, with a lower --lr_init")  # fmt: skip
             if trainer.is_global_zero:
                 self._write(str(step), tensors, info, scores.get("wer") if self.by_wer else self.loss)
 
