@@ -58,7 +58,7 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / 'it\'s a "check" out'
-        shutil.copytree(ROOT / "demo", self.root / "demo")
+        shutil.copytree(ROOT / "demo", self.root / "demo", ignore=shutil.ignore_patterns("tiny"))
         (self.root / "src/rwkv_speech").mkdir(parents=True)
         (self.root / "src/rwkv_speech/__init__.py").touch()
         (self.root / "train.py").write_text(RECORDER)

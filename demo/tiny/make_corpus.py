@@ -3,11 +3,12 @@
     python demo/tiny/make_corpus.py --text BOOKS --scratch FOLDER
 
 - `demo/tiny/corpus/{train,valid,test}.jsonl` with 16 kHz Ogg/Opus files: the sentences that `sentences.py` reserves.
-- `FOLDER/*.npy` with `FOLDER/*.json`: utterances of other sentences, a thousand to a pair of files. What is there
-  already is kept: an interrupted run goes on where it was.
+- `FOLDER/*.npy` with `FOLDER/*.json`: utterances of other sentences, a thousand to a pair of files, each sentence once
+  before any is said again. What is there already is kept: an interrupted run goes on where it was.
 
-Voice, speed, pitch and level of an utterance follow from its sentence alone. Needs flite 2.2 (Debian and Ubuntu:
-`apt install flite`) and `pip install hibari-tts soundfile soxr`, but none of the project's own packages.
+Voice, speed, pitch and level of an utterance follow from its sentence, and from how often it has been said. Needs
+flite 2.2 (Debian and Ubuntu: `apt install flite`) and `pip install hibari-tts soundfile soxr`, but none of the
+project's own packages.
 """
 
 import argparse
@@ -33,10 +34,10 @@ RATE = 16_000  # Hz
 CORPUS = Path(__file__).parent / "corpus"
 SEED = 1
 
-FLITE = ("slt", "rms", "awb", "kal16")
-HIBARI_PART = 0.4  # of the utterances; the rest is shared by flite's voices
-SPEED = (0.85, 1.15)
-PITCH = (0.92, 1.08)  # the formants move with it
+FLITE = ("rms", "awb")
+HIBARI_PART = 0.5  # of the utterances; the rest is shared by flite's voices
+SPEED = (0.9, 1.1)
+PITCH = (0.95, 1.05)  # the formants move with it
 PEAK = (0.2, 0.9)
 MARGIN = 0.08  # s of silence left before and behind the speech
 SILENCE = 0.01  # of the peak
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="folder of .txt books")
     parser.add_argument("--scratch", type=Path, help="folder for the pretraining utterances; none: the corpus alone")
-    parser.add_argument("--utterances", type=int, default=16_000, help="for pretraining (default: %(default)s)")
+    parser.add_argument("--utterances", type=int, default=24_000, help="for pretraining (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     sentences = read_sentences(options.text)
@@ -59,11 +60,14 @@ def main() -> None:
             write_split(split, pool.imap(partial(speak, opus=True), texts, chunksize=8), texts)
         if options.scratch:
             options.scratch.mkdir(parents=True, exist_ok=True)
-            for first in range(0, min(options.utterances, len(sentences.spoken)), CHUNK):
-                texts = sentences.spoken[first : first + CHUNK]
+            for first in range(0, options.utterances, CHUNK):
+                numbers = range(first, min(first + CHUNK, options.utterances))
+                turns = [divmod(number, len(sentences.spoken)) for number in numbers]
+                texts = [sentences.spoken[index] for _, index in turns]
                 target = options.scratch / f"{first:06d}"
                 if not target.with_suffix(".json").exists():
-                    write_chunk(target, [wave for wave, _ in pool.imap(speak, texts, chunksize=8)], texts)
+                    readings = pool.imap(speak_again, zip(texts, (take for take, _ in turns), strict=True), chunksize=8)
+                    write_chunk(target, [wave for wave, _ in readings], texts)
 
 
 def write_split(split: str, spoken: Iterable[tuple[bytes, str]], texts: list[str]) -> None:
@@ -91,9 +95,14 @@ def write_chunk(target: Path, waves: list[np.ndarray], texts: list[str]) -> None
     print(f"{target.name}: {len(texts)} utterances, {index['ends'][-1] / RATE / 60:.1f} min", flush=True)
 
 
-def speak(text: str, *, opus: bool = False) -> tuple[np.ndarray | bytes, str]:
-    """A sentence as int16 samples, or as an Ogg/Opus file; and the voice's name."""
-    draw = random.Random(f"{SEED} {text}")
+def speak_again(turn: tuple[str, int]) -> tuple[np.ndarray | bytes, str]:
+    text, take = turn
+    return speak(text, take=take)
+
+
+def speak(text: str, *, take: int = 0, opus: bool = False) -> tuple[np.ndarray | bytes, str]:
+    """A sentence as int16 samples, or as an Ogg/Opus file; and the voice's name. Each take is another reading."""
+    draw = random.Random(f"{SEED} {take} {text}")
     speed, pitch, peak = draw.uniform(*SPEED), draw.uniform(*PITCH), draw.uniform(*PEAK)
     voice = "heart" if draw.random() < HIBARI_PART else draw.choice(FLITE)
     text = re.sub(r"\bi\b", "I", text)

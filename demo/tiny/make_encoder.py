@@ -1,11 +1,11 @@
 """Pretrains the tiny speech encoder: a small WavLM that spells what it hears, by CTC, from made-up speech.
 
-    OMP_NUM_THREADS=1 python demo/tiny/make_encoder.py --scratch FOLDER --run RUN
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 demo/tiny/make_encoder.py --scratch FOLDER --work WORK
 
 `FOLDER` is what `make_corpus.py --scratch` wrote. The spelling head is dropped: the encoder's last layer is one linear
-step away from letters, which is what an adapter needs of it. `RUN` gets a log and a checkpoint every few minutes; the
-same command goes on from it after an interruption. The run takes as many minutes as `--minutes` says, wherever
-it runs, and the learning rate follows them.
+step away from letters, which is what an adapter needs of it. `WORK` gets a log and, every few hundred steps, a
+checkpoint; the same command goes on from it after an interruption. Processes share the work of a step: their number
+changes its batch.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import jiwer
 import numpy as np
 import soxr
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,14 +63,17 @@ PHASES = 4  # filters per band, a quarter of a turn apart: rectified, they add u
 MELS, MEL_WINDOW, MEL_FLOOR = 40, 400, 1e-3
 LISTENING = 0.03  # part of the run
 
-BATCH = 12.0  # s of audio
+BATCH = 12.0  # s of audio, in each process
 POOL = 256  # utterances that a batch of similar lengths is picked from
-SPEED = (0.93, 1.07)
-NOISE_PART, SNR_DB = 0.3, (15.0, 40.0)
+SPEED = (0.95, 1.05)
+NOISE_PART, SNR_DB = 0.2, (15.0, 40.0)
 
+STEPS = 15_000
 LEARNING_RATE, WARMUP = 1e-3, 0.03  # the peak; the part of the run on the way to it; from there in a line to zero
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
-REPORT = 180.0  # s between checkpoints
+REPORT = 1000  # steps between checkpoints
+
+ALONE = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # without torchrun
 
 log = logging.getLogger("make_encoder")
 
@@ -77,63 +81,75 @@ log = logging.getLogger("make_encoder")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="utterances, by make_corpus.py --scratch")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the log and the checkpoint")
-    parser.add_argument("--minutes", type=float, default=75.0, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the log and the checkpoint")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the whole run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "wavlm-tiny")
     options = parser.parse_args()
-    options.run.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.StreamHandler(), logging.FileHandler(options.run / "log.txt")]
+    options.work.mkdir(parents=True, exist_ok=True)
+    handlers = [logging.StreamHandler(), logging.FileHandler(options.work / "log.txt")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
-    train(options.scratch, options.run / "checkpoint.pt", options.minutes * 60, options.out)
+    dist.init_process_group("gloo", **({} if "RANK" in os.environ else ALONE))
+    train(options.scratch, options.work / "checkpoint.pt", options.steps, options.out)
 
 
-def train(scratch: Path, checkpoint: Path, budget: float, out: Path) -> None:
-    """As long as the budget (s) lasts; each report leaves a checkpoint and an encoder to use."""
+def train(scratch: Path, checkpoint: Path, steps: int, out: Path) -> None:
+    """Each report leaves a checkpoint and an encoder to use."""
     torch.manual_seed(SEED)
     model, extractor = build()
     optimiser = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    step, spent = 0, 0.0  # s
+    step = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
-        step, spent = saved["step"], saved["spent"]
-        log.info("goes on after step %d, minute %.1f", step, spent / 60)
+        step = saved["step"]
+        log.info("goes on after step %d", step)
     validation = read_manifest(HERE / "corpus" / "valid.jsonl")
-    while spent < budget:
-        speech = Speech(scratch)  # what has been synthesised by now
+    speech = Speech(scratch)
+    while step < steps:
         began, first, audio, losses = time.monotonic(), step, 0, []
-        until = min(REPORT, budget - spent)
-        while (passed := time.monotonic() - began) < until:
-            progress = (spent + passed) / budget
+        for step in range(first + 1, min(first + REPORT, steps) + 1):
+            progress = step / steps
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * schedule(progress)
-            waveforms, texts = speech.batch(step)
+            waveforms, texts = speech.batch(step * dist.get_world_size() + dist.get_rank())
             optimiser.zero_grad()
             spelling, listening = losses_of(model, extractor, waveforms, texts, spell=progress > LISTENING)
             (spelling + (1 - progress) * listening).backward()
+            average_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimiser.step()
             losses.append((spelling.item(), listening.item()))
-            audio += sum(map(len, waveforms))
-            step += 1
+            audio += sum(map(len, waveforms)) * dist.get_world_size()
+        if dist.get_rank():
+            continue
         passed = time.monotonic() - began
-        spent += passed
         heard = transcribe(model, extractor, [waveform for waveform, _ in validation])
         written = [text for _, text in validation]
         log.info(
-            "minute %.1f step %d: losses %.3f %.3f, valid CER %.2f %% WER %.2f %%, %.0f ms a step, %.0f x real time",
-            *(spent / 60, step, *np.mean(losses, 0), 100 * jiwer.cer(written, heard), 100 * jiwer.wer(written, heard)),
+            "step %d: losses %.3f %.3f, valid CER %.2f %% WER %.2f %%, %.0f ms a step, %.0f x real time",
+            *(step, *np.mean(losses, 0), 100 * jiwer.cer(written, heard), 100 * jiwer.wer(written, heard)),
             *(1000 * passed / (step - first), audio / SAMPLE_RATE / passed),
         )
         log.info("  %r heard as %r", written[-1], heard[-1])
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent": spent}
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
         torch.save(state, temporary := checkpoint.with_suffix(".tmp"))
         os.replace(temporary, checkpoint)
         export(model, extractor, out)
-    encoder = SpeechEncoder.from_pretrained(str(out))
-    heard = [spell(model["spell"](encoder([torch.from_numpy(waveform)])[0])[0]) for waveform, _ in validation]
-    log.info("read back from %s: validation CER %.2f %%", out, 100 * jiwer.cer([text for _, text in validation], heard))
+    if dist.get_rank() == 0:
+        encoder = SpeechEncoder.from_pretrained(str(out))
+        heard = [spell(model["spell"](encoder([torch.from_numpy(waveform)])[0])[0]) for waveform, _ in validation]
+        log.info("read back from %s: CER %.2f %%", out, 100 * jiwer.cer([text for _, text in validation], heard))
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Over the processes; a parameter without a gradient counts as zero."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(total)
+    parts = (total / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def build() -> tuple[nn.Module, Any]:
@@ -141,6 +157,7 @@ def build() -> tuple[nn.Module, Any]:
     transformers = import_transformers()
     config = transformers.WavLMConfig(**SIZES, **REGULAR)
     wavlm = transformers.WavLMModel(config)
+    wavlm.feature_extractor._requires_grad = False  # else the samples get a gradient, a quarter of the time; weights do
     filters = wavlm.feature_extractor.conv_layers[0].conv.weight
     filters.data = band_passes(filters.shape[0] // PHASES, filters.shape[2])
     mel = nn.Sequential(nn.LayerNorm(config.conv_dim[-1]), nn.Linear(config.conv_dim[-1], MELS))

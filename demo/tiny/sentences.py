@@ -14,7 +14,11 @@ from pathlib import Path
 WORDS = range(3, 9)
 CHARACTERS = 44
 COMMON = 20
-"""A word of a spoken sentence occurs so many times in the books: names and archaisms are hard to synthesise."""
+"""A word of a short sentence occurs so many times in the books: names and archaisms are hard to synthesise."""
+RESERVED = 1560
+"""Short sentences that the language model never sees; what is held out comes from them."""
+VOCABULARY = 500
+"""Spoken sentences have only so many words, the most frequent ones: what a tiny encoder can learn to spell in hours."""
 TEST, VALIDATION, TRAIN = 100, 60, 1400
 SEED = 1
 
@@ -26,11 +30,11 @@ class Sentences:
     test: list[str]
     validation: list[str]
     train: list[str]
-    """For the adapter and the initial state."""
+    """For the adapter and the initial state: `TRAIN`, less a few that contain one of the first two lists."""
     spoken: list[str]
-    """Short, for pretraining the speech encoder; the language model sees them as text."""
+    """For pretraining the speech encoder; none contains one of the first three lists."""
     text: list[str]
-    """All sentences of the books in their order, of any length; none contains one of the first three lists."""
+    """For the language model: all sentences of the books in their order, of any length, but for the reserved ones."""
 
 
 def read_sentences(folder: str | Path) -> Sentences:
@@ -51,16 +55,23 @@ def read_sentences(folder: str | Path) -> Sentences:
             and all(frequency[word] >= COMMON for word in words)
         }
     )
-    if len(short) < 2 * (TEST + VALIDATION + TRAIN):
-        raise SystemExit(f"{folder}: {len(files)} .txt files with {len(short)} short sentences; expected some books")
     random.Random(SEED).shuffle(short)
-    reserved, spoken = short[: TEST + VALIDATION + TRAIN], short[TEST + VALIDATION + TRAIN :]
+    vocabulary = {word for word, _ in frequency.most_common(VOCABULARY)}
+    reserved, others = (
+        [sentence for sentence in part if vocabulary.issuperset(sentence.split())]
+        for part in (short[:RESERVED], short[RESERVED:])
+    )
+    if len(reserved) < TEST + VALIDATION or len(others) < 2 * TRAIN:
+        raise SystemExit(f"{folder}: {len(files)} .txt files with {len(others)} easy sentences; expected some books")
+    speech = [*reserved, *others]
+    held_out = speech[: TEST + VALIDATION]
+    corpus, spoken = speech[: TEST + VALIDATION + TRAIN], speech[TEST + VALIDATION + TRAIN :]
     return Sentences(
-        test=reserved[:TEST],
-        validation=reserved[TEST : TEST + VALIDATION],
-        train=reserved[TEST + VALIDATION :],
-        spoken=list(without(spoken, reserved)),
-        text=list(without(text, reserved)),
+        test=held_out[:TEST],
+        validation=held_out[TEST:],
+        train=list(without(corpus[len(held_out) :], held_out)),
+        spoken=list(without(spoken, corpus)),
+        text=list(without(text, short[:RESERVED])),
     )
 
 

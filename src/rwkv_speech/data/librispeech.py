@@ -36,8 +36,9 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".oga", ".mp3", ".m4a", ".aa
 
 
 def has_layout(folder: Path) -> bool:
-    """Whether there is a LibriSpeech transcript file anywhere below the folder."""
-    return next(folder.rglob("*.trans.txt"), None) is not None
+    """Whether there is a LibriSpeech transcript file below the folder, be it reached through links."""
+    depths = range(5)  # from a chapter to what holds LibriSpeech/split/speaker/chapter
+    return any(next(folder.glob("*/" * depth + "*.trans.txt"), None) for depth in depths)
 
 
 def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadAudio | None = None) -> list[Utterance]:

@@ -1,0 +1,48 @@
+#!/bin/sh
+# The whole idea within minutes, on a CPU and without a download: trains an adapter and an initial state beside a tiny
+# frozen speech encoder and a tiny frozen RWKV-6 (demo/tiny), evaluates them on sentences never heard, and transcribes.
+#
+#   sh demo/demo-quickstart.sh
+#   file_path=my.wav sh demo/demo-quickstart.sh
+#
+# The speech is synthetic: demo/tiny/README.md. Settings of demo-state-tuning.sh can be given here as there.
+
+file_path="${file_path:-}"                   # a recording of yours to transcribe as well
+proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/quickstart/ of this project
+
+export random_seed="${random_seed:-42}"      # of the adapter's first weights and of the data's order
+export downsample_k="${downsample_k:-2}" adapter_hidden="${adapter_hidden:-1024}"
+export micro_bsz="${micro_bsz:-16}" epoch_count="${epoch_count:-10}" warmup_steps="${warmup_steps:-20}"
+export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-2e-4}" state_lr_scale="${state_lr_scale:-5}"
+export ctc_align="${ctc_align:-0.2}" ctc_align_steps="${ctc_align_steps:-250}" valid_steps="${valid_steps:-200}"
+export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" accelerator="${accelerator:-cpu}"
+
+# --- nothing to edit below ---
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
+corpus=$root/demo/tiny/corpus
+proj_dir=${proj_dir:-$root/output/quickstart}
+export load_model="$root/demo/tiny/rwkv6-tiny.pth" encoder="$root/demo/tiny/wavlm-tiny"
+python=$(sh "$root/demo/setup.sh")
+began=$(date +%s)
+
+say() { printf '\n== %s\n' "$*" >&2; }
+quickstart() { "$python" "$root/demo/quickstart.py" --load_model "$load_model" --encoder "$encoder" "$@"; }
+evaluate() { OP=eval proj_dir="$1" eval_split="$corpus/test.jsonl" sh "$root/demo/demo-state-tuning.sh"; }
+
+say "Before training: adapter and initial state as they are made"
+quickstart --folder "$proj_dir/untrained" untrained \
+    --downsample_k "$downsample_k" --adapter_hidden "$adapter_hidden" --random_seed "$random_seed"
+evaluate "$proj_dir/untrained"
+
+say "Training the adapter and the initial state; language model and speech encoder stay as they are"
+OP=train proj_dir="$proj_dir" train_split="$corpus/train.jsonl" valid_split="$corpus/valid.jsonl" \
+    cache_features="$proj_dir/features" sh "$root/demo/demo-state-tuning.sh"
+
+say "After training: the same sentences"
+evaluate "$proj_dir"
+
+say "Transcripts: a sentence of the test${file_path:+, and your file}"
+proj_dir="$proj_dir" sh "$root/demo/demo-predict.sh" "$corpus/test/0000.ogg" ${file_path:+"$file_path"}
+
+quickstart --folder "$proj_dir" table --seconds "$(($(date +%s) - began))"

@@ -1,0 +1,143 @@
+"""What else the frozen frames give: a CTC probe trained on them and, of Whisper, its own decoder.
+
+Writes hypotheses in the form of an evaluation's; what is there already isn't computed again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rwkv_speech.data.sources import load_split
+from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.scoring import Hypothesis, RecordWriter
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.features import FeatureCache
+from rwkv_speech.speech.huggingface import import_transformers
+
+ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # the first is CTC's blank
+EPOCHS, BATCH, LEARNING_RATE, SEED = 30, 16, 2e-3, 1
+WHISPER_BATCH = 8
+
+
+def train_probe(frames: Sequence[Tensor], texts: Sequence[str]) -> nn.Module:
+    """Layer norm and one matrix from frames (F, width) to letters, trained by CTC."""
+    torch.manual_seed(SEED)
+    width = frames[0].shape[1]
+    probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ALPHABET)))
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE)
+    steps = EPOCHS * -(-len(frames) // BATCH)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    targets = [torch.tensor([ALPHABET.index(c) for c in text if c in ALPHABET[1:]]) for text in texts]
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(frames)).split(BATCH):
+            heard = [frames[i].float() for i in chosen]
+            log_probs = probe(pad_sequence(heard, True)).log_softmax(-1).transpose(0, 1)
+            said = [targets[i] for i in chosen]
+            lengths = [torch.tensor([len(x) for x in some]) for some in (heard, said)]
+            loss = F.ctc_loss(log_probs, torch.cat(said), *lengths, zero_infinity=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return probe
+
+
+@torch.no_grad()
+def spell(probe: nn.Module, frames: Tensor) -> str:
+    """The most likely letter of each frame, repetitions merged, blanks dropped."""
+    best = probe(frames.float()).argmax(dim=1).tolist()
+    return " ".join("".join(ALPHABET[i] for i, _ in groupby(best) if i).split())
+
+
+@torch.no_grad()
+def whisper_texts(name: str, utterances: Sequence[Utterance]) -> list[str]:
+    """What Whisper's own decoder writes, greedily."""
+    transformers = import_transformers()
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32).eval()
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(name)
+    decode = _whisper_vocabulary(name)
+    texts = []
+    for at in range(0, len(utterances), WHISPER_BATCH):
+        waveforms = [utterance.waveform().numpy() for utterance in utterances[at : at + WHISPER_BATCH]]
+        features = extractor(waveforms, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        tokens = model.generate(features, do_sample=False, max_new_tokens=200)
+        texts += [decode(row) for row in tokens.tolist()]
+    return texts
+
+
+def _whisper_vocabulary(name: str):
+    """Tokens -> text, by the checkpoint's own files or, where it has none, by the package openai-whisper."""
+    try:
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(name)
+        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    except (OSError, ValueError, TypeError):
+        from whisper.tokenizer import get_tokenizer
+
+        tokenizer = get_tokenizer(multilingual=False)
+        return lambda tokens: tokenizer.decode([token for token in tokens if token < tokenizer.eot])
+
+
+def write(path: Path, utterances: Sequence[Utterance], texts: Sequence[str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    with RecordWriter(temporary) as writer:
+        for utterance, text in zip(utterances, texts, strict=True):
+            record = Hypothesis(
+                id=utterance.id,
+                reference=utterance.text,
+                hypothesis=text.strip(),
+                seconds=utterance.seconds(),
+                speaker=utterance.speaker,
+            )
+            writer.write(record)
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--train", required=True, help="what the probe learns from")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--cache", required=True, help="folder of cached frames")
+    parser.add_argument("--probe", type=Path, required=True, help="file of the trained probe")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the hypotheses")
+    args = parser.parse_args()
+    cache = FeatureCache(args.cache, storage="fp16")
+    cache.encoder(args.encoder)
+    test = _load(args.test)
+
+    if not (args.out / "ctc-probe.jsonl").exists():
+        if args.probe.exists():
+            width = cache.encoder(args.encoder).width
+            probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ALPHABET)))
+            probe.load_state_dict(torch.load(args.probe, weights_only=True))
+        else:
+            train = load_split(args.train)
+            cache.fill(train)
+            probe = train_probe([cache.read(u)[0] for u in train], [u.text.lower() for u in train])
+            torch.save(probe.state_dict(), temporary := args.probe.with_suffix(".tmp"))
+            temporary.replace(args.probe)
+        cache.fill(test)
+        write(args.out / "ctc-probe.jsonl", test, [spell(probe, cache.read(u)[0]) for u in test])
+    config = import_transformers().AutoConfig.from_pretrained(args.encoder)
+    if config.model_type == "whisper" and not (args.out / "whisper-decoder.jsonl").exists():
+        write(args.out / "whisper-decoder.jsonl", test, whisper_texts(args.encoder, test))
+
+
+def _load(split: str) -> list[Utterance]:
+    return load_split(None, data_dir=split) if Path(split).is_dir() else load_split(split)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

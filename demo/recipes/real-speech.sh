@@ -1,0 +1,63 @@
+#!/bin/sh
+# A small amount of recorded speech and a pretrained encoder: ours beside what others get from the same frozen frames.
+#
+#   data_dir=/data/corpus encoder=/data/whisper-tiny.en sh demo/recipes/real-speech.sh
+#   eval_dir=/data/other data_dir=... encoder=... sh demo/recipes/real-speech.sh      # and a folder never seen
+#
+# Sets speakers of data_dir aside, trains adapter and state on the others, and prints one table for the speakers set
+# aside: ours, a CTC probe on the same frames and, where the encoder is Whisper's, Whisper's own decoder. Interrupted,
+# the same command goes on. All else that training can do is a variable of demo-state-tuning.sh, here as there.
+
+data_dir="${data_dir:-}"                     # a folder in LibriSpeech's layout: what to train on
+eval_dir="${eval_dir:-}"                     # another, to be evaluated as a whole; empty: none
+encoder="${encoder:-openai/whisper-tiny.en}" # Hugging Face name or folder
+load_model="${load_model:-}"                 # RWKV-6 weights; empty: demo/tiny/rwkv6-tiny.pth
+proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/real-speech/ of this project
+held_out="${held_out:-0.2}"                  # part of the speakers that is set aside
+more_data="${more_data:-}"                   # manifests to train on besides, joined by +; empty: the quick-start's
+
+# --- nothing to edit below ---
+set -eu
+fail() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 2
+}
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd -P)
+recipes=$root/demo/recipes
+[ -n "$data_dir" ] || fail "data_dir is not set: name a folder in LibriSpeech's layout, data_dir=FOLDER sh $0"
+proj_dir=${proj_dir:-$root/output/real-speech}
+more_data=${more_data:-$root/demo/tiny/corpus/train.jsonl}
+load_model=${load_model:-$root/demo/tiny/rwkv6-tiny.pth}
+python=$(sh "$root/demo/setup.sh")
+export load_model encoder proj_dir
+
+# Defaults of this recipe; each can be given in the environment.
+export downsample_k="${downsample_k:-2}" adapter_hidden="${adapter_hidden:-1024}" micro_bsz="${micro_bsz:-16}"
+export ctc_align="${ctc_align:-0.3}" ctc_align_steps="${ctc_align_steps:-600}" spec_augment="${spec_augment:-1}"
+export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-1e-4}" state_lr_scale="${state_lr_scale:-5}"
+export weight_decay="${weight_decay:-0.01}" epoch_count="${epoch_count:-20}" num_workers="${num_workers:-0}"
+export average="${average:-4}" eval_bsz="${eval_bsz:-24}" beam="${beam:-8}" resume="${resume:-1}"
+export random_seed="${random_seed:-42}"
+
+"$python" "$recipes/split_speakers.py" --data_dir "$data_dir" --out "$proj_dir/data" --held_out "$held_out"
+train=$proj_dir/data/train.jsonl+$more_data
+features=$proj_dir/features
+
+settings="$data_dir $more_data $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align $ctc_align_steps \
+$spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_count $average $random_seed"
+if [ ! -e "$proj_dir/trained" ]; then
+    OP=train train_split="$train" cache_features="$features" sh "$root/demo/demo-state-tuning.sh"
+    printf '%s\n' "$settings" >"$proj_dir/trained"
+elif [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
+    fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
+fi
+
+compare() { # heading, split, name of the split's records
+    OP=eval eval_split="$2" sh "$root/demo/demo-state-tuning.sh"
+    "$python" "$recipes/baselines.py" --encoder "$encoder" --train "$train" --test "$2" --cache "$features" \
+        --probe "$proj_dir/probe.pth" --out "$proj_dir/baselines/$3"
+    "$python" "$recipes/compare.py" --name "$1" --train "$proj_dir/data/train.jsonl" \
+        "ours=$proj_dir/eval/$3.jsonl" "$proj_dir/baselines/$3"
+}
+compare "speakers set aside" "$proj_dir/data/valid.jsonl" valid
+[ -z "$eval_dir" ] || compare "$eval_dir" "$eval_dir/" "$(basename -- "$eval_dir")"
