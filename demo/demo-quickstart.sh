@@ -11,10 +11,10 @@ file_path="${file_path:-}"                   # a recording of yours to transcrib
 proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/quickstart/ of this project
 
 export random_seed="${random_seed:-42}"      # of the adapter's first weights and of the data's order
-export downsample_k="${downsample_k:-2}" adapter_hidden="${adapter_hidden:-1024}"
-export micro_bsz="${micro_bsz:-16}" epoch_count="${epoch_count:-10}" warmup_steps="${warmup_steps:-20}"
+export downsample_k="${downsample_k:-1}" adapter_hidden="${adapter_hidden:-1024}"
+export micro_bsz="${micro_bsz:-16}" epoch_count="${epoch_count:-6}" warmup_steps="${warmup_steps:-20}"
 export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-2e-4}" state_lr_scale="${state_lr_scale:-5}"
-export ctc_align="${ctc_align:-0.2}" ctc_align_steps="${ctc_align_steps:-250}" valid_steps="${valid_steps:-200}"
+export ctc_align="${ctc_align:-0.2}" ctc_align_steps="${ctc_align_steps:-150}" valid_steps="${valid_steps:-200}"
 export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" accelerator="${accelerator:-cpu}"
 
 # --- nothing to edit below ---

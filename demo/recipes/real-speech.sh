@@ -14,7 +14,7 @@ encoder="${encoder:-openai/whisper-tiny.en}" # Hugging Face name or folder
 load_model="${load_model:-}"                 # RWKV-6 weights; empty: demo/tiny/rwkv6-tiny.pth
 proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/real-speech/ of this project
 held_out="${held_out:-0.2}"                  # part of the speakers that is set aside
-more_data="${more_data:-}"                   # manifests to train on besides, joined by +; empty: the quick-start's
+more_data="${more_data:-}"                   # manifests to train on besides, joined by +; empty: none
 
 # --- nothing to edit below ---
 set -eu
@@ -26,21 +26,20 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd -P)
 recipes=$root/demo/recipes
 [ -n "$data_dir" ] || fail "data_dir is not set: name a folder in LibriSpeech's layout, data_dir=FOLDER sh $0"
 proj_dir=${proj_dir:-$root/output/real-speech}
-more_data=${more_data:-$root/demo/tiny/corpus/train.jsonl}
 load_model=${load_model:-$root/demo/tiny/rwkv6-tiny.pth}
 python=$(sh "$root/demo/setup.sh")
 export load_model encoder proj_dir
 
 # Defaults of this recipe; each can be given in the environment.
-export downsample_k="${downsample_k:-2}" adapter_hidden="${adapter_hidden:-1024}" micro_bsz="${micro_bsz:-16}"
-export ctc_align="${ctc_align:-0.3}" ctc_align_steps="${ctc_align_steps:-600}" spec_augment="${spec_augment:-1}"
+export downsample_k="${downsample_k:-3}" adapter_hidden="${adapter_hidden:-1024}" micro_bsz="${micro_bsz:-16}"
+export ctc_align="${ctc_align:-0.3}" ctc_align_steps="${ctc_align_steps:-400}" spec_augment="${spec_augment:-1}"
 export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-1e-4}" state_lr_scale="${state_lr_scale:-5}"
 export weight_decay="${weight_decay:-0.01}" epoch_count="${epoch_count:-20}" num_workers="${num_workers:-0}"
 export average="${average:-4}" eval_bsz="${eval_bsz:-24}" beam="${beam:-8}" resume="${resume:-1}"
 export random_seed="${random_seed:-42}"
 
 "$python" "$recipes/split_speakers.py" --data_dir "$data_dir" --out "$proj_dir/data" --held_out "$held_out"
-train=$proj_dir/data/train.jsonl+$more_data
+train=$proj_dir/data/train.jsonl${more_data:++$more_data}
 features=$proj_dir/features
 
 settings="$data_dir $more_data $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align $ctc_align_steps \

@@ -1,0 +1,27 @@
+"""The quick-start as it is: error rates on held-out sentences, with a trained state and with a state left at zero.
+
+python -m pytest tests/slow/test_quickstart.py          (about 20 minutes; last result: LASTRESULT)
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (1, 2, 3)
+
+
+@pytest.mark.parametrize("state_lr_scale", ["5", "0"])
+def test_held_out_sentences(state_lr_scale, tmp_path):
+    rates = []
+    for seed in SEEDS:
+        folder = tmp_path / f"{seed}"
+        settings = {"proj_dir": str(folder), "random_seed": f"{seed}", "state_lr_scale": state_lr_scale}
+        subprocess.run(["sh", str(ROOT / "demo/demo-quickstart.sh")], env=os.environ | settings, check=True)
+        summary = json.loads((folder / "eval/summary.json").read_text())
+        rates.append(summary["splits"]["test"]["raw"]["wer"])
+    print(f"state_lr_scale {state_lr_scale}: {rates}")
+    assert sum(rates) / len(rates) <= 0.10
