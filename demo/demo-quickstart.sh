@@ -15,7 +15,7 @@ export downsample_k="${downsample_k:-1}" adapter_hidden="${adapter_hidden:-1024}
 export micro_bsz="${micro_bsz:-16}" epoch_count="${epoch_count:-6}" warmup_steps="${warmup_steps:-20}"
 export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-2e-4}" state_lr_scale="${state_lr_scale:-5}"
 export ctc_align="${ctc_align:-0.2}" ctc_align_steps="${ctc_align_steps:-150}" valid_steps="${valid_steps:-200}"
-export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" accelerator="${accelerator:-cpu}"
+export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" beam="${beam:-4}" accelerator="${accelerator:-cpu}"
 
 # --- nothing to edit below ---
 set -eu
@@ -28,7 +28,7 @@ began=$(date +%s)
 
 say() { printf '\n== %s\n' "$*" >&2; }
 quickstart() { "$python" "$root/demo/quickstart.py" --load_model "$load_model" --encoder "$encoder" "$@"; }
-evaluate() { OP=eval proj_dir="$1" eval_split="$corpus/test.jsonl" sh "$root/demo/demo-state-tuning.sh"; }
+evaluate() { OP=eval proj_dir="$1" eval_split="$corpus/test.jsonl" sh "$root/demo/demo-state-tuning.sh" >&2; }
 
 say "Before training: adapter and initial state as they are made"
 quickstart --folder "$proj_dir/untrained" untrained \
@@ -37,7 +37,7 @@ evaluate "$proj_dir/untrained"
 
 say "Training the adapter and the initial state; language model and speech encoder stay as they are"
 OP=train proj_dir="$proj_dir" train_split="$corpus/train.jsonl" valid_split="$corpus/valid.jsonl" \
-    cache_features="$proj_dir/features" sh "$root/demo/demo-state-tuning.sh"
+    cache_features="$proj_dir/features" sh "$root/demo/demo-state-tuning.sh" >&2
 
 say "After training: the same sentences"
 evaluate "$proj_dir"

@@ -1,48 +1,56 @@
-"""What else the frozen frames give: a CTC probe trained on them and, of Whisper, its own decoder.
+"""What else the frozen frames give: an adapter that spells by itself (CTC) and, of Whisper, its own decoder.
 
 Writes hypotheses in the form of an evaluation's; what is there already isn't computed again.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring import Hypothesis, RecordWriter
+from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.huggingface import import_transformers
 
 ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # the first is CTC's blank
 EPOCHS, BATCH, LEARNING_RATE, SEED = 30, 16, 2e-3, 1
+K, HIDDEN = 2, 1024
 WHISPER_BATCH = 8
+WHISPER_WORDS = 50_000  # tokens of text in every vocabulary of Whisper
 
 
-def train_probe(frames: Sequence[Tensor], texts: Sequence[str]) -> nn.Module:
-    """Layer norm and one matrix from frames (F, width) to letters, trained by CTC."""
+def new_probe(width: int) -> Adapter:
+    return Adapter(width, len(ALPHABET), downsample_k=K, hidden=HIDDEN)
+
+
+def train_probe(frames: Sequence[Tensor], texts: Sequence[str]) -> Adapter:
+    """An adapter from frames (F, width) to letters in place of embeddings, trained by CTC."""
     torch.manual_seed(SEED)
-    width = frames[0].shape[1]
-    probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ALPHABET)))
+    probe = new_probe(frames[0].shape[1])
     optimizer = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE)
     steps = EPOCHS * -(-len(frames) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     targets = [torch.tensor([ALPHABET.index(c) for c in text if c in ALPHABET[1:]]) for text in texts]
     for _ in range(EPOCHS):
         for chosen in torch.randperm(len(frames)).split(BATCH):
-            heard = [frames[i].float() for i in chosen]
-            log_probs = probe(pad_sequence(heard, True)).log_softmax(-1).transpose(0, 1)
+            heard = pad_sequence([frames[i].float() for i in chosen], True)
             said = [targets[i] for i in chosen]
-            lengths = [torch.tensor([len(x) for x in some]) for some in (heard, said)]
-            loss = F.ctc_loss(log_probs, torch.cat(said), *lengths, zero_infinity=True)
+            logits, lengths = probe(heard, torch.tensor([len(frames[i]) for i in chosen]))
+            log_probs = logits.log_softmax(-1).transpose(0, 1)
+            letters = torch.tensor([len(text) for text in said])
+            loss = F.ctc_loss(log_probs, torch.cat(said), lengths, letters, zero_infinity=True)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -51,9 +59,10 @@ def train_probe(frames: Sequence[Tensor], texts: Sequence[str]) -> nn.Module:
 
 
 @torch.no_grad()
-def spell(probe: nn.Module, frames: Tensor) -> str:
-    """The most likely letter of each frame, repetitions merged, blanks dropped."""
-    best = probe(frames.float()).argmax(dim=1).tolist()
+def spell(probe: Adapter, frames: Tensor) -> str:
+    """The most likely letter of each position, repetitions merged, blanks dropped."""
+    logits, _ = probe(frames.float()[None], torch.tensor([len(frames)]))
+    best = logits[0].argmax(dim=1).tolist()
     return " ".join("".join(ALPHABET[i] for i, _ in groupby(best) if i).split())
 
 
@@ -73,16 +82,20 @@ def whisper_texts(name: str, utterances: Sequence[Utterance]) -> list[str]:
     return texts
 
 
-def _whisper_vocabulary(name: str):
+def _whisper_vocabulary(name: str) -> Callable[[list[int]], str]:
     """Tokens -> text, by the checkpoint's own files or, where it has none, by the package openai-whisper."""
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(name)
-        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+        if len(tokenizer) > WHISPER_WORDS:  # without files there may still be a tokenizer, of special tokens only
+            return partial(tokenizer.decode, skip_special_tokens=True)
     except (OSError, ValueError, TypeError):
+        pass
+    try:
         from whisper.tokenizer import get_tokenizer
-
-        tokenizer = get_tokenizer(multilingual=False)
-        return lambda tokens: tokenizer.decode([token for token in tokens if token < tokenizer.eot])
+    except ImportError as error:
+        raise UserError(f"{name} has no tokenizer's files; pip install openai-whisper has one for English") from error
+    english = get_tokenizer(multilingual=False)
+    return lambda tokens: english.decode([token for token in tokens if token < english.eot])
 
 
 def write(path: Path, utterances: Sequence[Utterance], texts: Sequence[str]) -> None:
@@ -116,8 +129,7 @@ def main() -> None:
 
     if not (args.out / "ctc-probe.jsonl").exists():
         if args.probe.exists():
-            width = cache.encoder(args.encoder).width
-            probe = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ALPHABET)))
+            probe = new_probe(cache.encoder(args.encoder).width)
             probe.load_state_dict(torch.load(args.probe, weights_only=True))
         else:
             train = load_split(args.train)
