@@ -14,21 +14,25 @@ export random_seed="${random_seed:-42}"      # of the adapter's first weights an
 export downsample_k="${downsample_k:-1}" adapter_hidden="${adapter_hidden:-1024}"
 export micro_bsz="${micro_bsz:-16}" epoch_count="${epoch_count:-6}" warmup_steps="${warmup_steps:-20}"
 export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-2e-4}" state_lr_scale="${state_lr_scale:-5}"
-export ctc_align="${ctc_align:-0.2}" ctc_align_steps="${ctc_align_steps:-150}" valid_steps="${valid_steps:-200}"
+export ctc_align="${ctc_align:-0.2}" ctc_align_steps="${ctc_align_steps:-150}" valid_steps="${valid_steps:-100}"
 export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" beam="${beam:-4}" accelerator="${accelerator:-cpu}"
 
 # --- nothing to edit below ---
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
-corpus=$root/demo/tiny/corpus
+corpus=demo/tiny/corpus
 proj_dir=${proj_dir:-$root/output/quickstart}
+case "$proj_dir" in
+/*) ;;
+*) proj_dir=$PWD/$proj_dir ;;
+esac
 export load_model="$root/demo/tiny/rwkv6-tiny.pth" encoder="$root/demo/tiny/wavlm-tiny"
 python=$(sh "$root/demo/setup.sh")
 began=$(date +%s)
 
 say() { printf '\n== %s\n' "$*" >&2; }
 quickstart() { "$python" "$root/demo/quickstart.py" --load_model "$load_model" --encoder "$encoder" "$@"; }
-evaluate() { OP=eval proj_dir="$1" eval_split="$corpus/test.jsonl" sh "$root/demo/demo-state-tuning.sh" >&2; }
+evaluate() { (cd "$root" && OP=eval proj_dir="$1" eval_split="$corpus/test.jsonl" sh demo/demo-state-tuning.sh) >&2; }
 
 say "Before training: adapter and initial state as they are made"
 quickstart --folder "$proj_dir/untrained" untrained \
@@ -36,13 +40,13 @@ quickstart --folder "$proj_dir/untrained" untrained \
 evaluate "$proj_dir/untrained"
 
 say "Training the adapter and the initial state; language model and speech encoder stay as they are"
-OP=train proj_dir="$proj_dir" train_split="$corpus/train.jsonl" valid_split="$corpus/valid.jsonl" \
+OP=train proj_dir="$proj_dir" train_split="$root/$corpus/train.jsonl" valid_split="$root/$corpus/valid.jsonl" \
     cache_features="$proj_dir/features" sh "$root/demo/demo-state-tuning.sh" >&2
 
 say "After training: the same sentences"
 evaluate "$proj_dir"
 
 say "Transcripts: a sentence of the test${file_path:+, and your file}"
-proj_dir="$proj_dir" sh "$root/demo/demo-predict.sh" "$corpus/test/0000.ogg" ${file_path:+"$file_path"}
+proj_dir="$proj_dir" sh "$root/demo/demo-predict.sh" "$root/$corpus/test/0000.ogg" ${file_path:+"$file_path"}
 
 quickstart --folder "$proj_dir" table --seconds "$(($(date +%s) - began))"

@@ -31,8 +31,8 @@ def results(args: argparse.Namespace) -> Table:
     table.add_column("before training", justify="right")
     table.add_column("after", justify="right")
     rates = [word_error_rate(path / "eval" / "summary.json") for path in (folder / "untrained", folder)]
-    table.add_row("word error rate (95 % interval)", *rates)
-    table.add_row("trained: adapter, initial state", "", parameters(model.trainable_state_dict().values()))
+    table.add_row("WER (95 % interval)", *rates)
+    table.add_row("trained: adapter, state", "", parameters(model.trainable_state_dict().values()))
     for name, part in (("language model", model.language_model), ("speech encoder", model.speech_encoder)):
         table.add_row(f"frozen: {name}", "", parameters(p for p in part.parameters() if not p.requires_grad))
     table.add_row("all of it took", "", f"{args.seconds / 60:.1f} min")

@@ -397,6 +397,20 @@ def test_the_picture_shows_what_was_measured(tmp_path):
     assert different[:350, :550].any(), "the validation's loss beside that of training"
 
 
+def test_the_picture_is_drawn_after_the_last_validation(world, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("rwkv_speech.engine.metrics.draw", lambda rows: drawn.append(list(rows)) or b"")
+    train(
+        world,
+        tmp_path,
+        "--epoch_count=1",
+        *VALIDATE,
+        "--valid_steps=4",
+        f"--valid_split={world.folder / 'train.jsonl'}",
+    )
+    assert [row["step"] for row in drawn[-1] if "valid_wer" in row] == [4, 6]
+
+
 def test_hours():
     assert [hours(s) for s in (0, 59.6, 3599, 360_000)] == ["0:00:00", "0:01:00", "0:59:59", "100:00:00"]
 

@@ -89,6 +89,7 @@ def test_the_quickstart(tmp_path):
     table = done.stderr[done.stderr.rindex("Synthetic speech") :]
     summaries = [json.loads((tmp_path / x / "eval/summary.json").read_text()) for x in ("untrained", ".")]
     for summary in summaries:
-        assert f"{summary['splits']['test']['raw']['wer']:.1%}" in table
-    assert "trained: adapter, initial state" in table
+        (scores,) = summary["splits"].values()
+        assert f"{scores['raw']['wer']:.1%}" in table
+    assert "trained: adapter, state" in table
     assert "frozen: language model" in table

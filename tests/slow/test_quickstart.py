@@ -1,6 +1,6 @@
 """The quick-start as it is: error rates on held-out sentences, with a trained state and with a state left at zero.
 
-python -m pytest tests/slow/test_quickstart.py          (about 20 minutes; last result: LASTRESULT)
+python -m pytest tests/slow/test_quickstart.py          (25 minutes; last result: 6.4, 6.4, 5.3 % and 5.9, 7.2, 6.4 %)
 """
 
 import json
@@ -21,7 +21,7 @@ def test_held_out_sentences(state_lr_scale, tmp_path):
         folder = tmp_path / f"{seed}"
         settings = {"proj_dir": str(folder), "random_seed": f"{seed}", "state_lr_scale": state_lr_scale}
         subprocess.run(["sh", str(ROOT / "demo/demo-quickstart.sh")], env=os.environ | settings, check=True)
-        summary = json.loads((folder / "eval/summary.json").read_text())
-        rates.append(summary["splits"]["test"]["raw"]["wer"])
+        (scores,) = json.loads((folder / "eval/summary.json").read_text())["splits"].values()
+        rates.append(scores["raw"]["wer"])
     print(f"state_lr_scale {state_lr_scale}: {rates}")
     assert sum(rates) / len(rates) <= 0.10

@@ -128,8 +128,8 @@ class Metrics(Callback):
             self._reset()
             self.record(trainer, row)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # the validation at the end of training is over, too
             self._draw()
 
     def record(self, trainer: pl.Trainer, row: dict[str, float]) -> None:

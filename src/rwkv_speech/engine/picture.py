@@ -30,6 +30,8 @@ def draw(rows: Sequence[dict[str, float]]) -> bytes:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
         elif None not in curves.values():
             axes.legend()
+        if title == "loss" and axes.lines:
+            axes.set_yscale("log")
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("optimiser step")
         axes.grid(alpha=0.3)
