@@ -19,6 +19,7 @@ export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" beam="${beam:-
 
 # --- nothing to edit below ---
 set -eu
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a second thread helps models of this size little, and harms beside other work
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
 corpus=demo/tiny/corpus
 proj_dir=${proj_dir:-$root/output/quickstart}

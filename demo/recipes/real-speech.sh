@@ -31,11 +31,11 @@ python=$(sh "$root/demo/setup.sh")
 export load_model encoder proj_dir
 
 # Defaults of this recipe; each can be given in the environment.
-export downsample_k="${downsample_k:-3}" adapter_hidden="${adapter_hidden:-1024}" micro_bsz="${micro_bsz:-16}"
-export ctc_align="${ctc_align:-0.3}" ctc_align_steps="${ctc_align_steps:-400}" spec_augment="${spec_augment:-1}"
+export downsample_k="${downsample_k:-2}" adapter_hidden="${adapter_hidden:-1024}" micro_bsz="${micro_bsz:-16}"
+export ctc_align="${ctc_align:-0.5}" ctc_align_steps="${ctc_align_steps:-1700}" spec_augment="${spec_augment:-1}"
 export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-1e-4}" state_lr_scale="${state_lr_scale:-5}"
-export weight_decay="${weight_decay:-0.01}" epoch_count="${epoch_count:-20}" num_workers="${num_workers:-0}"
-export average="${average:-4}" eval_bsz="${eval_bsz:-24}" beam="${beam:-8}" resume="${resume:-1}"
+export weight_decay="${weight_decay:-0.01}" epoch_count="${epoch_count:-38}" num_workers="${num_workers:-0}"
+export average="${average:-4}" eval_bsz="${eval_bsz:-24}" beam="${beam:-8}"
 export random_seed="${random_seed:-42}"
 
 "$python" "$recipes/split_speakers.py" --data_dir "$data_dir" --out "$proj_dir/data" --held_out "$held_out"
@@ -45,14 +45,14 @@ features=$proj_dir/features
 settings="$data_dir $more_data $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align $ctc_align_steps \
 $spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_count $average $random_seed"
 if [ ! -e "$proj_dir/trained" ]; then
-    OP=train train_split="$train" cache_features="$features" sh "$root/demo/demo-state-tuning.sh"
+    OP=train data_dir='' train_split="$train" cache_features="$features" sh "$root/demo/demo-state-tuning.sh"
     printf '%s\n' "$settings" >"$proj_dir/trained"
 elif [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
     fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
 fi
 
 compare() { # heading, split, name of the split's records
-    OP=eval eval_split="$2" sh "$root/demo/demo-state-tuning.sh"
+    OP=eval data_dir='' eval_split="$2" sh "$root/demo/demo-state-tuning.sh"
     "$python" "$recipes/baselines.py" --encoder "$encoder" --train "$train" --test "$2" --cache "$features" \
         --probe "$proj_dir/probe.pth" --out "$proj_dir/baselines/$3"
     "$python" "$recipes/compare.py" --name "$1" --train "$proj_dir/data/train.jsonl" \
