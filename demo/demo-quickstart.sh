@@ -19,7 +19,8 @@ export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" beam="${beam:-
 
 # --- nothing to edit below ---
 set -eu
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a second thread helps models of this size little, and harms beside other work
+# A second thread helps models of this size little, and harms much where something else runs.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
 corpus=demo/tiny/corpus
 proj_dir=${proj_dir:-$root/output/quickstart}
@@ -27,7 +28,7 @@ case "$proj_dir" in
 /*) ;;
 *) proj_dir=$PWD/$proj_dir ;;
 esac
-export load_model="$root/demo/tiny/rwkv6-tiny.pth" encoder="$root/demo/tiny/wavlm-tiny"
+export load_model="$root/demo/tiny/rwkv6-tiny.pth" encoder="$root/demo/tiny/wavlm-tiny" data_dir=''
 python=$(sh "$root/demo/setup.sh")
 began=$(date +%s)
 

@@ -120,6 +120,9 @@ def test_the_recipe(world, librispeech, speakers, tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     assert len(cells(again.stdout[again.stdout.index("test-clean: WER") :], "ctc-probe")) == 3
     assert {path: path.stat().st_mtime_ns for path in trained} == trained, "nothing is trained twice"
-    other = run("real-speech.sh", **settings | {"lr_init": "1e-3"})
-    assert other.returncode == 2
-    assert "trained with other settings" in other.stderr.splitlines()[-1]
+    manifests = {path: path.read_bytes() for path in (tmp_path / "a project" / "data").iterdir()}
+    for change in ({"lr_init": "1e-3"}, {"held_out": "0.6"}):
+        other = run("real-speech.sh", **settings | change)
+        assert other.returncode == 2, change
+        assert "trained with other settings" in other.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in manifests} == manifests, "the speakers set aside are still the same"

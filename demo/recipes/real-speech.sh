@@ -38,17 +38,19 @@ export weight_decay="${weight_decay:-0.01}" epoch_count="${epoch_count:-38}" num
 export average="${average:-4}" eval_bsz="${eval_bsz:-24}" beam="${beam:-8}"
 export random_seed="${random_seed:-42}"
 
+# Speakers set aside must stay those that the training never saw, so a trained project keeps its settings.
+settings="$data_dir $held_out $more_data $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align $ctc_align_steps \
+$spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_count $average $random_seed"
+if [ -e "$proj_dir/trained" ] && [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
+    fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
+fi
+
 "$python" "$recipes/split_speakers.py" --data_dir "$data_dir" --out "$proj_dir/data" --held_out "$held_out"
 train=$proj_dir/data/train.jsonl${more_data:++$more_data}
 features=$proj_dir/features
-
-settings="$data_dir $more_data $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align $ctc_align_steps \
-$spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_count $average $random_seed"
 if [ ! -e "$proj_dir/trained" ]; then
     OP=train data_dir='' train_split="$train" cache_features="$features" sh "$root/demo/demo-state-tuning.sh"
     printf '%s\n' "$settings" >"$proj_dir/trained"
-elif [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
-    fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
 fi
 
 compare() { # heading, split, name of the split's records

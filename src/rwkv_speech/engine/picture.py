@@ -7,10 +7,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 PANELS = (
-    ("loss", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
-    ("learning rate", {"lr": "adapter", "state_lr": "initial state"}),
-    ("validation WER, %", {"valid_wer": None}),
-    ("seconds of audio per second", {"audio_s_per_s": None}),
+    ("loss", "log", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
+    ("learning rate", "linear", {"lr": "adapter", "state_lr": "initial state"}),
+    ("validation WER, %", "linear", {"valid_wer": None}),
+    ("seconds of audio per second", "linear", {"audio_s_per_s": None}),
 )
 
 
@@ -18,7 +18,7 @@ def draw(rows: Sequence[dict[str, float]]) -> bytes:
     """A PNG of the rows of `metrics.csv`: each has a step, and whichever columns were measured there."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no window, no global state
-    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (title, scaling, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for column, label in curves.items():
             points = [(row["step"], row[column]) for row in rows if column in row]
             if points:
@@ -28,10 +28,10 @@ def draw(rows: Sequence[dict[str, float]]) -> bytes:
                 axes.plot(steps, [value * scale for value in values], marker=marker, ms=3, lw=1, label=label)
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
-        elif None not in curves.values():
-            axes.legend()
-        if title == "loss" and axes.lines:
-            axes.set_yscale("log")
+        else:
+            axes.set_yscale(scaling)
+            if None not in curves.values():
+                axes.legend()
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("optimiser step")
         axes.grid(alpha=0.3)
