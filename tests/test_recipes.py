@@ -1,4 +1,4 @@
-"""demo/recipes: speakers set aside, baselines, and the table, on small random parts."""
+"""demo/recipes: speakers set aside, baselines, the table, and a shorter Whisper, on small random parts."""
 
 import json
 import os
@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.huggingface import import_transformers
+
+transformers = import_transformers()
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "demo" / "recipes"
@@ -95,7 +101,7 @@ def test_the_probe_learns_to_spell(monkeypatch):
         + 0.1 * torch.randn(4 * len(text), 29)
         for text in texts
     ]
-    probe = baselines.train_probe(frames, texts)
+    probe = baselines.train_probe(frames, texts, 150)
     assert [baselines.spell(probe, x) for x in frames[:7]] == texts[:7]
 
 
@@ -105,8 +111,11 @@ def test_the_recipe(world, librispeech, speakers, tmp_path):
         "encoder": world.encoder,
         "load_model": str(world.model),
         "more_data": str(world.folder / "train.jsonl"),
+        "repeat": "2",
         "proj_dir": str(tmp_path / "a project"),
         "epoch_count": "1",
+        "epoch_steps": "6",
+        "probe_steps": "10",
         "adapter_hidden": "32",
         "beam": "2",
         "max_new_tokens": "10",
@@ -115,6 +124,8 @@ def test_the_recipe(world, librispeech, speakers, tmp_path):
     done = run("real-speech.sh", **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(cells(done.stdout[done.stdout.index("speakers set aside: WER") :], "ours")) == 3
+    own, more = (len(read(path)) for path in (tmp_path / "a project/data/train.jsonl", world.folder / "train.jsonl"))
+    assert f"training on {2 * own + more} utterances" in done.stderr
     trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "a project").rglob("*.pth")}
     again = run("real-speech.sh", eval_dir=str(librispeech / "test-clean"), **settings)
     assert again.returncode == 0, again.stderr[-2000:]
@@ -126,3 +137,48 @@ def test_the_recipe(world, librispeech, speakers, tmp_path):
         assert other.returncode == 2, change
         assert "trained with other settings" in other.stderr.splitlines()[-1]
     assert {path: path.read_bytes() for path in manifests} == manifests, "the speakers set aside are still the same"
+
+
+def whisper(folder: Path) -> Path:
+    """A random Whisper with windows of 2 s."""
+    torch.manual_seed(0)
+    halves = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+    sizes = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in halves.items()}
+    config = transformers.WhisperConfig(**sizes, d_model=32, max_source_positions=100, num_mel_bins=20)
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=20, chunk_length=2).save_pretrained(folder)
+    return folder
+
+
+def test_a_shortened_whisper_hears_by_the_same_weights(tmp_path):
+    folder = whisper(tmp_path / "whisper")
+    done = run("shorten_whisper.py", "--encoder", str(folder), "--seconds", "1", "--out", str(tmp_path / "short"))
+    assert done.returncode == 0, done.stderr
+    waveform = 0.1 * torch.randn(12_000)
+    frames, lengths = SpeechEncoder.from_pretrained(str(tmp_path / "short"))([waveform])
+    assert lengths.tolist() == [38]
+    # The same by the parts of the whole model, on the first second of its window.
+    network = transformers.WhisperModel.from_pretrained(folder).encoder.eval()
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    mel = extractor([waveform.numpy()], sampling_rate=16_000, return_tensors="pt").input_features[:, :, :100]
+    with torch.no_grad():
+        x = F.gelu(network.conv2(F.gelu(network.conv1(mel)))).transpose(1, 2)
+        x = x + network.embed_positions.weight[:50]
+        for layer in network.layers:
+            x = layer(x, None)
+        expected = network.layer_norm(x)[:, :38]
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_shortened(world, tmp_path):
+    folder = whisper(tmp_path / "whisper")
+    for encoder, seconds, out, said in (
+        (folder, "2", tmp_path / "a", "expected less than 2"),
+        (world.encoder, "1", tmp_path / "b", "only Whisper has a window to shorten"),
+        (tmp_path / "none", "1", tmp_path / "c", str(tmp_path / "none")),
+        (folder, "1", folder, "exists"),
+    ):
+        done = run("shorten_whisper.py", "--encoder", str(encoder), "--seconds", seconds, "--out", str(out))
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr

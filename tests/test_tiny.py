@@ -1,7 +1,10 @@
-"""The small frozen language model of demo/tiny repeats after "#" what came before it."""
+"""The small frozen language models of demo/tiny repeat after "#" what came before it."""
 
+import random
+from itertools import groupby
 from pathlib import Path
 
+import jiwer
 import pytest
 import torch
 
@@ -12,10 +15,35 @@ from rwkv_speech.rwkv6.tokenizer import Tokenizer
 TINY = Path(__file__).parents[1] / "demo" / "tiny"
 
 
+@pytest.mark.parametrize("file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth"])
 @pytest.mark.parametrize("said", ["only don't blame me", "it is an actual matter of fact", "choose what you will"])
-def test_it_copies_reserved_sentences(said):
-    model = RWKV6.from_file(TINY / "rwkv6-tiny.pth", dtype=torch.float32)
+def test_it_copies_reserved_sentences(said, file):
+    model = RWKV6.from_file(TINY / file, dtype=torch.float32)
     tokenizer = Tokenizer(model.sizes.vocab_size)
     x = model.embed(torch.tensor([tokenizer.encode(said + "#")]))
     (found,) = decode(model, x, torch.tensor([x.shape[1]]), max_new_tokens=[60])
     assert tokenizer.decode(found.tokens) == said
+
+
+def test_what_is_mumbled_without_errors_spells_the_sentence(monkeypatch):
+    """As CTC reads it: repetitions are one letter, fillers none."""
+    monkeypatch.syspath_prepend(str(TINY))
+    from make_listening_model import FILLER, mumble
+
+    for seed in range(20):
+        heard = mumble("all is well that ends well", random.Random(seed), 0)
+        assert {position.share for position in heard} == {0}
+        letters = [token for token, _ in groupby(position.token for position in heard) if token != FILLER]
+        assert bytes(token - 1 for token in letters) == b"all is well that ends well"
+        assert len(heard) > len(letters)
+
+
+def test_mumbling_misspells_as_much_as_it_is_told(monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from make_listening_model import FILLER, mumble
+
+    said = "the children went down to the river in the evening"
+    rng = random.Random(0)
+    heard = [[t for t, _ in groupby(p.token for p in mumble(said, rng, 0.3)) if t != FILLER] for _ in range(300)]
+    rate = jiwer.cer([said] * 300, [bytes(t - 1 for t in tokens).decode() for tokens in heard])
+    assert 0.2 < rate < 0.35, "0.3 of the letters of a middling word, but at most 0.9 of a mumbled one"

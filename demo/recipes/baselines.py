@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from rwkv_speech.speech.features import FeatureCache
 from rwkv_speech.speech.huggingface import import_transformers
 
 ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # the first is CTC's blank
-EPOCHS, BATCH, LEARNING_RATE, SEED = 30, 16, 2e-3, 1
+BATCH, LEARNING_RATE, SEED = 16, 2e-3, 1
 K, HIDDEN = 2, 1024
 WHISPER_BATCH = 8
 WHISPER_WORDS = 50_000  # tokens of text in every vocabulary of Whisper
@@ -35,26 +35,25 @@ def new_probe(width: int) -> Adapter:
     return Adapter(width, len(ALPHABET), downsample_k=K, hidden=HIDDEN)
 
 
-def train_probe(frames: Sequence[Tensor], texts: Sequence[str]) -> Adapter:
+def train_probe(frames: Sequence[Tensor], texts: Sequence[str], steps: int) -> Adapter:
     """An adapter from frames (F, width) to letters in place of embeddings, trained by CTC."""
     torch.manual_seed(SEED)
     probe = new_probe(frames[0].shape[1])
     optimizer = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE)
-    steps = EPOCHS * -(-len(frames) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     targets = [torch.tensor([ALPHABET.index(c) for c in text if c in ALPHABET[1:]]) for text in texts]
-    for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(frames)).split(BATCH):
-            heard = pad_sequence([frames[i].float() for i in chosen], True)
-            said = [targets[i] for i in chosen]
-            logits, lengths = probe(heard, torch.tensor([len(frames[i]) for i in chosen]))
-            log_probs = logits.log_softmax(-1).transpose(0, 1)
-            letters = torch.tensor([len(text) for text in said])
-            loss = F.ctc_loss(log_probs, torch.cat(said), lengths, letters, zero_infinity=True)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    batches = chain.from_iterable(torch.randperm(len(frames)).split(BATCH) for _ in count())
+    for chosen in islice(batches, steps):
+        heard = pad_sequence([frames[i].float() for i in chosen], True)
+        said = [targets[i] for i in chosen]
+        logits, lengths = probe(heard, torch.tensor([len(frames[i]) for i in chosen]))
+        log_probs = logits.log_softmax(-1).transpose(0, 1)
+        letters = torch.tensor([len(text) for text in said])
+        loss = F.ctc_loss(log_probs, torch.cat(said), lengths, letters, zero_infinity=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return probe
 
 
@@ -117,7 +116,9 @@ def write(path: Path, utterances: Sequence[Utterance], texts: Sequence[str]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoder", required=True)
+    parser.add_argument("--decoder", help="the Whisper that decodes by itself (default: the encoder's)")
     parser.add_argument("--train", required=True, help="what the probe learns from")
+    parser.add_argument("--steps", type=int, default=2000, help="of the probe's training (default: %(default)s)")
     parser.add_argument("--test", required=True)
     parser.add_argument("--cache", required=True, help="folder of cached frames")
     parser.add_argument("--probe", type=Path, required=True, help="file of the trained probe")
@@ -134,14 +135,15 @@ def main() -> None:
         else:
             train = load_split(args.train)
             cache.fill(train)
-            probe = train_probe([cache.read(u)[0] for u in train], [u.text.lower() for u in train])
+            probe = train_probe([cache.read(u)[0].half() for u in train], [u.text.lower() for u in train], args.steps)
             torch.save(probe.state_dict(), temporary := args.probe.with_suffix(".tmp"))
             temporary.replace(args.probe)
         cache.fill(test)
         write(args.out / "ctc-probe.jsonl", test, [spell(probe, cache.read(u)[0]) for u in test])
-    config = import_transformers().AutoConfig.from_pretrained(args.encoder)
+    decoder = args.decoder or args.encoder
+    config = import_transformers().AutoConfig.from_pretrained(decoder)
     if config.model_type == "whisper" and not (args.out / "whisper-decoder.jsonl").exists():
-        write(args.out / "whisper-decoder.jsonl", test, whisper_texts(args.encoder, test))
+        write(args.out / "whisper-decoder.jsonl", test, whisper_texts(decoder, test))
 
 
 def _load(split: str) -> list[Utterance]:

@@ -1,7 +1,7 @@
 """Word error rates of several systems on the same utterances, in one table.
 
-`python compare.py --train MANIFEST ours=a.jsonl FOLDER`: a file of hypotheses under a name, or all those of a folder.
-Sentences that occur in the manifest of training have a column of their own.
+`python compare.py --train MANIFESTS ours=a.jsonl FOLDER`: a file of hypotheses under a name, or all those of a folder.
+Sentences that occur in the manifests of training have a column of their own.
 """
 
 import argparse
@@ -38,10 +38,11 @@ def rate(records: Sequence[Hypothesis]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the data, for the heading")
-    parser.add_argument("--train", type=Path, required=True, help="manifest of training")
+    parser.add_argument("--train", required=True, help="manifests of training, joined by +")
     parser.add_argument("sources", nargs="+")
     args = parser.parse_args()
-    met = {json.loads(line)["text"] for line in args.train.read_text().splitlines()}
+    manifests = [Path(manifest) for manifest in args.train.split("+")]
+    met = {json.loads(line)["text"] for manifest in manifests for line in manifest.read_text().splitlines()}
     found = systems(args.sources)
     ids = [{record.id for record in records} for records in found.values()]
     if any(some != ids[0] for some in ids):

@@ -11,10 +11,12 @@
 data_dir="${data_dir:-}"                     # a folder in LibriSpeech's layout: what to train on
 eval_dir="${eval_dir:-}"                     # another, to be evaluated as a whole; empty: none
 encoder="${encoder:-openai/whisper-tiny.en}" # Hugging Face name or folder
-load_model="${load_model:-}"                 # RWKV-6 weights; empty: demo/tiny/rwkv6-tiny.pth
+decoder="${decoder:-$encoder}"               # the Whisper whose own decoder is the yardstick, if it is one
+load_model="${load_model:-}"                 # RWKV-6 weights; empty: demo/tiny/rwkv6-tiny-listening.pth
 proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/real-speech/ of this project
 held_out="${held_out:-0.2}"                  # part of the speakers that is set aside
 more_data="${more_data:-}"                   # manifests to train on besides, joined by +; empty: none
+repeat="${repeat:-1}"                        # how often data_dir's recordings come, to each time that more_data does
 
 # --- nothing to edit below ---
 set -eu
@@ -26,27 +28,32 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd -P)
 recipes=$root/demo/recipes
 [ -n "$data_dir" ] || fail "data_dir is not set: name a folder in LibriSpeech's layout, data_dir=FOLDER sh $0"
 proj_dir=${proj_dir:-$root/output/real-speech}
-load_model=${load_model:-$root/demo/tiny/rwkv6-tiny.pth}
+load_model=${load_model:-$root/demo/tiny/rwkv6-tiny-listening.pth}
 python=$(sh "$root/demo/setup.sh")
 export load_model encoder proj_dir
 
 # Defaults of this recipe; each can be given in the environment.
 export downsample_k="${downsample_k:-2}" adapter_hidden="${adapter_hidden:-1024}" micro_bsz="${micro_bsz:-16}"
-export ctc_align="${ctc_align:-0.5}" ctc_align_steps="${ctc_align_steps:-1700}" spec_augment="${spec_augment:-1}"
+export ctc_align="${ctc_align:-0.5}" ctc_align_steps="${ctc_align_steps:-2200}" spec_augment="${spec_augment:-1}"
 export lr_init="${lr_init:-2e-3}" lr_final="${lr_final:-1e-4}" state_lr_scale="${state_lr_scale:-5}"
-export weight_decay="${weight_decay:-0.01}" epoch_count="${epoch_count:-38}" num_workers="${num_workers:-0}"
-export average="${average:-4}" eval_bsz="${eval_bsz:-24}" beam="${beam:-8}"
-export random_seed="${random_seed:-42}"
+export weight_decay="${weight_decay:-0.01}" epoch_steps="${epoch_steps:-770}" epoch_count="${epoch_count:-6}"
+export save_steps="${save_steps:-60}" average="${average:-4}" num_workers="${num_workers:-0}"
+export eval_bsz="${eval_bsz:-24}" beam="${beam:-8}" random_seed="${random_seed:-42}"
+probe_steps="${probe_steps:-2000}"
 
 # Speakers set aside must stay those that the training never saw, so a trained project keeps its settings.
-settings="$data_dir $held_out $more_data $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align $ctc_align_steps \
-$spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_count $average $random_seed"
+settings="$data_dir $held_out $more_data $repeat $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align \
+$ctc_align_steps $spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_steps $epoch_count $save_steps \
+$average $random_seed"
 if [ -e "$proj_dir/trained" ] && [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
     fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
 fi
 
 "$python" "$recipes/split_speakers.py" --data_dir "$data_dir" --out "$proj_dir/data" --held_out "$held_out"
-train=$proj_dir/data/train.jsonl${more_data:++$more_data}
+own=$proj_dir/data/train.jsonl
+train=$own
+for _ in $(seq 2 "$repeat"); do train=$train+$own; done
+train=$train${more_data:++$more_data}
 features=$proj_dir/features
 if [ ! -e "$proj_dir/trained" ]; then
     OP=train data_dir='' train_split="$train" cache_features="$features" sh "$root/demo/demo-state-tuning.sh"
@@ -55,9 +62,9 @@ fi
 
 compare() { # heading, split, name of the split's records
     OP=eval data_dir='' eval_split="$2" sh "$root/demo/demo-state-tuning.sh"
-    "$python" "$recipes/baselines.py" --encoder "$encoder" --train "$train" --test "$2" --cache "$features" \
-        --probe "$proj_dir/probe.pth" --out "$proj_dir/baselines/$3"
-    "$python" "$recipes/compare.py" --name "$1" --train "$proj_dir/data/train.jsonl" \
+    "$python" "$recipes/baselines.py" --encoder "$encoder" --decoder "$decoder" --train "$train" --test "$2" \
+        --cache "$features" --steps "$probe_steps" --probe "$proj_dir/probe.pth" --out "$proj_dir/baselines/$3"
+    "$python" "$recipes/compare.py" --name "$1" --train "$own${more_data:++$more_data}" \
         "ours=$proj_dir/eval/$3.jsonl" "$proj_dir/baselines/$3"
 }
 compare "speakers set aside" "$proj_dir/data/valid.jsonl" valid

@@ -21,6 +21,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,32 @@ RATE = 16_000  # Hz
 CORPUS = Path(__file__).parent / "corpus"
 SEED = 1
 
-FLITE = ("rms", "awb")
 HIBARI_PART = 0.5  # of the utterances; the rest is shared by flite's voices
-SPEED = (0.9, 1.1)
-PITCH = (0.95, 1.05)  # the formants move with it
 PEAK = (0.2, 0.9)
-MARGIN = 0.08  # s of silence left before and behind the speech
 SILENCE = 0.01  # of the peak
 
 OPUS = 0.95  # libsndfile's compression level: about 18 kbit/s
-OPUS_PART = 1 / 3  # of the pretraining utterances go through the coder
 CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How it is said: ranges that each utterance draws from.
+
+    pitch: a factor; the formants move with it.
+    flite: the voices of flite that take turns with hibari's.
+    margin: seconds of silence left before and behind the speech.
+    opus: part of the utterances, of those not written as Opus anyway, that go through the coder.
+    """
+
+    speed: tuple[float, float] = (0.9, 1.1)
+    pitch: tuple[float, float] = (0.95, 1.05)
+    flite: tuple[str, ...] = ("rms", "awb")
+    margin: float = 0.08
+    opus: float = 1 / 3
+
+
+CORPUS_MANNER = Manner()
 
 
 def main() -> None:
@@ -100,11 +116,13 @@ def speak_again(turn: tuple[str, int]) -> tuple[np.ndarray | bytes, str]:
     return speak(text, take=take)
 
 
-def speak(text: str, *, take: int = 0, opus: bool = False) -> tuple[np.ndarray | bytes, str]:
+def speak(
+    text: str, *, take: int = 0, opus: bool = False, manner: Manner = CORPUS_MANNER
+) -> tuple[np.ndarray | bytes, str]:
     """A sentence as int16 samples, or as an Ogg/Opus file; and the voice's name. Each take is another reading."""
     draw = random.Random(f"{SEED} {take} {text}")
-    speed, pitch, peak = draw.uniform(*SPEED), draw.uniform(*PITCH), draw.uniform(*PEAK)
-    voice = "heart" if draw.random() < HIBARI_PART else draw.choice(FLITE)
+    speed, pitch, peak = draw.uniform(*manner.speed), draw.uniform(*manner.pitch), draw.uniform(*PEAK)
+    voice = "heart" if draw.random() < HIBARI_PART else draw.choice(manner.flite)
     text = re.sub(r"\bi\b", "I", text)
     # Resampling changes pitch and speed by the same factor; the synthesis makes up for the speed.
     if voice == "heart":
@@ -113,12 +131,12 @@ def speak(text: str, *, take: int = 0, opus: bool = False) -> tuple[np.ndarray |
         wave, rate = flite(text, voice, stretch=pitch / speed)
     wave = soxr.resample(wave, round(rate * pitch), RATE)
     loud = np.flatnonzero(np.abs(wave) > SILENCE * np.abs(wave).max())
-    margin = round(MARGIN * RATE)
+    margin = round(manner.margin * RATE)
     wave = wave[max(0, loud[0] - margin) : loud[-1] + margin]
     wave = wave * (peak / np.abs(wave).max())
     if opus:
         return encode(wave), voice
-    if draw.random() < OPUS_PART:
+    if draw.random() < manner.opus:
         wave, _ = soundfile.read(io.BytesIO(encode(wave)), dtype="float32")
     return np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16), voice
 
