@@ -43,9 +43,11 @@ def shorten(encoder: str, seconds: int, out: Path) -> None:
     embedding.weight = torch.nn.Parameter(embedding.weight[:positions].clone(), requires_grad=False)
     embedding.num_embeddings = model.config.max_source_positions = positions
     shorter = type(extractor)(**extractor.to_dict() | {"chunk_length": seconds})
+    unfinished = out.with_name(f"{out.name}.partial")
     with quiet():
-        model.save_pretrained(out)
-        shorter.save_pretrained(out)
+        model.save_pretrained(unfinished)
+        shorter.save_pretrained(unfinished)
+    unfinished.rename(out)
 
 
 def main() -> None:
