@@ -142,10 +142,18 @@ def copying_errors(model: RWKV6, sources: list[str], heard: list[list[int]]) -> 
     return 100 * jiwer.wer(sources, hypotheses)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 200 steps, constant, and in the last 40 % down to a fiftieth as half a cosine."""
-    decay = max(0.0, (step / steps - 0.6) / 0.4)
-    return peak * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * decay)) / 2)
+def learning_rate(step: int, steps: int, peak: float, *, warmup: int = 200, constant: float = 0.6) -> float:
+    """Warm-up, constant until that part of the steps is over, and then down to a fiftieth as half a cosine."""
+    decay = max(0.0, (step / steps - constant) / (1 - constant))
+    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * decay)) / 2)
+
+
+def new_optimizer(learnt: dict[str, Tensor], lr: float) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only."""
+    matrices = [weight for weight in learnt.values() if weight.squeeze().ndim > 1]
+    vectors = [weight for weight in learnt.values() if weight.squeeze().ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8)
 
 
 def validate(model: RWKV6, weights: dict[str, Tensor], sentences: list[str]) -> dict[str, float]:
@@ -169,10 +177,7 @@ def train(args: argparse.Namespace) -> None:
     learnt = {name: weight for name, weight in weights.items() if not name.endswith("time_state")}
     for weight in learnt.values():
         weight.requires_grad_()
-    matrices = [weight for weight in learnt.values() if weight.squeeze().ndim > 1]
-    vectors = [weight for weight in learnt.values() if weight.squeeze().ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8)
+    optimizer = new_optimizer(learnt, args.lr)
 
     checkpoint, start, spent = Path(args.checkpoint), 0, 0.0
     if checkpoint.exists():

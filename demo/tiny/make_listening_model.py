@@ -14,7 +14,6 @@ the rest are those of the first course. Interrupted, it goes on from its own las
 
 import argparse
 import json
-import math
 import random
 import string
 import time
@@ -34,6 +33,8 @@ from make_language_model import (
     Documents,
     copying_errors,
     encode,
+    learning_rate,
+    new_optimizer,
     random_letters,
     save,
     spelling,
@@ -173,12 +174,6 @@ def loss_of(
     return F.cross_entropy(F.linear(normed, rounded["head.weight"]).float(), targets[told])
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, constant, and in the last 60 % down to a fiftieth as half a cosine."""
-    decay = max(0.0, (step / steps - 0.4) / 0.6)
-    return peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * decay)) / 2)
-
-
 def validate(model: RWKV6, weights: dict[str, Tensor], sentences: list[str]) -> dict[str, float]:
     """Word error rates of copying after none, 15 and 30 % of errors, and from the letters as they are."""
     rng = random.Random(0)
@@ -197,17 +192,13 @@ def train(args: argparse.Namespace) -> None:
     saved = torch.load(args.checkpoint if own else args.first, weights_only=True)
     learnt = {name: weight.detach().requires_grad_() for name, weight in saved["weights"].items()}
     weights = learnt | {n: torch.zeros_like(x) for n, x in model.state_dict().items() if n.endswith("time_state")}
-    groups = [
-        {"params": [w for w in learnt.values() if w.squeeze().ndim > 1], "weight_decay": 0.01},
-        {"params": [w for w in learnt.values() if w.squeeze().ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8)
+    optimizer = new_optimizer(learnt, args.lr)
     optimizer.load_state_dict(saved["optimizer"])
     start, spent = (saved["step"], saved["seconds"]) if own else (0, 0.0)
     began, running = time.perf_counter(), None
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100, constant=0.4)
         loss = loss_of(model, weights, *documents.batch(step, args.batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(learnt.values()), 1.0)
