@@ -5,7 +5,6 @@ Sentences that occur in the manifests of training have a column of their own.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring import Hypothesis, read_records, score
 
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="manifests of training, joined by +")
     parser.add_argument("sources", nargs="+")
     args = parser.parse_args()
-    manifests = [Path(manifest) for manifest in args.train.split("+")]
-    met = {json.loads(line)["text"] for manifest in manifests for line in manifest.read_text().splitlines()}
+    met = {utterance.text for utterance in load_split(args.train)}
     found = systems(args.sources)
     ids = [{record.id for record in records} for records in found.values()]
     if any(some != ids[0] for some in ids):

@@ -27,6 +27,7 @@ fail() {
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd -P)
 recipes=$root/demo/recipes
 [ -n "$data_dir" ] || fail "data_dir is not set: name a folder in LibriSpeech's layout, data_dir=FOLDER sh $0"
+case $repeat in '' | 0* | *[!0-9]*) fail "repeat=$repeat: expected a whole number, at least 1" ;; esac
 proj_dir=${proj_dir:-$root/output/real-speech}
 load_model=${load_model:-$root/demo/tiny/rwkv6-tiny-listening.pth}
 python=$(sh "$root/demo/setup.sh")
@@ -44,7 +45,7 @@ probe_steps="${probe_steps:-2000}"
 # Speakers set aside must stay those that the training never saw, so a trained project keeps its settings.
 settings="$data_dir $held_out $more_data $repeat $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align \
 $ctc_align_steps $spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_steps $epoch_count $save_steps \
-$average $random_seed"
+$average $random_seed $decoder $probe_steps"
 if [ -e "$proj_dir/trained" ] && [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
     fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
 fi
@@ -52,7 +53,11 @@ fi
 "$python" "$recipes/split_speakers.py" --data_dir "$data_dir" --out "$proj_dir/data" --held_out "$held_out"
 own=$proj_dir/data/train.jsonl
 train=$own
-for _ in $(seq 2 "$repeat"); do train=$train+$own; done
+times=1
+while [ "$times" -lt "$repeat" ]; do
+    train=$train+$own
+    times=$((times + 1))
+done
 train=$train${more_data:++$more_data}
 features=$proj_dir/features
 if [ ! -e "$proj_dir/trained" ]; then

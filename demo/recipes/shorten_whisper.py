@@ -38,7 +38,9 @@ def shorten(encoder: str, seconds: int, out: Path) -> None:
         raise UserError(f"{encoder}: {str(error).splitlines()[0]}") from error
     positions = POSITIONS * seconds
     if not 0 < positions < config.max_source_positions:
-        raise UserError(f"--seconds {seconds}: expected less than {config.max_source_positions // POSITIONS}")
+        raise UserError(
+            f"--seconds {seconds}: expected at least 1, and less than {config.max_source_positions // POSITIONS}"
+        )
     embedding = model.model.encoder.embed_positions
     embedding.weight = torch.nn.Parameter(embedding.weight[:positions].clone(), requires_grad=False)
     embedding.num_embeddings = model.config.max_source_positions = positions
