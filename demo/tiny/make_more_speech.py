@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if (options.out / "manifest.jsonl").exists():
+        raise SystemExit(f"{options.out / 'manifest.jsonl'} is there already: remove it, or choose another --out")
     texts = choose(read_sentences(options.text).text)[: options.utterances]
     unfinished = options.out / "manifest.tmp"
     done = len(unfinished.read_bytes().splitlines()) if unfinished.exists() else 0
