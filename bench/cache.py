@@ -27,14 +27,14 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.random_model import write_model
 from bench.timing import seconds
-from rwkv_speech.data.batches import Batch, Speech, loader
-from rwkv_speech.data.utterance import Utterance
-from rwkv_speech.rwkv6 import wkv
-from rwkv_speech.rwkv6.initialise import official_sizes
+from rwkv_speech.data.batches import Batch, SpeechDataset, loader
+from rwkv_speech.data.row import Utterance
+from rwkv_speech.lm import wkv
+from rwkv_speech.lm.initialise import official_sizes
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.features import FeatureCache
-from rwkv_speech.speech.huggingface import import_transformers
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.speech.encoder import import_transformers
+from rwkv_speech.speech.frame_cache import FrameCache
 
 SECONDS = (6, 12, 15, 8, 14, 10)
 WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
@@ -62,8 +62,8 @@ def write_speech(folder: Path) -> list[Utterance]:
     return utterances
 
 
-def batches(utterances: list[Utterance], features: FeatureCache | None = None) -> DataLoader[Batch]:
-    return loader(Speech(utterances, features=features), batch_size=BATCH, shuffle=False)
+def batches(utterances: list[Utterance], features: FrameCache | None = None) -> DataLoader[Batch]:
+    return loader(SpeechDataset(utterances, features=features), batch_size=BATCH, shuffle=False)
 
 
 def loss(model: SpeechRWKV, batch: Batch) -> torch.Tensor:
@@ -85,7 +85,7 @@ def main() -> None:
         utterances = write_speech(folder / "speech")
         torch.manual_seed(0)
         model = SpeechRWKV.from_pretrained(folder / "model.pth", encoder=str(folder / "encoder"))
-        cache = FeatureCache(folder / "cache", storage=args.cache_dtype)
+        cache = FrameCache(folder / "cache", storage=args.cache_dtype)
         cache.encoder(str(folder / "encoder"))
         start = time.perf_counter()
         cache.fill(utterances)

@@ -21,8 +21,8 @@ from rwkv.model import RWKV
 
 from bench.random_model import write_model
 from bench.timing import seconds
-from rwkv_speech.rwkv6.initialise import official_sizes
-from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.lm.initialise import official_sizes
+from rwkv_speech.lm.rwkv6 import RWKV6
 
 TOKENS, PREFILL, BATCH, FAR = 8, 256, 16, 10_000
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rwkv_speech.decoding import decode
-from rwkv_speech.rwkv6 import wkv
-from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
-from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.lm import wkv
+from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.lm.rwkv6 import RWKV6
 
 UTTERANCES = 16
 POSITIONS = 150  # of 15 s: 50 frames/s, 5 to a position

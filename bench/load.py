@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.random_model import write_model
-from rwkv_speech.rwkv6.initialise import official_sizes
+from rwkv_speech.lm.initialise import official_sizes
 
 BOUND = 1.15  # peak resident memory / file size
 
@@ -34,12 +34,12 @@ BOUND = 1.15  # peak resident memory / file size
 def measure(path: Path, reader: str) -> dict:
     """Opens the file in this process and reads it all; seconds, and memory in bytes."""
     if reader == "model":
-        from rwkv_speech.rwkv6.model import RWKV6
+        from rwkv_speech.lm.rwkv6 import RWKV6
 
         def read() -> dict[str, Tensor]:
             return RWKV6.from_file(path).state_dict()
     else:
-        from rwkv_speech.rwkv6.weights import read_weights
+        from rwkv_speech.lm.weights import read_weights
 
         def read() -> dict[str, Tensor]:
             return read_weights(path)[1]

@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.train import WIDTH, WORDS, WORDS_EACH, random_speech_model
-from rwkv_speech.engine.summary import BLOCK_VALUES
+from rwkv_speech.engine.overview import BLOCK_VALUES
 
 N_LAYER, N_EMBD = 12, 1024
 BOUND = 1.3

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from rwkv_speech.rwkv6.initialise import fresh_weights, official_sizes, random_weights
-from rwkv_speech.rwkv6.weights import ModelSizes
+from rwkv_speech.lm.initialise import fresh_weights, official_sizes, random_weights
+from rwkv_speech.lm.weights import ModelSizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -37,13 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.timing import seconds
 from rwkv_speech.learning import Optimisation
-from rwkv_speech.rwkv6 import wkv
-from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
-from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.lm import wkv
+from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.features import AbsentEncoder
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.speech.frame_cache import AbsentEncoder
 
 WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
 SECONDS = (14.6, 14.7, 14.7, 14.8, 14.8, 14.9, 14.9, 15.0)

@@ -13,9 +13,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.timing import seconds
-from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
-from rwkv_speech.rwkv6.model import Block
-from rwkv_speech.rwkv6.wkv import wkv6
+from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.lm.rwkv6 import Block
+from rwkv_speech.lm.wkv import wkv6
 
 B, T, H, N = 4, 256, 32, 64
 

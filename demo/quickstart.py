@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rwkv_speech import SpeechRWKV
-from rwkv_speech.mission import newest_mission, write_mission
+from rwkv_speech.trained import newest_mission_file, write_mission_file
 
 
 def write_untrained(args: argparse.Namespace) -> None:
@@ -19,12 +19,12 @@ def write_untrained(args: argparse.Namespace) -> None:
     torch.manual_seed(args.random_seed)
     sizes = {"downsample_k": args.downsample_k, "adapter_hidden": args.adapter_hidden}
     model = SpeechRWKV.from_pretrained(args.load_model, encoder=args.encoder, **sizes)
-    write_mission(args.folder / "rwkv-adapter-0.pth", model.trainable_state_dict(), model.describe())
+    write_mission_file(args.folder / "rwkv-adapter-0.pth", model.trainable_state_dict(), model.describe())
 
 
 def results(args: argparse.Namespace) -> Table:
     """Word error rates before and after, and what was trained and what not."""
-    folder, mission = args.folder, newest_mission(args.folder)
+    folder, mission = args.folder, newest_mission_file(args.folder)
     model = SpeechRWKV.from_pretrained(args.load_model, encoder=args.encoder, adapter=mission)
     table = Table(title="Synthetic speech; sentences that no part has met before", title_justify="left")
     table.add_column()

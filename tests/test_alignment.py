@@ -13,8 +13,8 @@ from tiny import write_world
 from rwkv_speech import alignment
 from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum
 from rwkv_speech.learning import Alignment
-from rwkv_speech.rwkv6.model import RWKV6
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.model import SpeechRWKV
 
 VOCABULARY, WIDTH = 40, 12
 LENGTHS = torch.tensor([9, 5, 7])

@@ -11,15 +11,14 @@ import soundfile
 import torch
 
 from rwkv_speech import ops
-from rwkv_speech.data.batches import Speech
+from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader
-from rwkv_speech.data.steps import OptimiserSteps
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.augment import SPEEDS, SpecAugment, WaveformAugmentation
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.speech.augmentation import SPEEDS, SpecAugment, WaveformAugmentation
 from tests.tiny import write_world
 
 
@@ -105,7 +104,7 @@ def test_silence_stays_silent(noises, tmp_path):
 def test_an_unusable_noise_is_a_bad_sample(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"none")
     soundfile.write(tmp_path / "a.wav", np.ones(100), SAMPLE_RATE)
-    speech = Speech(
+    speech = SpeechDataset(
         [Utterance("a", "x", tmp_path / "a.wav")], change=WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
     )
     assert str(tmp_path / "noise.wav") in speech[0].reason
@@ -135,9 +134,9 @@ def test_workers_processes_and_epochs(tmp_path, noises):
     def heard(num_workers: int, world_size: int) -> list[dict[str, bytes]]:
         change = WaveformAugmentation(5, speeds=SPEEDS, noise=noises)
         processes = [
-            OptimiserSteps(
+            AccumulationLoader(
                 bucketed_loader(
-                    Speech(utterances, change=change),
+                    SpeechDataset(utterances, change=change),
                     partial(change.lengths, [utterance.id for utterance in utterances], seconds),
                     batch_size=2,
                     num_workers=num_workers,

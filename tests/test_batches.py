@@ -9,9 +9,9 @@ import soundfile
 import torch
 from torch.utils.data import SequentialSampler
 
-from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.batches import Batch, SharedBatches, Speech, loader
-from rwkv_speech.data.utterance import BadSample, Utterance
+from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.batches import Batch, SharedBatches, SpeechDataset, loader
+from rwkv_speech.data.row import BadSample, Utterance
 from rwkv_speech.errors import UserError
 
 
@@ -29,7 +29,7 @@ def ids(batches) -> list[list[str]]:
 
 
 def test_batch_holds_its_utterances_in_step(utterances):
-    batches = list(loader(Speech(utterances), batch_size=4, shuffle=False))
+    batches = list(loader(SpeechDataset(utterances), batch_size=4, shuffle=False))
     assert ids(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10"]]
     last = batches[-1]
     assert len(last) == 3
@@ -41,7 +41,7 @@ def test_batch_holds_its_utterances_in_step(utterances):
 
 
 def test_order_is_the_same_for_any_number_of_workers(utterances):
-    dataset = Speech(utterances)
+    dataset = SpeechDataset(utterances)
     runs = [
         ids(loader(dataset, batch_size=3, shuffle=True, seed=5, epoch=2, num_workers=workers)) for workers in (0, 1, 2)
     ]
@@ -52,7 +52,7 @@ def test_order_is_the_same_for_any_number_of_workers(utterances):
 def test_order_depends_on_seed_and_epoch_only(utterances):
     def order(seed, epoch):
         torch.manual_seed(torch.seed())  # whatever the global stream holds
-        return ids(loader(Speech(utterances), batch_size=11, shuffle=True, seed=seed, epoch=epoch))[0]
+        return ids(loader(SpeechDataset(utterances), batch_size=11, shuffle=True, seed=seed, epoch=epoch))[0]
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
@@ -62,7 +62,7 @@ def test_loading_leaves_the_global_random_stream_alone(utterances):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(loader(Speech(utterances), batch_size=4, shuffle=True))
+    list(loader(SpeechDataset(utterances), batch_size=4, shuffle=True))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -109,7 +109,7 @@ def test_shares_cover_the_corpus(size, batch_size, world_size):
 
 
 def test_global_batches_are_the_same_for_one_process_and_two(utterances):
-    dataset = Speech(utterances)
+    dataset = SpeechDataset(utterances)
     whole = ids(loader(dataset, batch_size=4, shuffle=True, seed=3, even=True))
     halves = [
         ids(loader(dataset, batch_size=2, shuffle=True, seed=3, even=True, rank=rank, world_size=2)) for rank in (0, 1)
@@ -144,7 +144,7 @@ def test_lightning_drives_the_loader(utterances):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    dataset = Speech([*utterances, Utterance("bad", "x", Path("missing.wav"))])
+    dataset = SpeechDataset([*utterances, Utterance("bad", "x", Path("missing.wav"))])
     trainer.fit(Recorder(), loader(dataset, batch_size=4, shuffle=True, seed=1, even=True))
     for epoch in (0, 1):
         expected = ids(loader(dataset, batch_size=4, shuffle=True, seed=1, epoch=epoch, even=True))
@@ -155,10 +155,10 @@ def test_lightning_drives_the_loader(utterances):
 
 
 @pytest.fixture
-def with_bad(tmp_path, utterances) -> Speech:
+def with_bad(tmp_path, utterances) -> SpeechDataset:
     """Good, missing, good, not audio, no text, too long."""
     (tmp_path / "noise.wav").write_bytes(b"not audio")
-    return Speech(
+    return SpeechDataset(
         [
             utterances[0],
             Utterance("missing", "x", tmp_path / "missing.wav"),
@@ -193,7 +193,7 @@ def test_batch_of_bad_samples_only(with_bad):
 
 
 def test_stop_names_the_first_bad_sample(tmp_path, with_bad):
-    bad_audio = BadAudio("stop", tmp_path / "bad_audio.jsonl")
+    bad_audio = BadSamples("stop", tmp_path / "bad_audio.jsonl")
     (batch,) = loader(with_bad, batch_size=6, shuffle=False)
     with pytest.raises(UserError) as error:
         bad_audio.add(batch.bad)
@@ -207,7 +207,7 @@ def test_stop_names_the_first_bad_sample(tmp_path, with_bad):
 
 def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
     path = tmp_path / "output" / "bad_audio.jsonl"
-    first, second = BadAudio("skip", path), BadAudio("skip", path)  # as two processes of a run
+    first, second = BadSamples("skip", path), BadSamples("skip", path)  # as two processes of a run
     assert first.report() == "no bad samples"
     for epoch in range(3):
         for batch in loader(with_bad, batch_size=2, shuffle=True, epoch=epoch):
@@ -224,4 +224,4 @@ def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
 
 def test_unknown_policy_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected 'stop' or 'skip'"):
-        BadAudio("ignore", tmp_path / "bad_audio.jsonl")
+        BadSamples("ignore", tmp_path / "bad_audio.jsonl")

@@ -12,14 +12,13 @@ import soundfile
 import torch
 
 from rwkv_speech.data import durations
-from rwkv_speech.data.batches import Batch, Speech
+from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
-from rwkv_speech.data.steps import OptimiserSteps
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech import stamps
-from rwkv_speech.speech.augment import SPEEDS, WaveformAugmentation
+from rwkv_speech.speech import identity as stamps
+from rwkv_speech.speech.augmentation import SPEEDS, WaveformAugmentation
 
 
 def like_librispeech(size: int) -> np.ndarray:
@@ -230,11 +229,11 @@ WAYS = [
 ]
 
 
-def steps_of(corpus: list[Utterance], *, num_workers: int = 0, limit: int = 0, **how) -> OptimiserSteps:
+def steps_of(corpus: list[Utterance], *, num_workers: int = 0, limit: int = 0, **how) -> AccumulationLoader:
     seconds = np.array([utterance.duration for utterance in corpus], float)
-    dataset = Speech(corpus, change=Recorder())
+    dataset = SpeechDataset(corpus, change=Recorder())
     loader = bucketed_loader(dataset, lambda epoch: seconds, seed=9, num_workers=num_workers, **how)
-    return OptimiserSteps(loader, accumulate=how["accumulate"], count=len, limit=limit)
+    return AccumulationLoader(loader, accumulate=how["accumulate"], count=len, limit=limit)
 
 
 def seen(batch: Batch) -> tuple[int, list[str], set[float]]:
@@ -286,7 +285,7 @@ class Model(pl.LightningModule):
         return batch
 
 
-def fit(folder: Path, model: Model, batches: OptimiserSteps) -> None:
+def fit(folder: Path, model: Model, batches: AccumulationLoader) -> None:
     """Two epochs, with a checkpoint at each step; goes on from the last one."""
     trainer = pl.Trainer(
         max_epochs=2,
@@ -404,7 +403,7 @@ def test_an_interruption_keeps_what_was_read(tmp_path, read, monkeypatch):
 
 def test_rows_of_a_dataset_tell_their_length(tmp_path, read):
     datasets = pytest.importorskip("datasets")
-    from rwkv_speech.data.huggingface import read_dataset
+    from rwkv_speech.data.hub import read_dataset
 
     files = [wav(tmp_path / f"{n}.wav", 0.5 + n) for n in range(3)]
     rows = {"audio": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": ["x"] * 3}

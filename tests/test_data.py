@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from rwkv_speech.data import huggingface, librispeech
-from rwkv_speech.data.bad_audio import BadAudio
+from rwkv_speech.data import hub as huggingface, librispeech
+from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.row import DatasetRow, Utterance
 from rwkv_speech.data.sources import load_split
-from rwkv_speech.data.utterance import DatasetRow, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError
 
@@ -104,7 +104,7 @@ def test_librispeech_mismatches_are_one_error_or_listed(tmp_path):
     assert "audio files without a transcript line: 1 (1-2-0000)" in str(error.value)
     assert "\n" not in str(error.value)
 
-    bad_audio = BadAudio("skip", tmp_path / "bad_audio.jsonl")
+    bad_audio = BadSamples("skip", tmp_path / "bad_audio.jsonl")
     utterances = load_split(None, data_dir=str(corpus), bad_audio=bad_audio)
     assert [utterance.id for utterance in utterances] == ["1-1-0003"]
     listed = [json.loads(line) for line in bad_audio.path.read_text().splitlines()]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rwkv_speech.decoding import decode, default_max_new_tokens, repeats
-from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
-from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.lm.rwkv6 import RWKV6
 
 END = 0
 POSITIONS = (2, 401, 57, 151, 5, 31, 16, 230, 9, 77, 3, 301)  # audio of 0.1 s to 40 s, 10 positions a second, and "#"

@@ -9,8 +9,7 @@ import torch
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
-from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.huggingface import import_transformers
+from rwkv_speech.speech.encoder import SpeechEncoder, import_transformers
 
 transformers = import_transformers()
 

@@ -19,20 +19,19 @@ from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rwkv_speech.engine.callbacks import NonFinite
 from rwkv_speech.engine.deepspeed import STAGES
 from rwkv_speech.engine.machine import fit_to_machine
-from rwkv_speech.engine.metrics import MetricsFile, hours
-from rwkv_speech.engine.nonfinite import NonFinite
-from rwkv_speech.engine.picture import draw
-from rwkv_speech.engine.summary import BLOCK_VALUES, POSITIONS
+from rwkv_speech.engine.metrics import MetricsFile, draw, hours
+from rwkv_speech.engine.overview import BLOCK_VALUES, POSITIONS
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
+from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
-from rwkv_speech.rwkv6.initialise import official_sizes, random_weights
-from rwkv_speech.rwkv6.model import RWKV6
-from rwkv_speech.scoring import Hypothesis, align
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.scoring import EvalRecord, align
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--num_workers=0", "--warmup_steps=4", "--lr_init=1e-3", "--lr_final=1e-3"]
@@ -270,7 +269,7 @@ def test_validation_measures_loss_and_wer(world, validated):
     audio, texts = zip(*[(str(path), text) for path, text in world.utterances[:10]], strict=True)
     heard = model.transcribe(audio, batch_size=1, max_new_tokens=6)
     pairs = zip(texts, heard, strict=True)
-    records = [Hypothesis(id=str(i), reference=r, hypothesis=h, seconds=1) for i, (r, h) in enumerate(pairs)]
+    records = [EvalRecord(id=str(i), reference=r, hypothesis=h, seconds=1) for i, (r, h) in enumerate(pairs)]
     edits = [aligned.edits for aligned in align(records)]
     wer = sum(e.errors for e in edits) / sum(e.length for e in edits)
     assert rows(validated, "valid_wer")[14] == pytest.approx(wer)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.mission import write_mission
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.trained import write_mission_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def missions(world, tmp_path_factory):
         torch.manual_seed(seed)
         for block in model.language_model.blocks:
             torch.nn.init.normal_(block.att.time_state)
-        write_mission(folder / f"{seed}.pth", model.trainable_state_dict(), model.describe(mission="transcribe"))
+        write_mission_file(folder / f"{seed}.pth", model.trainable_state_dict(), model.describe(mission="transcribe"))
     return [folder / "0.pth", folder / "1.pth"]
 
 

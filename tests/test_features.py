@@ -18,21 +18,23 @@ from torch import Tensor
 
 from bench.random_model import write_model
 from rwkv_speech import ops
-from rwkv_speech.data.batches import Speech, loader
-from rwkv_speech.data.huggingface import read_dataset
+from rwkv_speech.data.batches import SpeechDataset, loader
+from rwkv_speech.data.hub import read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.utterance import DatasetRow, Utterance
+from rwkv_speech.data.row import DatasetRow, Utterance
 from rwkv_speech.errors import UserError
-from rwkv_speech.mission import read_mission
+from rwkv_speech.lm.initialise import official_sizes
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
-from rwkv_speech.rwkv6.initialise import official_sizes
-from rwkv_speech.speech import features, shards, stamps
+from rwkv_speech.speech import frame_cache as features
+from rwkv_speech.speech import identity as stamps
+from rwkv_speech.speech import shards
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.features import AbsentEncoder, FeatureCache
+from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, pack, unpack
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.trained import read_mission_file
 from tests.tiny import write_world
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -59,13 +61,13 @@ def utterances(world) -> list[Utterance]:
     return read_manifest(world / "train.jsonl")
 
 
-def opened(world: Path, storage: str = "fp16", **settings: object) -> FeatureCache:
-    cache = FeatureCache(world / "cache", storage=storage)
+def opened(world: Path, storage: str = "fp16", **settings: object) -> FrameCache:
+    cache = FrameCache(world / "cache", storage=storage)
     cache.encoder(str(world / "encoder"), **settings)
     return cache
 
 
-def filled(world: Path, utterances: list[Utterance], storage: str = "fp16", **settings: object) -> FeatureCache:
+def filled(world: Path, utterances: list[Utterance], storage: str = "fp16", **settings: object) -> FrameCache:
     cache = opened(world, storage)
     cache.fill(utterances, **settings)
     return cache
@@ -133,7 +135,7 @@ def test_frames_that_cannot_be_kept_are_refused(value, storage, message):
 
 def test_loss_and_batches_from_the_cache(world, utterances):
     """A model without ears gives the loss of one that hears, on the same batches."""
-    cache = FeatureCache(world / "cache", storage="fp16")
+    cache = FrameCache(world / "cache", storage="fp16")
     deaf = SpeechRWKV.from_pretrained(
         world / "model.pth", encoder=str(world / "encoder"), adapter_hidden=32, load_encoder=cache.encoder
     )
@@ -148,8 +150,8 @@ def test_loss_and_batches_from_the_cache(world, utterances):
     def too_long(utterance, samples):
         return "too long" if samples > 19_000 else None
 
-    from_cache = told(Speech(utterances, features=cache, check=too_long), num_workers=1)
-    from_files = told(Speech(utterances, check=too_long))
+    from_cache = told(SpeechDataset(utterances, features=cache, check=too_long), num_workers=1)
+    from_files = told(SpeechDataset(utterances, check=too_long))
     assert sum(len(batch.bad) for batch in from_cache) > 0
     for ours, theirs in zip(from_cache, from_files, strict=True):
         assert (ours.ids, ours.texts, ours.seconds, ours.bad) == (theirs.ids, theirs.texts, theirs.seconds, theirs.bad)
@@ -174,7 +176,7 @@ def test_full_cache_needs_no_encoder(world, utterances, loads, monkeypatch):
     before = filled(world, utterances)
     assert len(loads) == 1
     monkeypatch.setattr(SpeechEncoder, "from_pretrained", lambda *_, **__: pytest.fail("the encoder is loaded"))
-    cache = FeatureCache(world / "cache", storage="fp16")
+    cache = FrameCache(world / "cache", storage="fp16")
     encoder = cache.encoder(str(world / "encoder"))
     cache.fill(utterances)
     assert (encoder.name, encoder.width, encoder.frame_rate) == (str(world / "encoder"), 32, 50)
@@ -492,7 +494,7 @@ def test_bad_recordings_get_no_frames(world, utterances):
 
 def test_folder_that_cannot_be_made(world):
     with pytest.raises(UserError, match="expected a folder to write to"):
-        FeatureCache(world / "train.jsonl/cache", storage="fp16").encoder(str(world / "encoder"))
+        FrameCache(world / "train.jsonl/cache", storage="fp16").encoder(str(world / "encoder"))
 
 
 # In a run
@@ -507,7 +509,7 @@ def test_training_with_a_full_cache(world, monkeypatch, tmp_path):
         arguments += ["--adapter_hidden=32", "--accelerator=cpu", "--epoch_count=2", "--warmup_steps=2"]
         arguments += ["--num_workers=0", f"--proj_dir={tmp_path / name}", *more]
         assert ops.train(Options.parse(arguments)) == 0
-        return read_mission(max((tmp_path / name).glob("rwkv-adapter-*.pth"))).tensors
+        return read_mission_file(max((tmp_path / name).glob("rwkv-adapter-*.pth"))).tensors
 
     plain = train("plain")
     filling = train("filling", f"--cache_features={world / 'cache'}")
@@ -527,7 +529,7 @@ def test_int8_changes_the_loss_of_real_speech_by_less_than_half_a_percent(tmp_pa
     sizes = official_sizes(n_layer=2, n_embd=128, vocab_size=257)
     write_model(tmp_path / "model.pth", sizes, dtype=torch.float32, seed=0)
     utterances = read_librispeech(SPEECH)[:4]
-    caches = {storage: FeatureCache(tmp_path, storage=storage) for storage in ("fp16", "int8")}
+    caches = {storage: FrameCache(tmp_path, storage=storage) for storage in ("fp16", "int8")}
     torch.manual_seed(0)
     model = SpeechRWKV.from_pretrained(tmp_path / "model.pth", encoder=str(WHISPER), adapter_hidden=256)
     for cache in caches.values():

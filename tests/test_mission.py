@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.mission import MissionError, newest_mission, read_mission, write_mission
+from rwkv_speech.trained import MissionFileError, newest_mission_file, read_mission_file, write_mission_file
 
 # The world's encoder has width 32, its language model 2 layers of width 64 in heads of 32.
 PUBLISHED = {
@@ -42,7 +42,7 @@ def refusal(action, *arguments, **how):
     """The message of the error, one line."""
     with pytest.raises(UserError) as caught:
         action(*arguments, **how)
-    assert isinstance(caught.value, MissionError)
+    assert isinstance(caught.value, MissionFileError)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_one_error_naming_both_sides(world, tmp_path, shape
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, shapes, said):
     path = save(tmp_path, tensors(**shapes))
-    message = refusal(read_mission, path)
+    message = refusal(read_mission_file, path)
     assert str(path) in message
     for part in said:
         assert part in message
@@ -147,7 +147,7 @@ class Trap:
 def test_a_pickled_object_is_refused_and_not_run(tmp_path):
     trap = tmp_path / "sprung"
     for content in (tensors() | {FIRST: Trap(trap)}, Trap(trap)):
-        assert "rwkv-adapter-7.pth" in refusal(read_mission, save(tmp_path, content))
+        assert "rwkv-adapter-7.pth" in refusal(read_mission_file, save(tmp_path, content))
         assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap))).close()
     assert trap.exists(), "the case is void: the trap doesn't work"
@@ -155,26 +155,26 @@ def test_a_pickled_object_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.parametrize("content", [[], {"a": 1}, {3: torch.zeros(1)}, torch.zeros(3)], ids=str)
 def test_other_content_is_refused(tmp_path, content):
-    refusal(read_mission, save(tmp_path, content))
+    refusal(read_mission_file, save(tmp_path, content))
 
 
 def test_no_file_an_empty_one_a_truncated_one_and_a_bad_json(tmp_path):
-    assert "no such file" in refusal(read_mission, tmp_path / "rwkv-adapter-1.pth")
-    assert "no such file" in refusal(read_mission, tmp_path)
+    assert "no such file" in refusal(read_mission_file, tmp_path / "rwkv-adapter-1.pth")
+    assert "no such file" in refusal(read_mission_file, tmp_path)
     path = save(tmp_path, tensors())
     whole = path.read_bytes()
     for size in (0, 5, len(whole) // 2):
         path.write_bytes(whole[:size])
-        assert str(path) in refusal(read_mission, path)
+        assert str(path) in refusal(read_mission_file, path)
     path.write_bytes(whole)
     path.with_suffix(".json").write_text('{"downsample_k": ')
-    assert "rwkv-adapter-7.json" in refusal(read_mission, path)
+    assert "rwkv-adapter-7.json" in refusal(read_mission_file, path)
 
 
 def test_what_is_written_is_the_published_form(world, tmp_path):
     model = world.speech_rwkv(adapter_hidden=24)
     path = tmp_path / "new" / "rwkv-adapter-3.pth"
-    write_mission(path, model.trainable_state_dict(), model.describe(step=3))
+    write_mission_file(path, model.trainable_state_dict(), model.describe(step=3))
     content = torch.load(path, weights_only=True)
     assert type(content) is dict
     assert {name: tuple(x.shape) for name, x in content.items()} == PUBLISHED
@@ -192,7 +192,7 @@ def test_what_is_written_is_the_published_form(world, tmp_path):
 @pytest.mark.parametrize(("module", "name"), [(torch, "save"), (os, "replace")], ids=["save", "rename"])
 def test_a_crash_while_writing_leaves_the_old_files(tmp_path, monkeypatch, module, name):
     path = tmp_path / "rwkv-adapter-3.pth"
-    write_mission(path, tensors(), {"step": "old"})
+    write_mission_file(path, tensors(), {"step": "old"})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def crash(content, file):
@@ -202,17 +202,17 @@ def test_a_crash_while_writing_leaves_the_old_files(tmp_path, monkeypatch, modul
 
     monkeypatch.setattr(module, name, crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        write_mission(path, tensors(), {"step": "new"})
+        write_mission_file(path, tensors(), {"step": "new"})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_the_newest_is_told_by_modification_time(tmp_path):
-    assert "rwkv-adapter-*.pth" in refusal(newest_mission, tmp_path)
-    assert "train first" in refusal(newest_mission, tmp_path / "nowhere")
+    assert "rwkv-adapter-*.pth" in refusal(newest_mission_file, tmp_path)
+    assert "train first" in refusal(newest_mission_file, tmp_path / "nowhere")
     for name, when in (("9000", 1), ("20", 3), ("20-run2", 2)):
         path = tmp_path / f"rwkv-adapter-{name}.pth"
         path.touch()
         os.utime(path, (when, when))
     for name in ("other.pth", "rwkv-adapter-30.json", ".rwkv-adapter-31.pth.99", "rwkv-adapter-32.pth.tmp"):
         (tmp_path / name).touch()
-    assert newest_mission(tmp_path).name == "rwkv-adapter-20.pth"
+    assert newest_mission_file(tmp_path).name == "rwkv-adapter-20.pth"

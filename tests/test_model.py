@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bench.random_model import write_model
-from rwkv_speech.rwkv6 import wkv
-from rwkv_speech.rwkv6.initialise import official_sizes
-from rwkv_speech.rwkv6.model import RWKV6
-from rwkv_speech.rwkv6.state import State
+from rwkv_speech.lm import wkv
+from rwkv_speech.lm.initialise import official_sizes
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.state import State
 
 
 @pytest.fixture(scope="module")

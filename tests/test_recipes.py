@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.huggingface import import_transformers
+from rwkv_speech.speech.encoder import SpeechEncoder, import_transformers
 
 transformers = import_transformers()
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring import (
     Edits,
-    Hypothesis,
+    EvalRecord,
     RecordWriter,
     align,
     bootstrap_interval,
@@ -34,7 +34,7 @@ from rwkv_speech.scoring import (
 
 
 def record(reference, hypothesis, *, id="a", seconds=1.0, **more):
-    return Hypothesis(id=id, reference=reference, hypothesis=hypothesis, seconds=seconds, **more)
+    return EvalRecord(id=id, reference=reference, hypothesis=hypothesis, seconds=seconds, **more)
 
 
 def corpus(n=80, seed=0):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rwkv_speech.decoding import decode
-from rwkv_speech.rwkv6.model import RWKV6
-from rwkv_speech.rwkv6.tokenizer import Tokenizer
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "demo" / "tiny"
 

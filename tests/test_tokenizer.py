@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv_speech.lm.tokenizer import END_OF_TEXT, Tokenizer
 
 # Code point ranges of the scripts that random strings are drawn from.
 SCRIPTS = {
@@ -153,7 +153,7 @@ def test_too_small_a_vocabulary_is_refused():
 
 
 def test_missing_table_says_what_to_install(monkeypatch):
-    from rwkv_speech.rwkv6 import tokenizer as module
+    from rwkv_speech.lm import tokenizer as module
 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install rwkv"):

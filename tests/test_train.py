@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train as door
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.runs import Run
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
-from rwkv_speech.system import SpeechRWKV
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3"]
@@ -323,7 +323,7 @@ def test_a_killed_process_resumes_in_another(world, tmp_path, uninterrupted):
     flags = [*world.flags, *QUICK, *RUN, "--num_workers=2"]
     # `train.py` itself kills the process after 5 steps: from outside, the moment could not be chosen.
     program = (
-        "import os, signal, sys; import train; from rwkv_speech.system import SpeechRWKV as S\n"
+        "import os, signal, sys; import train; from rwkv_speech.model import SpeechRWKV as S\n"
         "plain = S.training_step\n"
         "def step(self, batch, i):\n"
         "    if self.trainer.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,16 +11,15 @@ import torch
 import train as door
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError, load_audio
-from rwkv_speech.speech.segments import Segment, cut
+from rwkv_speech.speech.segments import AudioSegment, cut
 from rwkv_speech.speech.voice import FRAME
-from rwkv_speech.transcript import FORMATS, Passage, Reading, Transcript, output_files
-from rwkv_speech.transcription import transcripts
+from rwkv_speech.transcription import FORMATS, Alternative, Segment, Transcript, output_files, transcripts
 
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
-def passage(start: float, end: float, text: str) -> Passage:
-    return Passage(start=start, end=end, text=text, average_log_prob=-0.25)
+def passage(start: float, end: float, text: str) -> Segment:
+    return Segment(start=start, end=end, text=text, average_log_prob=-0.25)
 
 
 TALK = Transcript(
@@ -120,7 +119,10 @@ class Namer:
     def __call__(self, waveforms):
         self.batches.append(len(waveforms))
         return [
-            [Reading(text=f"{x[0]:.0f}", average_log_prob=-float(x[0])), Reading(text="other", average_log_prob=-99.0)]
+            [
+                Alternative(text=f"{x[0]:.0f}", average_log_prob=-float(x[0])),
+                Alternative(text="other", average_log_prob=-99.0),
+            ]
             for x in waveforms
         ]
 
@@ -137,7 +139,7 @@ def halves(monkeypatch):
     def cut(blocks, *, max_seconds):
         for block in blocks:
             for i, part in enumerate(block.split(8_000)):
-                yield Segment(i / 2, part)
+                yield AudioSegment(i / 2, part)
 
     monkeypatch.setattr("rwkv_speech.transcription.cut", cut)
 
@@ -152,8 +154,8 @@ def test_batches_reach_across_recordings_which_keep_their_order(halves, tmp_path
     texts = [x.text if isinstance(x, Transcript) else type(x) for x in found]
     assert texts == [AudioError, "1 2 3", "4", AudioError, "5 6", AudioError, "7"]
     assert [str(x).partition(":")[0] for x in found if isinstance(x, AudioError)] == [str(bad), str(bad), "audio 5"]
-    other = Reading(text="other", average_log_prob=-99.0)
-    expected = Passage(start=0.5, end=1.0, text="2", average_log_prob=-2.0, alternatives=(other,))
+    other = Alternative(text="other", average_log_prob=-99.0)
+    expected = Segment(start=0.5, end=1.0, text="2", average_log_prob=-2.0, alternatives=(other,))
     assert found[1].passages[1] == expected
     assert sum(namer.batches) == 7
     assert set(namer.batches[:-1]) <= {batch_size}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_speech.rwkv6.initialise import fresh_weights, official_sizes, random_weights
-from rwkv_speech.rwkv6.weights import ModelSizes, WeightsError, expected_shapes, infer_sizes, read_weights
+from rwkv_speech.lm.initialise import fresh_weights, official_sizes, random_weights
+from rwkv_speech.lm.weights import ModelSizes, WeightsError, expected_shapes, infer_sizes, read_weights
 
 # Every size differs from every other, so that none can be taken for another.
 SIZES = ModelSizes(n_layer=4, n_embd=96, n_head=3, head_size=32, dim_ffn=224, dim_mix=10, dim_decay=20, vocab_size=300)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_speech.rwkv6 import wkv
-from rwkv_speech.rwkv6.wkv_reference import wkv6_reference
+from rwkv_speech.lm import wkv
+from rwkv_speech.lm.wkv6 import wkv6_reference
 
 NAMES = ("y", "final_state", "gr", "gk", "gv", "gw", "gu", "g_state")
 

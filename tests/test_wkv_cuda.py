@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from rwkv_speech.rwkv6 import wkv
-from rwkv_speech.rwkv6.wkv_reference import wkv6_reference
+from rwkv_speech.lm import wkv
+from rwkv_speech.lm.wkv6 import wkv6_reference
 
 CUDA = Path(__file__).parents[1] / "cuda"
 STAND_IN = Path(__file__).parent / "cuda_stand_in"

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.random_model import write_model  # noqa: E402
-from rwkv_speech.rwkv6.initialise import official_sizes  # noqa: E402
+from rwkv_speech.lm.initialise import official_sizes  # noqa: E402
 from rwkv_speech.speech.audio import SAMPLE_RATE  # noqa: E402
-from rwkv_speech.speech.huggingface import import_transformers  # noqa: E402
+from rwkv_speech.speech.encoder import import_transformers  # noqa: E402
 
 LETTERS = "abcdefghij"
 

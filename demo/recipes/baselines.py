@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.data.sources import load_split
-from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.errors import UserError
-from rwkv_speech.scoring import Hypothesis, RecordWriter
+from rwkv_speech.scoring import EvalRecord, RecordWriter
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.features import FeatureCache
-from rwkv_speech.speech.huggingface import import_transformers
+from rwkv_speech.speech.encoder import import_transformers
+from rwkv_speech.speech.frame_cache import FrameCache
 
 ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # the first is CTC's blank
 BATCH, LEARNING_RATE, SEED = 16, 2e-3, 1
@@ -102,7 +102,7 @@ def write(path: Path, utterances: Sequence[Utterance], texts: Sequence[str]) -> 
     temporary.unlink(missing_ok=True)
     with RecordWriter(temporary) as writer:
         for utterance, text in zip(utterances, texts, strict=True):
-            record = Hypothesis(
+            record = EvalRecord(
                 id=utterance.id,
                 reference=utterance.text,
                 hypothesis=text.strip(),
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--probe", type=Path, required=True, help="file of the trained probe")
     parser.add_argument("--out", type=Path, required=True, help="folder for the hypotheses")
     args = parser.parse_args()
-    cache = FeatureCache(args.cache, storage="fp16")
+    cache = FrameCache(args.cache, storage="fp16")
     cache.encoder(args.encoder)
     test = _load(args.test)
 

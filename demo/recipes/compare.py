@@ -14,10 +14,10 @@ from rich.table import Table
 
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
-from rwkv_speech.scoring import Hypothesis, read_records, score
+from rwkv_speech.scoring import EvalRecord, read_records, score
 
 
-def systems(sources: Sequence[str]) -> dict[str, list[Hypothesis]]:
+def systems(sources: Sequence[str]) -> dict[str, list[EvalRecord]]:
     found = {}
     for source in sources:
         name, _, path = source.rpartition("=")
@@ -26,7 +26,7 @@ def systems(sources: Sequence[str]) -> dict[str, list[Hypothesis]]:
     return found
 
 
-def rate(records: Sequence[Hypothesis]) -> str:
+def rate(records: Sequence[EvalRecord]) -> str:
     """WER after Whisper's normaliser, with its 95 % interval."""
     if not records:
         return "-"

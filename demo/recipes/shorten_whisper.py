@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech.huggingface import import_transformers, quiet
+from rwkv_speech.speech.encoder import import_transformers, quiet
 
 POSITIONS = 50  # of the encoder, per second
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.data.sources import load_split
-from rwkv_speech.data.utterance import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 

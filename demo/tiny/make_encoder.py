@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
-from rwkv_speech.speech.encoder import SpeechEncoder, frame_count, shortest_input
-from rwkv_speech.speech.huggingface import import_transformers, quiet
+from rwkv_speech.speech.encoder import SpeechEncoder, frame_count, import_transformers, quiet, shortest_input
 
 HERE = Path(__file__).parent
 SEED = 1
@@ -105,7 +104,7 @@ def train(scratch: Path, checkpoint: Path, steps: int, out: Path) -> None:
         step = saved["step"]
         log.info("goes on after step %d", step)
     validation = read_manifest(HERE / "corpus" / "valid.jsonl")
-    speech = Speech(scratch)
+    speech = SpeechDataset(scratch)
     while step < steps:
         began, first, audio, losses = time.monotonic(), step, 0, []
         for step in range(first + 1, min(first + REPORT, steps) + 1):
@@ -252,7 +251,7 @@ def read_manifest(manifest: Path) -> list[tuple[np.ndarray, str]]:
     return [(load_audio(manifest.parent / entry["audio"]).numpy(), entry["text"]) for entry in entries]
 
 
-class Speech:
+class SpeechDataset:
     """The utterances of a folder, left on the disk."""
 
     def __init__(self, folder: Path) -> None:

@@ -32,13 +32,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.decoding import decode
 from rwkv_speech.files import write_whole
-from rwkv_speech.rwkv6.initialise import fresh_weights
-from rwkv_speech.rwkv6.model import RWKV6
-from rwkv_speech.rwkv6.weights import ModelSizes
+from rwkv_speech.lm.initialise import fresh_weights
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.weights import ModelSizes
 
 HERE = Path(__file__).parent
 SIZES = ModelSizes(n_layer=4, n_embd=256, n_head=4, head_size=64, dim_ffn=640, dim_mix=32, dim_decay=32, vocab_size=257)
-END, FILLER, TURN = 0, 1, 36  # end of text; byte 0, which no text has; "#"
+END, FILLER, SEPARATOR_ID = 0, 1, 36  # end of text; byte 0, which no text has; "#"
 LONGEST = 44  # characters of a source, as of the corpus's sentences
 IGNORED = -100
 KINDS = {"text": 0.2, "copy": 0.25, "spelling": 0.55}
@@ -83,12 +83,12 @@ class Documents:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "text":
             at = rng.randrange(len(self.sentences) - 4)
-            return [TURN, *encode("\n".join(self.sentences[at : at + 4])[:120]), END], 0
+            return [SEPARATOR_ID, *encode("\n".join(self.sentences[at : at + 4])[:120]), END], 0
         source = random_letters(rng, longest) if rng.random() < RANDOM_LETTERS else self.source(rng, longest)
         heard = encode(source)
         if kind == "spelling":
             heard = spelling(source, rng, wrong=rng.uniform(0, WRONG) if rng.random() < 0.5 else 0)
-        return [*heard, TURN, *encode(source), END], len(heard)
+        return [*heard, SEPARATOR_ID, *encode(source), END], len(heard)
 
     def source(self, rng: random.Random, longest: int) -> str:
         words = rng.choice(self.sentences).split()
@@ -134,7 +134,7 @@ def copying_errors(model: RWKV6, sources: list[str], heard: list[list[int]]) -> 
     """Word error rate of greedy decoding after `heard` and "#", in percent."""
     hypotheses = []
     for at in range(0, len(sources), 32):
-        rows = [torch.tensor([*tokens, TURN]) for tokens in heard[at : at + 32]]
+        rows = [torch.tensor([*tokens, SEPARATOR_ID]) for tokens in heard[at : at + 32]]
         lengths = torch.tensor([len(row) for row in rows])
         embedded = model.embed(pad_sequence(rows, True))
         found = decode(model, embedded, lengths, max_new_tokens=[2 * LONGEST] * len(rows))

@@ -27,8 +27,8 @@ from make_language_model import (
     FILLER,
     HERE,
     IGNORED,
+    SEPARATOR_ID,
     SIZES,
-    TURN,
     WRONG,
     Documents,
     copying_errors,
@@ -44,7 +44,7 @@ from sentences import read_sentences
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech.rwkv6.model import RWKV6
+from rwkv_speech.lm.rwkv6 import RWKV6
 
 LONGEST, WORDS = 72, range(3, 15)  # of a source
 KINDS = {"text": 0.12, "copy": 0.06, "spelling": 0.12, "mumbled": 0.7}
@@ -94,7 +94,7 @@ class MumbledDocuments(Documents):
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "text":
             at = rng.randrange(len(self.sentences) - 4)
-            return Document([TURN, *encode("\n".join(self.sentences[at : at + 4])[:160]), END], 0, [], [])
+            return Document([SEPARATOR_ID, *encode("\n".join(self.sentences[at : at + 4])[:160]), END], 0, [], [])
         if rng.random() < RANDOM_LETTERS[kind]:
             source = random_letters(rng, LONGEST_RANDOM)
         else:
@@ -106,7 +106,7 @@ class MumbledDocuments(Documents):
             wrong = rng.uniform(0, WRONG) if kind == "spelling" and rng.random() < 0.5 else 0
             tokens = encode(source) if kind == "copy" else spelling(source, rng, wrong=wrong)
             seconds, shares = [], []
-        return Document([*tokens, TURN, *encode(source), END], len(tokens), seconds, shares)
+        return Document([*tokens, SEPARATOR_ID, *encode(source), END], len(tokens), seconds, shares)
 
     def source(self, rng: random.Random, longest: int) -> str:
         words = rng.choice(self.sentences).split()

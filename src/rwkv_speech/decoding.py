@@ -17,8 +17,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from rwkv_speech.rwkv6.model import RWKV6, last
-from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT
+from rwkv_speech.lm.rwkv6 import RWKV6, last
+from rwkv_speech.lm.tokenizer import END_OF_TEXT
 
 # Several times what fast speech needs, so that only a run-away meets the limit.
 LEAST_LIMIT = 100  # tokens
@@ -32,7 +32,7 @@ LOOP_TOKENS = 48  # at least, all repetitions together
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoded:
+class DecodingResult:
     """One transcript, as tokens.
 
     Attributes:
@@ -47,7 +47,7 @@ class Decoded:
     score: float
     finished: bool
     loop: bool
-    alternatives: tuple["Decoded", ...] = ()
+    alternatives: tuple["DecodingResult", ...] = ()
 
     @property
     def n_scored(self) -> int:
@@ -72,7 +72,7 @@ def decode(
     length_penalty: float = 1.0,
     loop_guard: bool = False,
     end: int = END_OF_TEXT,
-) -> list[Decoded]:
+) -> list[DecodingResult]:
     """The best transcript of each utterance, after its prefix and, before that, the model's initial state.
 
     Each step keeps the hypotheses with the largest sums of log-probabilities. One that ends keeps its place among the
@@ -163,7 +163,7 @@ class _Search:
         self._limit, self._beam, self._n_best = limit, beam, n_best
         self._length_penalty, self._loop_guard, self._end = length_penalty, loop_guard, end
         self.live = [_Hypothesis([], [], loop=False)]
-        self._done: list[Decoded] = []
+        self._done: list[DecodingResult] = []
 
     def step(self, candidates: Sequence[tuple[Sequence[float], Sequence[int]]]) -> list[int]:
         """One token further: takes log-probabilities and ids of the best next tokens of each live hypothesis.
@@ -187,14 +187,14 @@ class _Search:
             self.live, parents = [], []
         return parents
 
-    def result(self) -> Decoded:
+    def result(self) -> DecodingResult:
         best, *others = self._ranked()[: self._n_best]
         return replace(best, alternatives=tuple(others))
 
     def _extend(self, parent: _Hypothesis, token: int, score: float) -> _Hypothesis | None:
         """The hypothesis with one more token; None where it is done with that."""
         if token == self._end:
-            self._done.append(Decoded(tokens=parent.tokens, score=score, finished=True, loop=parent.loop))
+            self._done.append(DecodingResult(tokens=parent.tokens, score=score, finished=True, loop=parent.loop))
             return None
         tokens, scores = [*parent.tokens, token], [*parent.scores, score]
         surplus = repeats(tokens)
@@ -203,10 +203,10 @@ class _Search:
             del tokens[-surplus:], scores[-surplus:]
         elif len(tokens) < self._limit:
             return _Hypothesis(tokens, scores, loop)
-        self._done.append(Decoded(tokens=tokens, score=scores[-1], finished=False, loop=loop))
+        self._done.append(DecodingResult(tokens=tokens, score=scores[-1], finished=False, loop=loop))
         return None
 
-    def _ranked(self) -> list[Decoded]:
+    def _ranked(self) -> list[DecodingResult]:
         return sorted(self._done, key=lambda x: self._rank(x.loop, x.score, x.n_scored))
 
     def _rank(self, loop: bool, score: float, n_scored: int) -> tuple[bool, float]:

@@ -40,7 +40,7 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class Totals:
+class StepStats:
     """Of one micro-batch in all processes; told to each other before the backward pass, in one go."""
 
     loss_sum: float

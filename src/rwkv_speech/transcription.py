@@ -3,22 +3,61 @@
 All of it goes piece by piece, so that what is in memory is one batch of segments, however long and many the recordings.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 
 from torch import Tensor
 
+from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
-from rwkv_speech.speech.segments import Segment, cut
-from rwkv_speech.transcript import Passage, Reading, Transcript
+from rwkv_speech.speech.segments import AudioSegment, cut
 
-Say = Callable[[Sequence[Tensor]], Sequence[Sequence[Reading]]]
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """What may have been said in a segment."""
+
+    text: str
+    average_log_prob: float
+    """Natural logarithm, per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """The transcript of one segment of a recording."""
+
+    start: float
+    """Seconds from the beginning of the recording, to the millisecond."""
+    end: float
+    text: str
+    average_log_prob: float
+    """Natural logarithm, per token."""
+    alternatives: tuple[Alternative, ...] = ()
+    """Other readings that a beam search found, best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """The transcript of a recording; without passages where nobody speaks."""
+
+    name: str
+    """The recording's path, or whatever else it is called."""
+    passages: tuple[Segment, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(passage.text for passage in self.passages if passage.text)
+
+
+DecodeFn = Callable[[Sequence[Tensor]], Sequence[Sequence[Alternative]]]
 
 
 def transcripts(
     audio: Iterable[str | Path | Tensor],
-    say: Say,
+    decode: DecodeFn,
     *,
     batch_size: int,
     max_seconds: float,
@@ -27,13 +66,13 @@ def transcripts(
 
     Args:
         audio: paths, or 1-D float arrays at 16 kHz.
-        say: gives what is said in each waveform (samples,) of a batch, the best reading first.
+        decode: gives what is said in each waveform (samples,) of a batch, the best reading first.
         batch_size: segments in a batch; only the last has fewer.
         max_seconds: the longest segment; longer recordings are cut in pauses, see `segments.cut`.
     """
-    passages: list[Passage] = []
-    for piece in _decoded(_cut_all(audio, max_seconds), say, batch_size):
-        if isinstance(piece, Passage):
+    passages: list[Segment] = []
+    for piece in _decoded(_cut_all(audio, max_seconds), decode, batch_size):
+        if isinstance(piece, Segment):
             passages.append(piece)
         else:
             yield piece.error or Transcript(name=piece.name, passages=tuple(passages))
@@ -48,7 +87,7 @@ class _End:
     error: AudioError | None
 
 
-def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterator[Segment | _End]:
+def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterator[AudioSegment | _End]:
     for index, source in enumerate(audio):
         is_path = isinstance(source, str | Path)
         name = str(source) if is_path else f"audio {index}"
@@ -60,17 +99,17 @@ def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterat
         yield _End(name, error)
 
 
-def _decoded(pieces: Iterable[Segment | _End], say: Say, batch_size: int) -> Iterator[Passage | _End]:
+def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size: int) -> Iterator[Segment | _End]:
     """The same, with what is said in the segments in their place."""
 
-    def decoded() -> Iterator[Passage | _End]:
-        said = iter(say([segment.waveform for segment in batch]) if batch else [])
+    def decoded() -> Iterator[Segment | _End]:
+        said = iter(decode([segment.waveform for segment in batch]) if batch else [])
         for piece in waiting:
             if isinstance(piece, _End):
                 yield piece
             else:
                 best, *others = next(said)
-                yield Passage(
+                yield Segment(
                     start=round(piece.start, 3),
                     end=round(piece.end, 3),
                     text=best.text,
@@ -78,13 +117,73 @@ def _decoded(pieces: Iterable[Segment | _End], say: Say, batch_size: int) -> Ite
                     alternatives=tuple(others),
                 )
 
-    waiting: list[Segment | _End] = []
-    batch: list[Segment] = []
+    waiting: list[AudioSegment | _End] = []
+    batch: list[AudioSegment] = []
     for piece in pieces:
         waiting.append(piece)
-        if isinstance(piece, Segment):
+        if isinstance(piece, AudioSegment):
             batch.append(piece)
         if len(batch) in (0, batch_size):
             yield from decoded()
             waiting, batch = [], []
     yield from decoded()
+
+
+def as_text(transcript: Transcript) -> str:
+    """One line, empty where nothing is said."""
+    return _line(transcript.text) + "\n"
+
+
+def as_json(transcript: Transcript) -> str:
+    """One object on one line: `name`, `text`, and `passages` with the fields of `Segment`."""
+    content = {"name": transcript.name, "text": transcript.text, "passages": [asdict(p) for p in transcript.passages]}
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def as_srt(transcript: Transcript) -> str:
+    """SubRip: numbered cues with times like 00:01:02,345; passages without text have none."""
+    cues = [(_times(passage, ","), _line(passage.text)) for passage in transcript.passages if passage.text]
+    return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(cues, 1))
+
+
+def as_vtt(transcript: Transcript) -> str:
+    """WebVTT (https://www.w3.org/TR/webvtt1/): times like 00:01:02.345, `&`, `<` and `>` escaped."""
+    cues = [
+        f"{_times(passage, '.')}\n{escape(_line(passage.text), quote=False)}\n"
+        for passage in transcript.passages
+        if passage.text
+    ]
+    return "\n".join(["WEBVTT\n", *cues])
+
+
+FORMATS: dict[str, Callable[[Transcript], str]] = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
+_SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
+
+
+def output_files(recordings: Sequence[str | Path], folder: Path, format: str) -> list[Path]:
+    """Where the transcript of each recording goes: into the folder, under the recording's name.
+
+    Raises:
+        UserError: two recordings of one name.
+    """
+    taken: dict[Path, str | Path] = {}
+    for recording in recordings:
+        file = folder / f"{Path(recording).stem}{_SUFFIXES[format]}"
+        if file in taken:
+            raise UserError(f"{taken[file]} and {recording} would both go to {file}: do them one by one, or rename one")
+        taken[file] = recording
+    return list(taken)
+
+
+def _line(text: str) -> str:
+    """A line break would end the line that a text is, and an empty line would end a cue."""
+    return " ".join(text.split())
+
+
+def _times(passage: Segment, point: str) -> str:
+    return f"{_clock(passage.start, point)} --> {_clock(passage.end, point)}"
+
+
+def _clock(seconds: float, point: str) -> str:
+    minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

@@ -4,7 +4,7 @@
 - All processes see the same sequence of *global* batches and take every world_size-th utterance of each, so
   one process with a batch of 8 trains on the same global batches as two with 4.
 - A sample that can't be used travels as a `BadSample` in its batch; whoever consumes the batch hands it to
-  `BadAudio`.
+  `BadSamples`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from rwkv_speech.data.utterance import BadSample, Utterance
+from rwkv_speech.data.row import BadSample, Utterance
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError
-from rwkv_speech.speech.features import FeatureCache
+from rwkv_speech.speech.frame_cache import FrameCache
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Batch:
         return self.frames or self.waveforms
 
 
-class Speech(Dataset[Sample | BadSample]):
+class SpeechDataset(Dataset[Sample | BadSample]):
     """Reads utterances when they are asked for.
 
     check: returns why a sample of so many samples can't be used (too long for the context, say), or None.
@@ -93,7 +94,7 @@ class Speech(Dataset[Sample | BadSample]):
         *,
         check: Callable[[Utterance, int], str | None] | None = None,
         change: Callable[[str, Tensor, int], Tensor] | None = None,
-        features: FeatureCache | None = None,
+        features: FrameCache | None = None,
     ) -> None:
         self.utterances = utterances
         self.check = check
@@ -206,7 +207,7 @@ class SharedBatches(Sampler[list[int]]):
 
 
 def loader(
-    dataset: Speech,
+    dataset: SpeechDataset,
     *,
     batch_size: int,
     shuffle: bool,
@@ -227,7 +228,7 @@ def loader(
     return load_batches(dataset, batches, num_workers=num_workers)
 
 
-def load_batches(dataset: Speech, batches: Sampler[list[int]], *, num_workers: int = 0) -> DataLoader[Batch]:
+def load_batches(dataset: SpeechDataset, batches: Sampler[list[int]], *, num_workers: int = 0) -> DataLoader[Batch]:
     """Loads the batches that a sampler tells by their indices, ahead of time in `num_workers` processes."""
     return DataLoader(
         dataset,
@@ -238,3 +239,58 @@ def load_batches(dataset: Speech, batches: Sampler[list[int]], *, num_workers: i
         multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),  # else each iterator draws a number from the global stream
     )
+
+
+class AccumulationLoader:
+    """A process's batches in groups of one optimiser step, whose targets are counted together.
+
+    The loss is a mean over all targets of a step, so every micro-batch must know their number beforehand. Waveforms
+    wait in memory for the rest of their group, nothing more. The position within an epoch is the state of this
+    loader: Lightning saves it and gives it back on resuming.
+
+    loader: the batches of this process.
+    accumulate: micro-batches to an optimiser step.
+    count: the targets of a text.
+    limit: optimiser steps to an epoch, 0 for one pass over the data.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Batch], *, accumulate: int, count: Callable[[str], int], limit: int = 0
+    ) -> None:
+        self.loader = loader
+        self.accumulate = accumulate
+        self.count = count
+        self.limit = limit * accumulate or len(loader)
+        self.given = 0  # batches of this epoch
+        self.skip = 0  # batches of the next iteration that were given before the run was interrupted
+
+    @property
+    def batch_sampler(self) -> Sampler[list[int]]:
+        """Where Lightning finds `sampler.set_epoch`."""
+        return self.loader.batch_sampler
+
+    @property
+    def batch_size(self) -> int:
+        """What DeepSpeed's strategy reads."""
+        return self.loader.batch_sampler.batch_size
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.loader))
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.given, self.loader.batch_sampler.skip, self.skip = self.skip, self.skip, 0
+        epoch = self.loader.dataset.epoch = self.loader.batch_sampler.sampler.epoch  # before workers start
+        batches = islice(self.loader, len(self) - self.given)
+        while group := list(islice(batches, self.accumulate)):
+            for batch in group:
+                batch.epoch, batch.tokens = epoch, sum(map(self.count, batch.texts))
+            for batch in group:
+                batch.step_tokens = sum(b.tokens for b in group)
+                self.given += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skip = state["given"]

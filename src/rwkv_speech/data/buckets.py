@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from rwkv_speech.data.batches import Batch, SharedBatches, Shuffled, Speech, load_batches
+from rwkv_speech.data.batches import Batch, SharedBatches, Shuffled, SpeechDataset, load_batches
 from rwkv_speech.errors import UserError
 
 JITTER = 0.02  # of a length, up and down, before sorting: more of it mixes better and pads more
@@ -26,7 +26,7 @@ Lengths = Callable[[int], np.ndarray]  # epoch -> (utterances,) s; augmentation 
 
 
 def bucketed_loader(
-    dataset: Speech,
+    dataset: SpeechDataset,
     lengths: Lengths,
     *,
     batch_size: int,

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import AudioError
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.utterance import BadSample, Utterance
+from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.row import BadSample, Utterance
 from rwkv_speech.errors import UserError
 
 URL = "https://www.openslr.org/resources/12"
@@ -41,7 +41,7 @@ def has_layout(folder: Path) -> bool:
     return any(next(folder.glob("*/" * depth + "*.trans.txt"), None) for depth in depths)
 
 
-def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadAudio | None = None) -> list[Utterance]:
+def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSamples | None = None) -> list[Utterance]:
     """Read one split in the order of speaker, chapter and transcript line; texts as they are written.
 
     folder: the folder that holds the splits, or a `LibriSpeech` folder that holds them, or one split

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
 
 SUFFIXES = (".jsonl", ".json")

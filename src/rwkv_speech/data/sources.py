@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rwkv_speech.data import librispeech
-from rwkv_speech.data.audio_folder import has_table, read_audio_folder
-from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.huggingface import read_dataset, read_librispeech_from_hub
+from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.hub import read_dataset, read_librispeech_from_hub
 from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.row import Utterance
+from rwkv_speech.data.tables import has_table, read_audio_folder
 from rwkv_speech.errors import UserError
 
 LIBRISPEECH = "librispeech"
@@ -27,7 +27,7 @@ def load_split(
     text_column: str | None = None,
     lower_case: bool | None = None,
     download: bool = False,
-    bad_audio: BadAudio | None = None,
+    bad_audio: BadSamples | None = None,
 ) -> list[Utterance]:
     """Find a split and list its utterances, always in the same order.
 
@@ -90,7 +90,7 @@ def _is_path(part: str) -> bool:
 
 
 def _read(
-    place: str, split: str | None, *, columns: dict[str, str | None], bad_audio: BadAudio | None
+    place: str, split: str | None, *, columns: dict[str, str | None], bad_audio: BadSamples | None
 ) -> tuple[list[Utterance], bool]:
     """The utterances, and whether they are LibriSpeech's or come in its layout."""
     path = Path(place).expanduser()

@@ -4,16 +4,18 @@ import csv
 import io
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import peak_memory
-from rwkv_speech.engine.picture import draw
 from rwkv_speech.files import write_whole, writing
 
 log = logging.getLogger("rwkv_speech")
@@ -182,3 +184,37 @@ def hours(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+PANELS = (
+    ("loss", "log", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
+    ("learning rate", "linear", {"lr": "adapter", "state_lr": "initial state"}),
+    ("validation WER, %", "linear", {"valid_wer": None}),
+    ("seconds of audio per second", "linear", {"audio_s_per_s": None}),
+)
+
+
+def draw(rows: Sequence[dict[str, float]]) -> bytes:
+    """A PNG of the rows of `metrics.csv`: each has a step, and whichever columns were measured there."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot: no window, no global state
+    for axes, (title, scaling, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for column, label in curves.items():
+            points = [(row["step"], row[column]) for row in rows if column in row]
+            if points:
+                scale = 100 if column == "valid_wer" else 1
+                marker = "o" if column.startswith("valid") or len(points) == 1 else None
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, [value * scale for value in values], marker=marker, ms=3, lw=1, label=label)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
+        else:
+            axes.set_yscale(scaling)
+            if None not in curves.values():
+                axes.legend()
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()

@@ -15,7 +15,7 @@ from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.deepspeed import gathered
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
-from rwkv_speech.mission import read_mission, write_mission
+from rwkv_speech.trained import read_mission_file, write_mission_file
 
 
 class MissionFiles(Callback):
@@ -102,17 +102,17 @@ class MissionFiles(Callback):
     def write_mean(self) -> None:
         """Writes the mean of the latest files as one of its own, `rwkv-adapter-<step>-avg<N>.pth`."""
         names = self.written[-self.average :]
-        missions = [read_mission(self.folder / name) for name in names]
+        missions = [read_mission_file(self.folder / name) for name in names]
         mean = {
             name: torch.stack([m.tensors[name].double() for m in missions]).mean(0).float()
             for name in missions[-1].tensors
         }
         info = self.info | {"step": self.saved_step, "mean_of": names}
-        write_mission(self._path(f"{self.saved_step}-avg{len(names)}"), mean, info)
+        write_mission_file(self._path(f"{self.saved_step}-avg{len(names)}"), mean, info)
 
     def _write(self, step: str, tensors: Mapping[str, Tensor], info: dict[str, Any], score: float | None) -> None:
         path = self._path(step)
-        write_mission(path, tensors, info)
+        write_mission_file(path, tensors, info)
         if score is not None and (self.best is None or score < self.best[0]):
             self.best = (score, path.name)
         written = [name for name in self.written if name != path.name] + [path.name]

@@ -13,11 +13,10 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from rwkv_speech.data.steps import OptimiserSteps
+from rwkv_speech.data.batches import AccumulationLoader
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
-from rwkv_speech.engine.resume import Interrupted, ResumePoints, WholeFiles
-from rwkv_speech.engine.runs import Run
+from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, WholeFiles
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import writing
 from rwkv_speech.options import Options
@@ -60,7 +59,7 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
     )
 
 
-def fit(trainer: pl.Trainer, model: pl.LightningModule, batches: OptimiserSteps, run: Run) -> bool:
+def fit(trainer: pl.Trainer, model: pl.LightningModule, batches: AccumulationLoader, run: Run) -> bool:
     """Trains to the end, or until asked to stop: then it logs how to go on, and gives False.
 
     Raises:

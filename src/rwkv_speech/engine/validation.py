@@ -7,12 +7,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from rwkv_speech.data.bad_audio import BadAudio
+from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.metrics import Metrics
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.options import Options
-from rwkv_speech.scoring import Edits, Hypothesis, align
+from rwkv_speech.scoring import Edits, EvalRecord, align
 
 log = logging.getLogger("rwkv_speech")
 
@@ -32,7 +32,7 @@ class Validation(Callback):
         *,
         mission_files: MissionFiles,
         metrics: Metrics,
-        bad_audio: BadAudio,
+        bad_audio: BadSamples,
     ) -> None:
         self.options = options
         self.mission_files, self.metrics, self.bad_audio = mission_files, metrics, bad_audio
@@ -98,7 +98,7 @@ class Validation(Callback):
                 batch.audio, max_new_tokens=self.options.max_new_tokens, loop_guard=self.options.loop_guard
             )
             records = [
-                Hypothesis(id=id, reference=text, hypothesis=model.tokenizer.decode(result.tokens).strip(), seconds=0.0)
+                EvalRecord(id=id, reference=text, hypothesis=model.tokenizer.decode(result.tokens).strip(), seconds=0.0)
                 for id, text, result in zip(batch.ids, batch.texts, decoded, strict=True)
             ]
             edits = sum((aligned.edits for aligned in align(records)), edits)

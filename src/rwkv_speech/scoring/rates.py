@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import UserError
 from .normalise import lower_case, normalise_english
-from .records import Hypothesis
+from .records import EvalRecord
 
 RESAMPLES = 2000
 SEED = 0
@@ -69,7 +69,7 @@ class Aligned:
             `substitute`, `delete` or `insert`, and for the first two both lists are equally long.
     """
 
-    record: Hypothesis
+    record: EvalRecord
     steps: list[tuple[str, list[str], list[str]]]
 
     @property
@@ -146,7 +146,7 @@ class Scores:
         return self.utterances / self.wall_seconds if self.wall_seconds else None
 
 
-def score(records: Iterable[Hypothesis], *, left_out: int = 0, peak_memory: int | None = None) -> Scores:
+def score(records: Iterable[EvalRecord], *, left_out: int = 0, peak_memory: int | None = None) -> Scores:
     """Score one split. The order of the records changes nothing.
 
     Args:
@@ -178,7 +178,7 @@ def score(records: Iterable[Hypothesis], *, left_out: int = 0, peak_memory: int 
     )
 
 
-def align(records: Sequence[Hypothesis], clean: Callable[[str], str] = lower_case) -> list[Aligned]:
+def align(records: Sequence[EvalRecord], clean: Callable[[str], str] = lower_case) -> list[Aligned]:
     """Align the words of every record, by jiwer, after passing both texts through `clean`."""
     if not records:  # jiwer makes one utterance of none
         return []
@@ -242,7 +242,7 @@ def interval_of(aligned: Sequence[Aligned]) -> tuple[float, float]:
     return bootstrap_interval([e.errors for e in edits], [e.length for e in edits])
 
 
-def _score_texts(records: Sequence[Hypothesis], clean: Callable[[str], str]) -> TextScores:
+def _score_texts(records: Sequence[EvalRecord], clean: Callable[[str], str]) -> TextScores:
     aligned = align(records, clean)
     edits = [utterance.edits for utterance in aligned]
     rates = [e.rate for e in edits if e.length]

@@ -14,7 +14,7 @@ logger = logging.getLogger("rwkv_speech")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypothesis:
+class EvalRecord:
     """What was said, what was heard, and what it cost.
 
     Attributes:
@@ -60,7 +60,7 @@ class RecordWriter:
         self._file = path.open("ab")
         self._file.truncate(whole)
 
-    def write(self, record: Hypothesis) -> None:
+    def write(self, record: EvalRecord) -> None:
         """Append one record and flush."""
         self._file.write(record.line())
         self._file.flush()
@@ -76,7 +76,7 @@ class RecordWriter:
         self.close()
 
 
-def read_records(path: str | os.PathLike) -> list[Hypothesis]:
+def read_records(path: str | os.PathLike) -> list[EvalRecord]:
     """The records of a file, in its order; none where there is no file.
 
     A last line without its newline was being written when the process died: it is left out, and its utterance
@@ -85,7 +85,7 @@ def read_records(path: str | os.PathLike) -> list[Hypothesis]:
     Raises:
         UserError: a whole line is not a record.
     """
-    records: dict[str, Hypothesis] = {}
+    records: dict[str, EvalRecord] = {}
     lines = _whole_lines(Path(path)).split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         record = _parse(line, where=f"{path}, line {number}")
@@ -100,9 +100,9 @@ def _whole_lines(path: Path) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def _parse(line: bytes, *, where: str) -> Hypothesis:
+def _parse(line: bytes, *, where: str) -> EvalRecord:
     try:
-        record = Hypothesis(**json.loads(line))
+        record = EvalRecord(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{where}: not a record of an evaluation ({error}); expected a JSON object with id, reference, "

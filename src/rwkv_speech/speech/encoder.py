@@ -7,11 +7,16 @@
 - Frozen for good: no gradients, no dropout, no layer drop, no masking; `train()` changes nothing.
 """
 
+import functools
 import math
+import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +26,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.huggingface import import_transformers, quiet
 
 _CALL_SAMPLES = 8 * 30 * SAMPLE_RATE  # padded audio per call of the network, so that memory is bounded
 
@@ -279,3 +283,42 @@ def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
             "expected a whole checkpoint: fetch it again"
         )
     return family(name, model, extractor)
+
+
+@functools.cache
+def import_transformers() -> ModuleType:
+    """transformers, also beside a torchaudio that does not load.
+
+    transformers imports torchaudio wherever it is installed and fails with it, although no encoder here needs it:
+    torchaudio's compiled part refuses a torch without CUDA libraries, or with those of another version. Then
+    torchaudio is hidden for as long as transformers looks for it.
+    """
+    import transformers
+
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        available = transformers.utils.import_utils.is_torchaudio_available
+        available.cache_clear()
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]  # Python's own way to say "not importable"
+        try:
+            available()  # remembers the answer
+            import transformers.audio_utils
+        finally:
+            del sys.modules["torchaudio"]
+    # WavLM's attention, at its first batch; its users can do nothing about it.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from listing the weights that we leave out on purpose, and from its progress bars."""
+    logging = import_transformers().utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 
 from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.stamps import file_stamp
 
 _VERSION = 1  # of what this package itself does to audio on its way to frames: raised when frames change
 
@@ -50,3 +50,25 @@ def encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
         return None
     everything = [_VERSION, metadata.version("transformers"), str(dtype), *stamps]
     return hashlib.blake2b(json.dumps(everything).encode(), digest_size=16).hexdigest()
+
+
+SETTLED = 2.0  # s; no file system's clock ticks more slowly
+
+
+def file_stamp(path: Path) -> str | None:
+    """Path, size and times of a file, links followed; whoever changes the content changes the stamp.
+
+    The time of the inode's change is part of it: unlike that of the content, it can't be set back.
+
+    Returns:
+        None where there is no such file, or where it changed so recently that one more change could leave the same
+        times.
+    """
+    try:
+        path = path.resolve()
+        found = path.stat()
+    except OSError:
+        return None
+    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED * 1e9:
+        return None
+    return f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"

@@ -22,7 +22,7 @@ _BLOCK = 1024 * FRAME  # samples, 33 s: what the network sees at once
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class AudioSegment:
     """A stretch of a recording."""
 
     start: float
@@ -36,7 +36,7 @@ class Segment:
         return self.start + len(self.waveform) / SAMPLE_RATE
 
 
-def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[Segment]:
+def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[AudioSegment]:
     """The segments of a recording, in order, without overlap.
 
     Audio that is not longer than `max_seconds` is one segment, as it is. Of longer audio, each segment ends in the last
@@ -67,10 +67,10 @@ def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[Segm
             yield from _cut_at_pauses(chain(head, blocks), limit // FRAME)
             return
     if head:
-        yield Segment(0.0, torch.cat(head))
+        yield AudioSegment(0.0, torch.cat(head))
 
 
-def _cut_at_pauses(blocks: Iterable[Tensor], longest: int) -> Iterator[Segment]:
+def _cut_at_pauses(blocks: Iterable[Tensor], longest: int) -> Iterator[AudioSegment]:
     held = _Held()
     for samples, voice in _with_voice(blocks):
         held.add(samples, voice)
@@ -108,10 +108,10 @@ class _Held:
         self.voice = torch.cat([self.voice, voice])
         self._drop_silence()
 
-    def take(self, end: int) -> Segment:
+    def take(self, end: int) -> AudioSegment:
         """The segment of the first `end` frames, which hold speech; they, and the silence after them, leave."""
         trimmed = min(end, int(_speech(self.voice[:end])[-1]) + 1 + MARGIN)
-        segment = Segment(self.start * FRAME / SAMPLE_RATE, self.samples[: trimmed * FRAME].clone())
+        segment = AudioSegment(self.start * FRAME / SAMPLE_RATE, self.samples[: trimmed * FRAME].clone())
         self._drop(end)
         self._drop_silence()
         return segment

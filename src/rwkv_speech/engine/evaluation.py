@@ -12,16 +12,16 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.batches import Speech, loader
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.batches import SpeechDataset, loader
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
-from rwkv_speech.scoring import Edits, Hypothesis, RecordWriter, align, read_records
+from rwkv_speech.scoring import Edits, EvalRecord, RecordWriter, align, read_records
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.perturb import Perturbation
-from rwkv_speech.system import SpeechRWKV
+from rwkv_speech.speech.augmentation import Perturbation
 
 UNFINISHED = "unfinished"  # folder of what each process has written of the split at hand
 LEDGER = "evaluation.json"  # the settings, and the splits that are finished under them
@@ -35,8 +35,8 @@ def evaluate(
     change: Perturbation | None,
     options: Options,
     fabric: Fabric,
-    bad_audio: BadAudio,
-) -> list[Hypothesis]:
+    bad_audio: BadSamples,
+) -> list[EvalRecord]:
     """Transcribes utterances, each exactly once over all processes.
 
     Every process writes its records as it goes; the first one then joins them to `eval/<name>.jsonl` in the project.
@@ -51,7 +51,7 @@ def evaluate(
     done = fabric.broadcast(_earlier(folder, name, utterances) if fabric.is_global_zero else {})
     left = [utterance for utterance in utterances if utterance.id not in done]
     batches = loader(
-        Speech(left, change=change),
+        SpeechDataset(left, change=change),
         batch_size=options.eval_bsz,
         shuffle=False,
         num_workers=options.num_workers,
@@ -75,7 +75,7 @@ def evaluate(
             ) if len(batch) else []  # fmt: skip
             wall = (time.perf_counter() - start) / max(1, len(batch))
             for index, waveform, result in zip(batch.indices, batch.waveforms, decoded, strict=True):
-                record = Hypothesis(
+                record = EvalRecord(
                     id=left[index].id,
                     reference=left[index].text,
                     hypothesis=model.tokenizer.decode(result.tokens).strip(),
@@ -137,7 +137,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _earlier(folder: Path, name: str, utterances: Sequence[Utterance]) -> dict[str, Hypothesis]:
+def _earlier(folder: Path, name: str, utterances: Sequence[Utterance]) -> dict[str, EvalRecord]:
     """What has been written of these utterances since the evaluation began."""
     finished = name in json.loads((folder / LEDGER).read_text())["finished"]
     found = _by_id([folder / f"{name}.jsonl"] if finished else (folder / UNFINISHED / name).glob("*.jsonl"))
@@ -145,7 +145,7 @@ def _earlier(folder: Path, name: str, utterances: Sequence[Utterance]) -> dict[s
     return {id: record for id, record in found.items() if texts.get(id) == record.reference}
 
 
-def _by_id(paths: Iterable[Path]) -> dict[str, Hypothesis]:
+def _by_id(paths: Iterable[Path]) -> dict[str, EvalRecord]:
     return {record.id: record for path in sorted(paths) for record in read_records(path)}
 
 

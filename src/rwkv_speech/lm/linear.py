@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_speech.rwkv6 import wkv
+from rwkv_speech.lm import wkv
 
 # Up to so many rows our kernel, which reads the weights once, beats torch's on the CPU; measured by bench/decode.py.
 FEW_ROWS = {torch.float32: 16, torch.bfloat16: 16}

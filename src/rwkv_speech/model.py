@@ -22,18 +22,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.alignment import alignment_loss_sum
 from rwkv_speech.data.batches import Batch
-from rwkv_speech.decoding import Decoded, decode, default_max_new_tokens
-from rwkv_speech.learning import Alignment, Optimisation, Totals
-from rwkv_speech.mission import ADAPTER, STATE, Mission, MissionError, read_mission
-from rwkv_speech.rwkv6.model import RWKV6
-from rwkv_speech.rwkv6.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv_speech.decoding import DecodingResult, decode, default_max_new_tokens
+from rwkv_speech.learning import Alignment, Optimisation, StepStats
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, duration
-from rwkv_speech.speech.augment import SpecAugment
+from rwkv_speech.speech.augmentation import SpecAugment
 from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.features import AbsentEncoder
-from rwkv_speech.transcript import Reading, Transcript
-from rwkv_speech.transcription import transcripts
+from rwkv_speech.speech.frame_cache import AbsentEncoder
+from rwkv_speech.trained import ADAPTER, STATE, MissionFile, MissionFileError, read_mission_file
+from rwkv_speech.transcription import Alternative, Transcript, transcripts
 
 log = logging.getLogger("rwkv_speech")
 
@@ -41,7 +40,7 @@ DEFAULT_ENCODER = "microsoft/wavlm-large"
 DOWNSAMPLE_K = 5
 ADAPTER_HIDDEN = 2048
 Mask = Callable[[Tensor, Tensor], Tensor]
-TURN = 36  # id of "#", which stands between the audio and the transcript
+SEPARATOR_ID = 36  # id of "#", which stands between the audio and the transcript
 
 
 class SpeechRWKV(pl.LightningModule):
@@ -58,7 +57,7 @@ class SpeechRWKV(pl.LightningModule):
         self.spec_augment: SpecAugment | None = None  # of training
         self.stop_asked = False  # set by a signal, told to all processes by the next step
         self.on_nonfinite: Callable[[int, list[str]], None] = lambda step, ids: None
-        self.totals: Totals | None = None  # of the last micro-batch
+        self.totals: StepStats | None = None  # of the last micro-batch
         self.strict_loading = False  # a resume point holds what is trained, not the frozen parts
         for block in language_model.blocks:
             block.att.time_state.requires_grad_()
@@ -87,12 +86,12 @@ class SpeechRWKV(pl.LightningModule):
             dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
             downsample_k: encoder frames to a position; None is what the mission file tells, or 5.
             adapter_hidden: hidden units of the adapter; None is what the mission file tells, or 2048.
-            load_encoder: called as `SpeechEncoder.from_pretrained` is; `FeatureCache.encoder` where frames are cached.
+            load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
 
         Raises:
             UserError: a file or encoder that can't be read, or parts that don't fit each other.
         """
-        mission = read_mission(adapter) if adapter is not None else None
+        mission = read_mission_file(adapter) if adapter is not None else None
         info = mission.info if mission else {}
         named = info.get("encoder")
         if encoder and named and encoder != named:
@@ -138,7 +137,7 @@ class SpeechRWKV(pl.LightningModule):
         } | more
 
     @torch.no_grad()
-    def load_mission(self, mission: Mission) -> None:
+    def load_mission(self, mission: MissionFile) -> None:
         """Takes over the trained tensors of a mission file that fits."""
         for name, parameter in self.trainable_state_dict().items():
             parameter.copy_(mission.tensors[name])
@@ -178,7 +177,8 @@ class SpeechRWKV(pl.LightningModule):
 
     def _text_loss_sum(self, heard: Tensor, lengths: Tensor, texts: Sequence[str]) -> tuple[Tensor, int]:
         tokens = [
-            torch.tensor([TURN, *self.tokenizer.encode(text), END_OF_TEXT], device=heard.device) for text in texts
+            torch.tensor([SEPARATOR_ID, *self.tokenizer.encode(text), END_OF_TEXT], device=heard.device)
+            for text in texts
         ]
         embedded = [self.language_model.embed(t[:-1]) for t in tokens]
         x = pad_sequence([torch.cat([a[:n], e]) for a, n, e in zip(heard, lengths, embedded, strict=True)], True)
@@ -222,10 +222,10 @@ class SpeechRWKV(pl.LightningModule):
         max_new_tokens: int | None = None,
         loop_guard: bool = False,
         n_best: int = 1,
-    ) -> list[Decoded]:
+    ) -> list[DecodingResult]:
         """One batch of audio, taken as by `hear` -> what is said in each; see `decoding.decode`."""
         heard, lengths = self.embed_audio(audio)
-        turn = self.language_model.embed(torch.tensor([TURN], device=heard.device))
+        turn = self.language_model.embed(torch.tensor([SEPARATOR_ID], device=heard.device))
         x = pad_sequence([torch.cat([a[:n], turn]) for a, n in zip(heard, lengths, strict=True)], True)
         rate = SAMPLE_RATE if audio[0].ndim == 1 else self.speech_encoder.frame_rate
         limits = [max_new_tokens or default_max_new_tokens(len(a) / rate) for a in audio]
@@ -291,17 +291,17 @@ class SpeechRWKV(pl.LightningModule):
         """
         search = {"beam": beam, "n_best": n_best, "max_new_tokens": max_new_tokens, "loop_guard": loop_guard}
 
-        def say(waveforms: Sequence[Tensor]) -> list[list[Reading]]:
+        def say(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
             return [self._readings(decoded) for decoded in self.decode_waveforms(waveforms, **search)]
 
         return transcripts(audio, say, batch_size=batch_size, max_seconds=max_audio_s)
 
-    def _readings(self, decoded: Decoded) -> list[Reading]:
+    def _readings(self, decoded: DecodingResult) -> list[Alternative]:
         """Best first, each text once: several rows of tokens may spell the same."""
         scores: dict[str, float] = {}
         for reading in (decoded, *decoded.alternatives):
             scores.setdefault(self.tokenizer.decode(reading.tokens).strip(), reading.average_log_prob)
-        return [Reading(text=text, average_log_prob=score) for text, score in scores.items()]
+        return [Alternative(text=text, average_log_prob=score) for text, score in scores.items()]
 
     # What Lightning's Trainer calls
 
@@ -313,7 +313,7 @@ class SpeechRWKV(pl.LightningModule):
         text, ctc = self._training_losses(batch)
         loss_sum, ctc_sum = (0.0 if part is None else float(part.detach()) for part in (text, ctc))
         finite = math.isfinite(loss_sum + ctc_sum)
-        here = Totals(
+        here = StepStats(
             loss_sum=loss_sum if finite else 0.0,
             tokens=0 if text is None else batch.tokens,
             ctc_sum=ctc_sum if finite else 0.0,
@@ -325,7 +325,7 @@ class SpeechRWKV(pl.LightningModule):
             stop=self.stop_asked,
         )
         everywhere = torch.tensor(astuple(here), dtype=torch.float64, device=self.device)
-        self.totals = Totals(*self.trainer.strategy.reduce(everywhere, reduce_op="sum").tolist())
+        self.totals = StepStats(*self.trainer.strategy.reduce(everywhere, reduce_op="sum").tolist())
         if self.totals.nonfinite:
             self.on_nonfinite(self.trainer.global_step + 1, [] if finite else batch.ids)
             self.totals = replace(self.totals, loss_sum=0.0, tokens=0.0, ctc_sum=0.0, ctc_tokens=0.0)
@@ -363,7 +363,7 @@ class SpeechRWKV(pl.LightningModule):
 
 
 def _check_fit(
-    mission: Mission,
+    mission: MissionFile,
     model: RWKV6,
     encoder: SpeechEncoder | AbsentEncoder,
     downsample_k: int | None,
@@ -394,4 +394,4 @@ def _check_fit(
     if hidden and hidden != mission.hidden:
         problems.append(f"{mission.hidden} hidden units, but --adapter_hidden is {hidden}")
     if problems:
-        raise MissionError(f"mission file {mission.path} does not fit: it holds {'; it holds '.join(problems)}")
+        raise MissionFileError(f"mission file {mission.path} does not fit: it holds {'; it holds '.join(problems)}")

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from rwkv_speech.data.utterance import BadSample
+from rwkv_speech.data.row import BadSample
 from rwkv_speech.errors import UserError
 
 logger = logging.getLogger("rwkv_speech")
 
 
-class BadAudio:
+class BadSamples:
     """The policy for bad samples, and the record of those that were skipped.
 
     policy: "stop" raises at the first one, "skip" goes on without it.

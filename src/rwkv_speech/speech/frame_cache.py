@@ -79,7 +79,7 @@ class AbsentEncoder(nn.Module):
         raise UserError(f"speech encoder {self.name} isn't loaded, its frames are cached: it can't hear a waveform")
 
 
-class FeatureCache:
+class FrameCache:
     """The frames of one encoder, made by `encoder`, then `fill`, then `read`.
 
     folder: where caches of any encoders lie.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_speech.data.utterance import DatasetRow, Utterance
+from rwkv_speech.data.row import DatasetRow, Utterance
 from rwkv_speech.errors import UserError
 
 if TYPE_CHECKING:

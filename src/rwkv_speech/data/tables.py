@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rwkv_speech.data.huggingface import TEXT_COLUMNS
-from rwkv_speech.data.utterance import Utterance
+from rwkv_speech.data.hub import TEXT_COLUMNS
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
 
 TABLES = ("metadata.csv", "metadata.jsonl")

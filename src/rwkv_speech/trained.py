@@ -24,12 +24,12 @@ ADAPTER = "speech_encoder.adapter."
 _NAME = re.compile(r"language_model\.blocks\.\d+\.att\.time_state|speech_encoder\.adapter\.[02]\.(weight|bias)")
 
 
-class MissionError(UserError):
+class MissionFileError(UserError):
     """A mission file that can't be read, or that doesn't fit."""
 
 
 @dataclass(frozen=True)
-class Mission:
+class MissionFile:
     """What a mission file holds.
 
     path: where it came from.
@@ -55,23 +55,25 @@ class Mission:
         return self.tensors[f"{ADAPTER}0.weight"].shape[1]
 
 
-def read_mission(path: str | Path) -> Mission:
+def read_mission_file(path: str | Path) -> MissionFile:
     """Reads a mission file, ours or one with only the published names.
 
     Raises:
-        MissionError: no such file, not a state dict of tensors, names missing or unknown, or inconsistent shapes.
+        MissionFileError: no such file, not a state dict of tensors, names missing or unknown, or inconsistent shapes.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise MissionError(f"mission file {path}: no such file")
+        raise MissionFileError(f"mission file {path}: no such file")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a damaged file
-        raise MissionError(f"mission file {path}: cannot be read as a PyTorch weight file ({_line(error)})") from error
+        raise MissionFileError(
+            f"mission file {path}: cannot be read as a PyTorch weight file ({_line(error)})"
+        ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(x, Tensor) for name, x in tensors.items()
     ):
-        raise MissionError(f"mission file {path}: expected a state dict of tensors")
+        raise MissionFileError(f"mission file {path}: expected a state dict of tensors")
     unknown = [name for name in tensors if not _NAME.fullmatch(name)]
     n_layer = sum(name.startswith("language_model.") for name in tensors)
     names = [STATE.format(layer) for layer in range(max(n_layer, 1))]
@@ -80,13 +82,13 @@ def read_mission(path: str | Path) -> Mission:
     if unknown or missing:
         problems = [f"{what} {', '.join(found[:3])}{' ...' * (len(found) > 3)}"
                     for what, found in (("unknown names", unknown), ("missing", missing)) if found]  # fmt: skip
-        raise MissionError(f"mission file {path}: {'; '.join(problems)}")
+        raise MissionFileError(f"mission file {path}: {'; '.join(problems)}")
     if problem := _inconsistency(tensors, n_layer):
-        raise MissionError(f"mission file {path}: {problem}")
-    return Mission(path, tensors, _read_info(path.with_suffix(".json")))
+        raise MissionFileError(f"mission file {path}: {problem}")
+    return MissionFile(path, tensors, _read_info(path.with_suffix(".json")))
 
 
-def write_mission(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Writes the file and its JSON, each under a temporary name first, the weights last.
 
     A reader never meets half a file, and never weights without what belongs to them.
@@ -106,15 +108,15 @@ def write_mission(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
         beside.unlink(missing_ok=True)
 
 
-def newest_mission(folder: Path) -> Path:
+def newest_mission_file(folder: Path) -> Path:
     """The mission file written last.
 
     Raises:
-        MissionError: the folder holds none.
+        MissionFileError: the folder holds none.
     """
     files = list(folder.glob("rwkv-adapter-*.pth"))
     if not files:
-        raise MissionError(
+        raise MissionFileError(
             f"{folder} holds no mission file (rwkv-adapter-*.pth): train first, or name one by --adapter"
         )
     return max(files, key=lambda path: path.stat().st_mtime_ns)
@@ -141,7 +143,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise MissionError(f"{path}: cannot be read as JSON ({_line(error)}); mend or remove it") from error
+        raise MissionFileError(f"{path}: cannot be read as JSON ({_line(error)}); mend or remove it") from error
 
 
 def _line(error: Exception) -> str:

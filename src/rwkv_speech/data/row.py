@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rwkv_speech.speech.audio import AudioError, duration, load_audio
-from rwkv_speech.speech.stamps import file_stamp
+from rwkv_speech.speech.identity import file_stamp
 
 if TYPE_CHECKING:
     import datasets

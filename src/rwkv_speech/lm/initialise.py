@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from rwkv_speech.rwkv6.weights import ModelSizes, expected_shapes
+from rwkv_speech.lm.weights import ModelSizes, expected_shapes
 
 
 def official_sizes(*, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> ModelSizes:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_speech.rwkv6.linear import Linear, bmm
-from rwkv_speech.rwkv6.state import LayerState, State
-from rwkv_speech.rwkv6.weights import ModelSizes, read_weights
-from rwkv_speech.rwkv6.wkv import wkv6
+from rwkv_speech.lm.linear import Linear, bmm
+from rwkv_speech.lm.state import LayerState, State
+from rwkv_speech.lm.weights import ModelSizes, read_weights
+from rwkv_speech.lm.wkv import wkv6
 
 GROUP_NORM_EPS = 64e-5  # 1e-5 times the square of the head size divisor, 8, that the models were trained with
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.rwkv6 import extension
-from rwkv_speech.rwkv6.wkv_chunked import CHUNK, wkv6_chunked_backward, wkv6_chunked_forward
+from rwkv_speech.lm import extension
+from rwkv_speech.lm.wkv6 import CHUNK, wkv6_chunked_backward, wkv6_chunked_forward
 
 log = logging.getLogger("rwkv_speech")
 

@@ -21,38 +21,33 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from rwkv_speech.data import librispeech
-from rwkv_speech.data.bad_audio import BadAudio
-from rwkv_speech.data.batches import Batch, Speech, loader
+from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset, loader
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
+from rwkv_speech.data.row import Utterance
 from rwkv_speech.data.sources import LIBRISPEECH, load_split
-from rwkv_speech.data.steps import OptimiserSteps
-from rwkv_speech.data.utterance import Utterance
-from rwkv_speech.engine.bad_samples import BadSamples
-from rwkv_speech.engine.evaluate import check_ids, claim, evaluate, write_json
-from rwkv_speech.engine.features import FillFeatures
-from rwkv_speech.engine.machine import Machine, fit_to_machine, peak_memory
+from rwkv_speech.engine.callbacks import FillFeatures, NonFinite, ReportBadSamples
+from rwkv_speech.engine.evaluation import check_ids, claim, evaluate, write_json
+from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.engine.metrics import Bar, Metrics
 from rwkv_speech.engine.mission_files import MissionFiles
-from rwkv_speech.engine.nonfinite import NonFinite
-from rwkv_speech.engine.processes import launched, make_fabric
+from rwkv_speech.engine.overview import show_run
 from rwkv_speech.engine.runs import find_run
-from rwkv_speech.engine.summary import show_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.learning import Alignment, Optimisation
-from rwkv_speech.mission import newest_mission
+from rwkv_speech.lm import wkv
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
-from rwkv_speech.rwkv6 import wkv
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.augment import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
+from rwkv_speech.speech.augmentation import NOISE_SNR_DB, ROBUSTNESS, SPEEDS, SpecAugment, WaveformAugmentation
 from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.features import FeatureCache
-from rwkv_speech.speech.perturb import ROBUSTNESS
-from rwkv_speech.system import SpeechRWKV
-from rwkv_speech.transcript import FORMATS, output_files
+from rwkv_speech.speech.frame_cache import FrameCache
+from rwkv_speech.trained import newest_mission_file
+from rwkv_speech.transcription import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
 
@@ -64,13 +59,13 @@ def train(options: Options) -> int:
     _check_model_file(options)
     machine = fit_to_machine(options)
     run = find_run(options)
-    bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
+    bad_audio = BadSamples(options.on_bad_audio, options.project / "bad_audio.jsonl")
     (utterances,) = _splits(options, options.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True).values()
     validated = _splits(options, options.valid_split, (), join=True)["train"] if options.valid_split else []
     pl.seed_everything(options.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
-    features = FeatureCache(options.cache_features, storage=options.cache_dtype) if options.cache_features else None
+    features = FrameCache(options.cache_features, storage=options.cache_dtype) if options.cache_features else None
     model = _load(options, options.adapter, device, machine, features)
     model.language_model.checkpointing = bool(options.grad_cp)
     model.on_nonfinite = NonFinite(options.on_nonfinite, options.project / "nonfinite.jsonl", model)
@@ -85,7 +80,7 @@ def train(options: Options) -> int:
         average=options.average,
     )
     metrics = Metrics(options.project, run.id)
-    callbacks = [BadSamples(bad_audio), metrics, Bar(metrics), mission_files]
+    callbacks = [ReportBadSamples(bad_audio), metrics, Bar(metrics), mission_files]
     if options.valid_split:
         validation = Validation(options, mission_files=mission_files, metrics=metrics, bad_audio=bad_audio)
         callbacks.append(validation)
@@ -94,7 +89,7 @@ def train(options: Options) -> int:
     trainer = make_trainer(options, machine, run, callbacks)
     if options.valid_split:
         validation.batches = loader(
-            Speech(validated, features=features),
+            SpeechDataset(validated, features=features),
             batch_size=options.eval_bsz,
             shuffle=False,
             num_workers=options.num_workers,
@@ -104,7 +99,7 @@ def train(options: Options) -> int:
     seconds = read_durations(utterances, options.project / "durations.json", first=trainer.is_global_zero)
     if trainer.is_global_zero:
         show_run(model, options, machine, utterances=len(utterances), seconds=seconds.sum())
-    batches = OptimiserSteps(
+    batches = AccumulationLoader(
         _training_batches(options, utterances, seconds, model, features, trainer),
         accumulate=options.accumulate_grad_batches,
         count=lambda text: len(model.tokenizer.encode(text)) + 1,
@@ -127,7 +122,7 @@ def train(options: Options) -> int:
         if options.average:
             mission_files.write_mean()
         run.finish()
-    log.info("%s; the newest mission file is %s", bad_audio.report(), newest_mission(options.project))
+    log.info("%s; the newest mission file is %s", bad_audio.report(), newest_mission_file(options.project))
     return 0
 
 
@@ -137,9 +132,9 @@ def evaluate_splits(options: Options) -> int:
 
     _check_model_file(options)
     machine = fit_to_machine(options)
-    adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
+    adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission_file(options.project)
     log.info("evaluating %s", adapter)
-    bad_audio = BadAudio(options.on_bad_audio, options.project / "bad_audio.jsonl")
+    bad_audio = BadSamples(options.on_bad_audio, options.project / "bad_audio.jsonl")
     splits = _splits(options, options.eval_split, librispeech.EVAL_SPLITS)
     changes = (None, *(ROBUSTNESS if options.perturb else ()))
     rows = {f"{name}, {change.name}" if change else name: (name, change) for name in splits for change in changes}
@@ -198,7 +193,7 @@ def predict(options: Options) -> int:
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     _check_model_file(options)
     machine = fit_to_machine(options)
-    adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission(options.project)
+    adapter = Path(options.adapter).expanduser() if options.adapter else newest_mission_file(options.project)
     model = _load(options, adapter, machine.first_device, machine)
     transcripts = model.transcripts(
         paths,
@@ -237,7 +232,7 @@ def _load(
     adapter: str | Path | None,
     device: torch.device | str,
     machine: Machine,
-    features: FeatureCache | None = None,
+    features: FrameCache | None = None,
 ) -> SpeechRWKV:
     wkv.set_backend(options.wkv)
     model = SpeechRWKV.from_pretrained(
@@ -285,7 +280,7 @@ def _training_batches(
     utterances: list[Utterance],
     seconds: np.ndarray,
     model: SpeechRWKV,
-    features: FeatureCache | None,
+    features: FrameCache | None,
     trainer: pl.Trainer,
 ) -> DataLoader[Batch]:
     """The batches of this process, augmented as asked; the log tells how much of them is padding."""
@@ -300,7 +295,7 @@ def _training_batches(
     check = _too_long(model, options.ctx_len, seconds=options.max_batch_s and options.max_batch_s * slowest)
     changed = options.speed_perturb or options.noise_dir
     batches = bucketed_loader(
-        Speech(utterances, check=check, change=change if changed else None, features=features),
+        SpeechDataset(utterances, check=check, change=change if changed else None, features=features),
         lengths,
         longest=seconds / slowest,
         batch_size=options.micro_bsz,

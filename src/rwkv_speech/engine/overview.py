@@ -5,8 +5,8 @@ from rich.table import Table
 
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.metrics import MEASURED, WARM_UP
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
-from rwkv_speech.system import SpeechRWKV
 
 BLOCK_VALUES = 24  # that a block keeps for the backward pass, per position and channel: counted by a test
 POSITIONS = 200  # of a sample, 15 s of audio and its transcript

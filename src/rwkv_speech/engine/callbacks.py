@@ -1,0 +1,88 @@
+"""Bad samples of the batches, on their way to the policy."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.batches import Batch
+from rwkv_speech.data.row import BadSample, Utterance
+from rwkv_speech.errors import UserError
+from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.speech.frame_cache import FrameCache
+
+
+class ReportBadSamples(Callback):
+    """Hands the bad samples of each batch to the policy, before the step."""
+
+    def __init__(self, bad_audio: BadSamples) -> None:
+        self.bad_audio = bad_audio
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.bad_audio.add(batch.bad)
+
+
+class FillFeatures(Callback):
+    """Computes the frames that the cache lacks, each process on its own device.
+
+    cache: opened, with the encoder of the run.
+    utterances: all that the run will read from it.
+    bad_audio: takes those that can't be used.
+    """
+
+    def __init__(self, cache: FrameCache, utterances: Sequence[Utterance], bad_audio: BadSamples) -> None:
+        self.cache = cache
+        self.utterances = [utterance for utterance in utterances if utterance.text.strip()]
+        self.bad_audio = bad_audio
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.cache.fill(
+            self.utterances,
+            device=trainer.strategy.root_device,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            barrier=trainer.strategy.barrier,
+            on_bad=lambda utterance, error: self.bad_audio.add(
+                [BadSample(utterance.id, str(utterance.audio), str(error))]
+            ),
+        )
+
+
+log = logging.getLogger("rwkv_speech")
+
+
+class NonFinite:
+    """The policy for a loss that is NaN or infinite, and the record of the batches that gave it.
+
+    policy: "stop" ends the run, "skip" goes on as if the batch had no targets.
+    path: JSON-lines file; each line the step, and the ids of one process's batch.
+    model: whose weights are looked at: where they are spoilt, nothing can be skipped.
+    """
+
+    def __init__(self, policy: str, path: Path, model: SpeechRWKV) -> None:
+        self.policy, self.path, self.model = policy, path, model
+
+    def __call__(self, step: int, ids: list[str]) -> None:
+        """All processes call it together, with the ids of those batches whose loss is none, else without.
+
+        Raises:
+            UserError: the policy is to stop, or a trained weight is not finite either.
+        """
+        if ids:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "ids": ids}, ensure_ascii=False) + "\n")
+        spoilt = not all(bool(x.isfinite().all()) for x in self.model.trainable_state_dict().values())
+        what = f"the loss of step {step} is not finite; the batch is listed in {self.path}"
+        if spoilt:
+            raise UserError(f"{what}, and the weights are spoilt: start from the last mission file by --adapter, "
+                            "with a lower --lr_init")  # fmt: skip
+        if self.policy == "stop":
+            raise UserError(f"{what}; look at it, or go on without such batches by --on_nonfinite skip")
+        log.warning("%s and skipped", what)
