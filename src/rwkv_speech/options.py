@@ -1,20 +1,28 @@
-"""Every flag of `train.py`, once: its name, default, help and check."""
+"""Every setting of the program, declared once, in groups: its name, default, help and check.
+
+The groups are plain dataclasses that the rest of the program takes apart: what a function needs is a group, not all of
+`Options`. On the command line the names are flat, and `--help` lists them by group.
+"""
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rwkv_speech.errors import UserError
 
 
-def flag(default: Any, help: str, **how: Any) -> Any:
-    """A field of `Options`: its default, its help, and what argparse needs besides (type, choices, nargs)."""
+def flag(default: Any, help: str, *, resume_ignored: bool = False, **how: Any) -> Any:
+    """A setting: its default, its help, and what argparse needs besides (type, choices, nargs).
+
+    resume_ignored: an interrupted training run may go on under another value: it changes nothing in what is learnt, or
+        only in what is still to come.
+    """
     if default is not MISSING and default is not None:
         how.setdefault("type", type(default))
-    return field(default=default, metadata={"help": help, **how})
+    return field(default=default, metadata={"help": help, "argparse": how, "resume_ignored": resume_ignored})
 
 
 def positive(text: str) -> int:
@@ -55,55 +63,82 @@ def device_list(text: str) -> int | list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What one run of `train.py` is asked to do. `None` means: not said, the program decides."""
+class ModelOptions:
+    """The frozen parts, and the trained one."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict"))
-
-    # The frozen parts, and the trained one
     load_model: str = flag(MISSING, "RWKV-6 weight file, .pth or .safetensors", type=str)
     encoder: str | None = flag(
         None,
         "speech encoder: Hugging Face name or local folder (default: the mission file's, or microsoft/wavlm-large)",
+        type=str,
     )
     adapter: str | None = flag(
-        None, "mission file: where training starts from; what eval and predict use (default: the newest in proj_dir)"
+        None,
+        "mission file: where training starts from; what eval and predict use (default: the newest in proj_dir)",
+        type=str,
+    )
+    mission: str | None = flag(
+        None, "what is asked of the model (default: the mission file's, or transcribe)", type=str
     )
     downsample_k: int | None = flag(None, "encoder frames to a position (default: 5)", type=positive)
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
     n_layer: int | None = flag(None, "layers of the language model; the file tells, so this only checks", type=positive)
     n_embd: int | None = flag(None, "width of the language model; the file tells, so this only checks", type=positive)
     train_type: str = flag("state", "what is trained beside the adapter: the initial state", choices=("state",))
-    wkv: str = flag("auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"))
+    wkv: str = flag(
+        "auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"), resume_ignored=True
+    )
 
-    # Data
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where samples come from, and how they are read."""
+
     data: str = flag("librispeech", "librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset")
-    data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout")
+    data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout", type=str)
     train_split: str | None = flag(
-        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
+        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)", type=str
     )
     valid_split: str | None = flag(
-        None, "split to validate on while training, several joined by + (default: no validation)"
+        None,
+        "split to validate on while training, several joined by + (default: no validation)",
+        type=str,
+        resume_ignored=True,
     )
     eval_split: str | None = flag(
-        None, "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)"
+        None,
+        "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)",
+        type=str,
+        resume_ignored=True,
     )
-    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)")
-    text_column: str | None = flag(None, "column of the transcript in a Hugging Face dataset (default: guessed)")
+    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)", type=str)
+    text_column: str | None = flag(
+        None, "column of the transcript in a Hugging Face dataset (default: guessed)", type=str
+    )
     download: bool = flag(False, "fetch the LibriSpeech splits that data_dir lacks")
     on_bad_audio: str = flag(
-        "stop", "a sample that can't be used stops the run, or is left out", choices=("stop", "skip")
+        "stop",
+        "a sample that can't be used stops the run, or is left out",
+        choices=("stop", "skip"),
+        resume_ignored=True,
     )
     cache_features: str | None = flag(
-        None, "train: folder that keeps the encoder's frames, computed once and read ever after (default: none)"
+        None,
+        "train: folder that keeps the encoder's frames, computed once and read ever after (default: none)",
+        type=str,
     )
     cache_dtype: str = flag(
-        "fp16", "how frames are kept: int8, with a scale for each, takes half the disk", choices=("fp16", "int8")
+        "fp16",
+        "how frames are kept: int8, with a scale for each, takes half the disk",
+        choices=("fp16", "int8"),
     )
-    num_workers: int = flag(2, "processes that read audio, for each device", type=count)
-    proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
+    num_workers: int = flag(2, "processes that read audio, for each device", type=count, resume_ignored=True)
 
-    # Training
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How the trained parts learn; the defaults are those of the published recipe."""
+
     ctx_len: int = flag(2048, "longest sample in positions; a longer one is a bad sample", type=positive)
     micro_bsz: int = flag(4, "utterances per device and step, alike in length", type=positive)
     max_batch_s: float | None = flag(
@@ -116,17 +151,26 @@ class Options:
     epoch_count: int = flag(3, "epochs to train", type=positive)
     epoch_save: int = flag(1, "epochs between mission files", type=positive)
     save_steps: int = flag(1000, "optimiser steps between mission files, within an epoch; 0: none", type=count)
-    valid_steps: int = flag(1000, "optimiser steps between validations, with valid_split", type=positive)
+    valid_steps: int = flag(
+        1000, "optimiser steps between validations, with valid_split", type=positive, resume_ignored=True
+    )
     early_stop: int = flag(
-        0, "end training after so many validations without a lower word error rate; 0: never", type=count
+        0,
+        "end training after so many validations without a better score; 0: never",
+        type=count,
+        resume_ignored=True,
     )
     average: int = flag(
         0,
         "also write the mean of so many latest mission files at the end, and keep them; 0: don't",
         type=count,
+        resume_ignored=True,
     )
     on_nonfinite: str = flag(
-        "stop", "a batch whose loss is NaN or infinite stops the run, or counts for nothing", choices=("stop", "skip")
+        "stop",
+        "a batch whose loss is NaN or infinite stops the run, or counts for nothing",
+        choices=("stop", "skip"),
+        resume_ignored=True,
     )
     lr_init: float = flag(1e-4, "learning rate after the warm-up")
     lr_final: float | None = flag(
@@ -151,13 +195,81 @@ class Options:
     )
     speed_perturb: bool = flag(False, "train: each sample at 0.9, 1.0 or 1.1 speed, drawn anew in each epoch")
     spec_augment: bool = flag(False, "train: mask stretches of time and bands of channels of the encoder's frames")
-    noise_dir: str | None = flag(None, "train: add noise, from the audio files of this folder (default: none)")
+    noise_dir: str | None = flag(
+        None, "train: add noise, from the audio files of this folder (default: none)", type=str
+    )
     noise_snr: list[float] | None = flag(
         None, "lowest and highest level of speech above that noise, in dB, as LOW,HIGH (default: 5,20)", type=decibels
     )
-    wandb: str | None = flag(None, "Weights & Biases project to log to (default: none)")
+    wandb: str | None = flag(None, "Weights & Biases project to log to (default: none)", type=str, resume_ignored=True)
 
-    # Machine
+    def __post_init__(self) -> None:
+        for name, rate in (("lr_init", self.lr_init), ("lr_final", self.lr_final)):
+            if rate is not None and not rate > 0:  # so that nan is none either
+                raise UserError(f"--{name} {rate} must be positive")
+        if not 0 <= self.ctc_align < math.inf:
+            raise UserError(f"--ctc_align {self.ctc_align} is a weight: expected 0 or more")
+        if self.ctc_align_steps and not self.ctc_align:
+            raise UserError(f"--ctc_align_steps {self.ctc_align_steps} needs --ctc_align: the weight of that loss")
+        if self.noise_snr and not self.noise_dir:
+            raise UserError("--noise_snr needs --noise_dir: a folder with recordings of noise")
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """The learning rate of a step, counted from 0 of `total`, as a multiple of lr_init."""
+        if step < self.warmup_steps:
+            return 0.2 + 0.8 * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
+        return ((self.lr_final or self.lr_init) / self.lr_init) ** min(1.0, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How an answer is searched for."""
+
+    beam: int = flag(1, "beams; 1 is greedy", type=positive, resume_ignored=True)
+    temperature: float = flag(
+        0.0, "draw tokens at random, from logits divided by this; 0: take the likeliest", resume_ignored=True
+    )
+    top_p: float = flag(
+        1.0,
+        "with a temperature: draw from the likeliest tokens that have this probability together",
+        resume_ignored=True,
+    )
+    sampling_seed: int = flag(0, "with a temperature: seed of the draws", type=count, resume_ignored=True)
+    max_new_tokens: int | None = flag(
+        None,
+        "longest transcript in tokens (default: 50 per second of audio, at least 100)",
+        type=positive,
+        resume_ignored=True,
+    )
+    loop_guard: bool = flag(False, "cut a transcript that has begun to repeat itself", resume_ignored=True)
+    n_best: int = 1
+    """Answers to return for each sample, the best one and its alternatives; at most `beam`."""
+    length_penalty: float = 1.0
+    """Exponent of the length in the ranking of beams: 0 ranks by probability, which favours short answers, 1 by the
+    average per token."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p} is a probability: expected more than 0, at most 1")
+        if self.temperature and self.beam > 1:
+            raise UserError(
+                f"--temperature {self.temperature} draws at random, --beam {self.beam} searches: leave one out"
+            )
+        if self.top_p < 1 and not self.temperature:
+            raise UserError(f"--top_p {self.top_p} goes with a --temperature above 0")
+        if not 1 <= self.n_best <= self.beam:
+            raise ValueError(f"decoding: expected 1 <= n_best <= beam, not n_best = {self.n_best}, beam = {self.beam}")
+        if self.length_penalty < 0:
+            raise ValueError(f"decoding: length_penalty must be at least 0, not {self.length_penalty}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """What to compute on."""
+
     precision: str | None = flag(
         None,
         "of computation; trained weights are always fp32 (default: bf16 on a GPU, fp32 on a CPU)",
@@ -171,38 +283,46 @@ class Options:
     )
     num_nodes: int = flag(1, "machines", type=positive)
     strategy: str | None = flag(
-        None, "Lightning's name for how devices share the work (default: deepspeed_stage_1 on several GPUs, else auto)"
+        None,
+        "Lightning's name for how devices share the work (default: deepspeed_stage_1 on several GPUs, else auto)",
+        type=str,
     )
 
-    # Decoding and scoring
-    eval_bsz: int = flag(8, "utterances decoded together", type=positive)
-    beam: int = flag(1, "beams; 1 is greedy", type=positive)
-    max_new_tokens: int | None = flag(
-        None, "longest transcript in tokens (default: 50 per second of audio, at least 100)", type=positive
-    )
-    loop_guard: bool = flag(False, "cut a transcript that has begun to repeat itself")
+    def __post_init__(self) -> None:
+        if self.accelerator == "cpu" and isinstance(self.devices, list):
+            raise UserError(
+                f"--devices {self.devices} names GPUs, but --accelerator is cpu: give a number of processes"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
+
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict"))
+    proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
+    model: ModelOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    eval_bsz: int = flag(8, "eval, predict: utterances decoded together", type=positive, resume_ignored=True)
     perturb: bool = flag(False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB")
-    resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped")
+    resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped", resume_ignored=True)
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", type=str, nargs="+")
     max_audio_s: float = flag(30.0, "predict: seconds; longer audio is cut in pauses of speech and joined again")
     format: str = flag(
         "text", "predict: lines of text, or with times: JSON lines, subtitles", choices=("text", "json", "srt", "vtt")
     )
     output_dir: str | None = flag(
-        None, "predict: folder for a transcript file for each audio file (default: all to standard output)"
+        None, "predict: folder for a transcript file for each audio file (default: all to standard output)", type=str
     )
 
     def __post_init__(self) -> None:
-        for name, rate in (("lr_init", self.lr_init), ("lr_final", self.lr_final)):
-            if rate is not None and not rate > 0:  # so that nan is none either
-                raise UserError(f"--{name} {rate} must be positive")
-        if not 0 <= self.ctc_align < math.inf:
-            raise UserError(f"--ctc_align {self.ctc_align} is a weight: expected 0 or more")
-        if self.ctc_align_steps and not self.ctc_align:
-            raise UserError(f"--ctc_align_steps {self.ctc_align_steps} needs --ctc_align: the weight of that loss")
-        if self.early_stop and not self.valid_split:
+        """Checks what concerns several groups; each group has checked itself."""
+        if self.training.early_stop and not self.data.valid_split:
             raise UserError(
-                f"--early_stop {self.early_stop} counts validations: name a split for them by --valid_split"
+                f"--early_stop {self.training.early_stop} counts validations: name a split for them by --valid_split"
             )
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
@@ -212,19 +332,13 @@ class Options:
             raise UserError(f"--output_dir goes with --op predict, not {self.op}; --proj_dir is where this one writes")
         if not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
-        if self.op != "train" and self.cache_features:
+        if self.op != "train" and self.data.cache_features:
             raise UserError(f"--cache_features goes with --op train, not {self.op}")
-        if self.noise_snr and not self.noise_dir:
-            raise UserError("--noise_snr needs --noise_dir: a folder with recordings of noise")
-        if self.cache_features and (self.speed_perturb or self.noise_dir):
-            changer = "--speed_perturb" if self.speed_perturb else "--noise_dir"
+        if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
+            changer = "--speed_perturb" if self.training.speed_perturb else "--noise_dir"
             raise UserError(
                 f"{changer} changes the audio in each epoch, so there are no frames for --cache_features to keep: "
                 "leave one of them out; --spec_augment goes with it"
-            )
-        if self.accelerator == "cpu" and isinstance(self.devices, list):
-            raise UserError(
-                f"--devices {self.devices} names GPUs, but --accelerator is cpu: give a number of processes"
             )
 
     @classmethod
@@ -240,20 +354,66 @@ class Options:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
-        for f in fields(cls):
-            how = {key: value for key, value in f.metadata.items() if key != "help"}
+        groups: dict[str | None, argparse._ArgumentGroup] = {None: parser.add_argument_group("run")}
+        for group, f in setting_fields():
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            how = dict(f.metadata["argparse"])
             if f.default is False:
                 how = {"action": "store_true"}
             if f.default is MISSING:
                 how["required"] = True
             said = any(f.default is value for value in (None, False, MISSING))  # then the help says it in words
             how["default"] = argparse.SUPPRESS if said else f.default
-            parser.add_argument(f"--{f.name}", help=f.metadata["help"], **how)
-        return cls(**vars(parser.parse_args(arguments)))
+            groups[group].add_argument(f"--{f.name}", help=f.metadata["help"], **how)
+        values = vars(parser.parse_args(arguments))
+        return cls.of(**values)
+
+    @classmethod
+    def of(cls, **settings: Any) -> "Options":
+        """Options from flat names, as the command line has them: `Options.of(load_model="m.pth", beam=4)`."""
+        own: dict[str, Any] = {}
+        grouped: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+        places = {f.name: group for group, f in setting_fields()}
+        for name, value in settings.items():
+            if name not in places:
+                raise TypeError(f"no setting {name!r}")
+            group = places[name]
+            (own if group is None else grouped[group])[name] = value
+        return cls(**own, **{name: GROUPS[name](**values) for name, values in grouped.items()})
+
+    def flat(self, *, resume_ignored: bool = True) -> dict[str, Any]:
+        """Every setting by its name on the command line.
+
+        resume_ignored: with those under which an interrupted training run may go on, too.
+        """
+        return {
+            f.name: getattr(self if group is None else getattr(self, group), f.name)
+            for group, f in setting_fields()
+            if resume_ignored or not f.metadata["resume_ignored"]
+        }
 
     @property
     def project(self) -> Path:
         return Path(self.proj_dir).expanduser()
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "training": TrainingOptions,
+    "decoding": DecodingOptions,
+    "machine": MachineOptions,
+}
+
+
+def setting_fields() -> Iterator[tuple[str | None, Field]]:
+    """The fields that are settings, each with the name of its group, None for those of `Options` itself."""
+    for f in fields(Options):
+        if f.metadata:
+            yield None, f
+    for group, kind in GROUPS.items():
+        yield from ((group, f) for f in fields(kind) if f.metadata)
 
 
 class _Parser(argparse.ArgumentParser):

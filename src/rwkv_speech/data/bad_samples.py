@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from rwkv_speech.data.row import BadSample
+from rwkv_speech.data.sample import BadSample
 from rwkv_speech.errors import UserError
 
 logger = logging.getLogger("rwkv_speech")

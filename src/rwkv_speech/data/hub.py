@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_speech.data.row import DatasetRow, Utterance
+from rwkv_speech.data.sample import Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.speech.audio import AudioError
+from rwkv_speech.speech.identity import file_stamp
+from rwkv_speech.speech.recording import Recording
 
 if TYPE_CHECKING:
     import datasets
@@ -38,13 +43,58 @@ LIBRISPEECH_SPLITS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class DatasetRow:
+    """An encoded recording inside a Hugging Face dataset, fetched when it is asked for.
+
+    rows: the dataset; its audio column is of type `Audio(decode=False)`.
+    column: name of the audio column.
+    index: row number.
+    name: what messages call it.
+    """
+
+    rows: datasets.Dataset
+    column: str
+    index: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def fetch(self) -> bytes | str:
+        """The encoded bytes, or the path of the file that the row points to.
+
+        Raises:
+            AudioError: the row holds neither.
+        """
+        cell = self.rows[self.index][self.column] or {}
+        if (source := cell.get("bytes") or cell.get("path")) is None:
+            raise AudioError(f"{self.name}: the row holds no audio")
+        return source
+
+    def stamp(self) -> str | None:
+        """Stands for the row as long as neither the dataset's files nor what was done to it change.
+
+        Returns:
+            None where the dataset isn't made of files that could tell.
+        """
+        files = _files_stamp(tuple(file["filename"] for file in self.rows.cache_files))
+        return f"{files} {self.rows._fingerprint} {self.column} {self.index}" if files else None
+
+
+@functools.lru_cache
+def _files_stamp(files: tuple[str, ...]) -> str | None:
+    stamps = [file_stamp(Path(file)) for file in files]
+    return None if None in stamps else " ".join(stamps)  # type: ignore[arg-type]
+
+
 def read_dataset(
     name: str | Path,
     *,
     split: str | None = None,
     audio_column: str | None = None,
     text_column: str | None = None,
-) -> list[Utterance]:
+) -> list[Row]:
     """Read one split; text is read at once, audio when an utterance asks for it.
 
     name: a local folder (made by `save_to_disk`, or of Parquet files and the like), or a name on the Hub,
@@ -60,7 +110,7 @@ def read_dataset(
     return _utterances(rows, name=str(name), audio_column=audio_column, text_column=text_column)
 
 
-def read_librispeech_from_hub(split: str) -> list[Utterance]:
+def read_librispeech_from_hub(split: str) -> list[Row]:
     """Read an official LibriSpeech split (`train-clean-100`, ...) from the Hub, fetching no other split.
 
     Raises:
@@ -108,9 +158,7 @@ def _open(name: str | Path, split: str | None, *, data_files: dict[str, str] | N
     return loaded
 
 
-def _utterances(
-    rows: datasets.Dataset, *, name: str, audio_column: str | None, text_column: str | None
-) -> list[Utterance]:
+def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, text_column: str | None) -> list[Row]:
     import datasets
 
     audio_column = _column(rows.features, audio_column, AUDIO_COLUMNS, what="audio", name=name, test=_is_audio)
@@ -129,11 +177,13 @@ def _utterances(
         values = {field: table[column][index] for field, column in optional.items()}
         label = f"{where} row {index}"
         utterances.append(
-            Utterance(
+            Row(
                 id=_text_or_none(values.pop("id", None)) or label,
                 text=text or "",
-                audio=DatasetRow(recordings, audio_column, index, label),
-                duration=_seconds_or_none(values.pop("duration", None)),
+                audio=Recording(
+                    DatasetRow(recordings, audio_column, index, label),
+                    duration=_seconds_or_none(values.pop("duration", None)),
+                ),
                 **{field: _text_or_none(value) for field, value in values.items()},
             )
         )

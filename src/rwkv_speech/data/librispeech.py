@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.row import BadSample, Utterance
+from rwkv_speech.data.sample import BadSample, Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.speech.recording import Recording
 
 URL = "https://www.openslr.org/resources/12"
 SPLITS = {  # SHA-256 of their archives, as torchaudio.datasets.LIBRISPEECH has them
@@ -41,7 +42,7 @@ def has_layout(folder: Path) -> bool:
     return any(next(folder.glob("*/" * depth + "*.trans.txt"), None) for depth in depths)
 
 
-def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSamples | None = None) -> list[Utterance]:
+def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSamples | None = None) -> list[Row]:
     """Read one split in the order of speaker, chapter and transcript line; texts as they are written.
 
     folder: the folder that holds the splits, or a `LibriSpeech` folder that holds them, or one split
@@ -53,14 +54,14 @@ def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSa
     Raises:
         UserError: there is no such split, or transcripts and audio files don't match.
     """
-    utterances: list[Utterance] = []
+    utterances: list[Row] = []
     unheard: list[BadSample] = []  # transcripts without audio
     unwritten: list[BadSample] = []  # audio without a transcript
     for chapter in _chapters(_split_folder(folder, split)):
         transcripts, audio = _read_chapter(chapter)
         for id, text in transcripts:
             if id in audio:
-                utterances.append(Utterance(id, text, audio[id], speaker=id.split("-")[0]))
+                utterances.append(Row(id, text, Recording(audio[id]), speaker=id.split("-")[0]))
             else:
                 unheard.append(BadSample(id, str(chapter / f"{id}.flac"), "the transcript has no audio file"))
         written = {id for id, _ in transcripts}

@@ -12,13 +12,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rwkv_speech.data.row import Utterance
+from rwkv_speech.data.sample import Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.speech.recording import Recording
 
 SUFFIXES = (".jsonl", ".json")
 
 
-def read_manifest(path: str | Path) -> list[Utterance]:
+def read_manifest(path: str | Path) -> list[Row]:
     """Read a manifest in the order of its lines; without an `id`, an utterance goes by its path as written.
 
     Raises:
@@ -50,7 +51,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     return utterances
 
 
-def _parse(line: str, *, folder: Path) -> Utterance:
+def _parse(line: str, *, folder: Path) -> Row:
     """Raises ValueError, with what is wrong as its message."""
     try:
         entry = json.loads(line)
@@ -66,11 +67,10 @@ def _parse(line: str, *, folder: Path) -> Utterance:
     text = _string(entry, "text", required=True)
     if not audio:
         raise ValueError("'audio' is empty")
-    return Utterance(
+    return Row(
         _string(entry, "id") or audio,
         text,
-        folder / audio,
-        duration=_duration(entry),
+        Recording(folder / audio, duration=_duration(entry)),
         speaker=_string(entry, "speaker"),
         language=_string(entry, "language"),
         mission=_string(entry, "mission"),

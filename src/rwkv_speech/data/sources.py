@@ -11,7 +11,7 @@ from rwkv_speech.data.hub import read_dataset, read_librispeech_from_hub
 from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.row import Utterance
+from rwkv_speech.data.sample import Row
 from rwkv_speech.data.tables import has_table, read_audio_folder
 from rwkv_speech.errors import UserError
 
@@ -28,7 +28,7 @@ def load_split(
     lower_case: bool | None = None,
     download: bool = False,
     bad_audio: BadSamples | None = None,
-) -> list[Utterance]:
+) -> list[Row]:
     """Find a split and list its utterances, always in the same order.
 
     split: one name or several joined by "+". A name with a slash, or ending in .json or .jsonl, is a path,
@@ -58,7 +58,7 @@ def load_split(
             )
         librispeech.download((part for part in parts if not _is_path(part)), data_dir)
     columns = {"audio_column": audio_column, "text_column": text_column}
-    utterances: list[Utterance] = []
+    utterances: list[Row] = []
     for part in parts:
         place, name = (part, None) if part is not None and _is_path(part) else (data_dir or data, part)
         if place != data and not Path(place).expanduser().exists():
@@ -91,7 +91,7 @@ def _is_path(part: str) -> bool:
 
 def _read(
     place: str, split: str | None, *, columns: dict[str, str | None], bad_audio: BadSamples | None
-) -> tuple[list[Utterance], bool]:
+) -> tuple[list[Row], bool]:
     """The utterances, and whether they are LibriSpeech's or come in its layout."""
     path = Path(place).expanduser()
     if place != LIBRISPEECH and not place.endswith(MANIFEST_SUFFIXES):

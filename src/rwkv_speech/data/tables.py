@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_speech.data.hub import TEXT_COLUMNS
-from rwkv_speech.data.row import Utterance
+from rwkv_speech.data.sample import Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.speech.recording import Recording
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 
@@ -25,7 +26,7 @@ def has_table(folder: Path) -> bool:
 
 def read_audio_folder(
     folder: Path, *, split: str | None = None, audio_column: str | None = None, text_column: str | None = None
-) -> list[Utterance]:
+) -> list[Row]:
     """Read the folder, or the split that is its sub-folder, in the order of the table.
 
     audio_column: path relative to the table; `file_name` when None.
@@ -50,7 +51,7 @@ def read_audio_folder(
                     f"{path}: entry {number} has no {column!r}; name the {flag} column by --{flag}_column, "
                     f"the columns are {', '.join(columns)}"
                 )
-    return [Utterance(row[audio_column], row[text_column], path.parent / row[audio_column]) for row in rows]
+    return [Row(row[audio_column], row[text_column], Recording(path.parent / row[audio_column])) for row in rows]
 
 
 def _table(folder: Path) -> Path | None:

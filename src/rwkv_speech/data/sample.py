@@ -1,0 +1,85 @@
+"""Rows and samples: what a data source tells of one recording, and what a model is to make of it.
+
+A row of a manifest becomes a `Sample` by its mission. Everything that is learnt, evaluated or transcribed is a sample: a list
+of messages, each of a role and of parts that are audio or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from rwkv_speech.speech.recording import Recording
+
+Role = Literal["user", "assistant"]
+Audio = Recording | Tensor  # a tensor is a waveform, (samples,) float32 at 16 kHz
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a data source tells of one recording.
+
+    id: name of the row, unique within its split; used in hypotheses and reports.
+    text: what belongs to the recording, as training and scoring use it: its transcript, say.
+    audio: the recording.
+    speaker, language, mission: where the source tells them.
+    """
+
+    id: str
+    text: str
+    audio: Recording
+    speaker: str | None = None
+    language: str | None = None
+    mission: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: who speaks, and what, in order."""
+
+    role: Role
+    parts: tuple[Audio | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a model reads, and what it is to answer.
+
+    id: the row's.
+    messages: user and assistant by turns, the user first. The last one is the answer that is asked for; where it is the
+        user's, the answer is not known.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def audio(self) -> list[Audio]:
+        """All recordings, in the order in which the model reads them."""
+        return [part for message in self.messages for part in message.parts if not isinstance(part, str)]
+
+    @property
+    def reference(self) -> str:
+        """The text of the last answer; empty where it is not known."""
+        last = self.messages[-1]
+        return "".join(part for part in last.parts if isinstance(part, str)) if last.role == "assistant" else ""
+
+
+def one_round(id: str, asked: Sequence[Audio | str], answer: str | None) -> Sample:
+    """A sample of one round; without an answer it ends with what is asked."""
+    messages = [Message("user", tuple(asked))]
+    if answer is not None:
+        messages.append(Message("assistant", (answer,)))
+    return Sample(id, tuple(messages))
+
+
+@dataclass(slots=True)
+class BadSample:
+    """A sample that can't be used: its id, where its audio lies, and why."""
+
+    id: str
+    audio: str
+    reason: str
