@@ -1,4 +1,4 @@
-"""An auxiliary loss that makes the adapter speak in the language model's own embeddings: CTC against them.
+"""An auxiliary loss that draws the adapter's outputs towards the language model's own embeddings: CTC against them.
 
 CTC: Graves et al. 2006, "Connectionist Temporal Classification". The classes are the whole vocabulary, a position's
 logits the cosines between the adapter's output and the frozen embeddings, times `SCALE`.
@@ -16,17 +16,20 @@ BLANK = 1  # token of the byte 0, which no transcript holds
 ROWS = 256  # positions whose logits over the whole vocabulary are held at once
 
 
-def alignment_loss_sum(heard: Tensor, lengths: Tensor, tokens: Sequence[Tensor], embeddings: Tensor) -> Tensor:
-    """The CTC loss summed over utterances (fp32 scalar), differentiable in `heard`.
+def alignment_loss_sum(audio_embeds: Tensor, lengths: Tensor, tokens: Sequence[Tensor], embeddings: Tensor) -> Tensor:
+    """The CTC loss summed over utterances (fp32 scalar), differentiable in `audio_embeds`.
 
     Args:
-        heard: (B, G, C), the adapter's outputs.
-        lengths: (B,) int64, the valid positions of each.
-        tokens: of each transcript, 1-D int64. One that doesn't fit into its positions counts for nothing.
+        audio_embeds: (B, G, C), the adapter's outputs.
+        lengths: (B,) int64 on the CPU, the valid positions of each.
+        tokens: of each transcript, 1-D int64 on the CPU. One that doesn't fit into its positions counts for nothing.
         embeddings: (V, C), frozen.
     """
-    flat = torch.cat([row[:n] for row, n in zip(heard, lengths.tolist(), strict=True)])
-    classes = torch.unique(torch.cat([torch.tensor([BLANK], device=heard.device), *tokens]))
+    device = audio_embeds.device
+    flat = torch.cat([row[:n] for row, n in zip(audio_embeds, lengths.tolist(), strict=True)])
+    classes = torch.unique(torch.cat([torch.tensor([BLANK]), *tokens]))
+    targets, blank = torch.searchsorted(classes, torch.cat(list(tokens))), int(torch.searchsorted(classes, BLANK))
+    classes = classes.to(device)
     norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
     parts = [
         checkpoint(_class_logits, rows, classes, embeddings, norms, use_reentrant=False) for rows in flat.split(ROWS)
@@ -35,10 +38,10 @@ def alignment_loss_sum(heard: Tensor, lengths: Tensor, tokens: Sequence[Tensor],
     padded = torch.nn.utils.rnn.pad_sequence(log_probs.split(lengths.tolist()))  # (G, B, classes)
     return F.ctc_loss(
         padded,
-        torch.searchsorted(classes, torch.cat(list(tokens))),
+        targets.to(device),
         lengths,
-        torch.tensor([len(t) for t in tokens], device=heard.device),
-        blank=int(torch.searchsorted(classes, BLANK)),
+        torch.tensor([len(t) for t in tokens]),
+        blank=blank,
         reduction="sum",
         zero_infinity=True,
     )

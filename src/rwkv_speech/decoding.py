@@ -1,28 +1,29 @@
-"""From a batch of prefixes to transcripts: greedy and beam search over the recurrent state.
+"""Answers from a frozen language model: greedy, beam and sampling over the recurrent state, from a state to a state.
 
 Notable:
-- The prefix is run once per utterance, all utterances together; from then on every token costs one step, of the same
-  time and memory however long the audio and the transcript are.
-- One algorithm: greedy is the beam search of width 1.
-- The hypotheses of all utterances are rows of one batch; those that are done leave it.
+- What comes before the answer is read once, all samples together; from then on every token costs one step, of the same
+  time and memory however long the audio and the answer are.
+- One algorithm: greedy is the beam search of width 1, sampling is greedy with another choice.
+- The hypotheses of all samples are rows of one batch; those that are done leave it.
 - Logits are computed at the last position of each running hypothesis and nowhere else.
 """
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_speech.errors import UserError
 from rwkv_speech.lm.rwkv6 import RWKV6, last
+from rwkv_speech.lm.state import State
 from rwkv_speech.lm.tokenizer import END_OF_TEXT
-
-# Several times what fast speech needs, so that only a run-away meets the limit.
-LEAST_LIMIT = 100  # tokens
-TOKENS_PER_SECOND = 50
+from rwkv_speech.options import DecodingOptions
 
 # People do say "no no no no", a row of equal digits, or a chorus three times. Four times the same sentence, 48 times
 # the same token (where tokens are bytes, 12 times "one ") is a decoder that is stuck.
@@ -30,17 +31,21 @@ LOOP_PERIOD = 32  # tokens, the longest that is looked for
 LOOP_REPETITIONS = 4  # at least, and
 LOOP_TOKENS = 48  # at least, all repetitions together
 
+SCORED_ROWS = 64  # rows of `score_answers` that are held at once: each has a state and a distribution per token
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingResult:
-    """One transcript, as tokens.
+    """One answer, as tokens.
 
     Attributes:
         tokens: without the end of text.
         score: sum of the natural log-probabilities of the tokens, and of the end of text where it was reached.
         finished: the end of text was reached; False: cut, by the limit or as a loop.
-        loop: at some point the transcript repeated itself, as `repeats` defines it.
-        alternatives: of a beam search, the next best transcripts, best first.
+        loop: at some point the answer repeated itself, as `repeats` defines it.
+        alternatives: of a beam search, the next best answers, best first.
+        state: where it is asked for, the state (of a batch of 1) after all tokens that were generated, also those that
+            were cut as a loop. The end of text has not been read.
     """
 
     tokens: list[int]
@@ -48,10 +53,11 @@ class DecodingResult:
     finished: bool
     loop: bool
     alternatives: tuple["DecodingResult", ...] = ()
+    state: State | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_scored(self) -> int:
-        """Tokens that `score` sums over: those of the transcript, and the end of text where it was reached."""
+        """Tokens that `score` sums over: those of the answer, and the end of text where it was reached."""
         return len(self.tokens) + self.finished
 
     @property
@@ -60,59 +66,111 @@ class DecodingResult:
         return self.score / self.n_scored
 
 
-@torch.inference_mode()
 def decode(
     model: RWKV6,
     embeddings: Tensor,
     lengths: Tensor,
+    state: State | None = None,
     *,
     max_new_tokens: Sequence[int],
-    beam: int = 1,
-    n_best: int = 1,
-    length_penalty: float = 1.0,
-    loop_guard: bool = False,
+    options: DecodingOptions = DecodingOptions(),
+    names: Sequence[str] = (),
     end: int = END_OF_TEXT,
+    keep_state: bool = False,
 ) -> list[DecodingResult]:
-    """The best transcript of each utterance, after its prefix and, before that, the model's initial state.
+    """The best answer of each sample after its prompt.
 
     Each step keeps the hypotheses with the largest sums of log-probabilities. One that ends keeps its place among the
-    `beam`, so that the search narrows until it is over; width 1 is greedy. Those done are ranked by
+    `options.beam`, so that the search narrows until it is over; width 1 is greedy. Those done are ranked by
     score / n_scored**length_penalty, and any that looped behind all that did not: a model in a loop is all but certain
     of each further token, so that loops would win by their length.
 
     Args:
         model: the language model.
-        embeddings: (B, T, C), padded on the right with anything: all of a sample that comes before its transcript.
+        embeddings: (B, T, C), padded on the right with anything: all of a sample that comes before its answer.
         lengths: (B,) integers in 1..T, valid positions of each.
+        state: what came before; None is the model's initial state.
         max_new_tokens: B limits, each at least 1, on the tokens of a hypothesis, its end of text included.
-        beam: hypotheses per utterance.
-        n_best: transcripts to return per utterance, the best one and its alternatives; at most `beam`.
-        length_penalty: exponent of the length in the ranking, at least 0: 0 ranks by probability, which favours short
-            transcripts, 1 by the average per token.
-        loop_guard: cut a loop where it is noticed, after the first copy of what it repeats; else it is only reported.
-        end: the token that ends a transcript; with one outside the vocabulary, like -1, all run to the limit.
+        options: how to search. With `loop_guard` a loop is cut where it is noticed, after the first copy of what it
+            repeats; else it is only reported.
+        names: B names; what sampling draws depends on the seed and these alone. Without: the places in the batch.
+        end: the token that ends an answer; with one outside the vocabulary, like -1, all run to the limit.
+        keep_state: gives the final state of each result.
 
     Returns:
-        B results, in the order of the utterances.
+        B results, in the order of the samples.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: limits that don't fit.
+        UserError: the model's output is not finite.
     """
-    _check(embeddings, max_new_tokens, beam, n_best, length_penalty)
-    searches = [_Search(limit, beam, n_best, length_penalty, loop_guard, end) for limit in max_new_tokens]
+    with torch.inference_mode():
+        hidden, state = model(embeddings, state, lengths)
+        hidden = last(hidden, lengths)
+    steps = generate(
+        model,
+        hidden,
+        state,
+        max_new_tokens=max_new_tokens,
+        options=options,
+        names=names,
+        end=end,
+        keep_state=keep_state,
+        stream=False,
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+@torch.inference_mode()
+def generate(
+    model: RWKV6,
+    hidden: Tensor,
+    state: State,
+    *,
+    max_new_tokens: Sequence[int],
+    options: DecodingOptions = DecodingOptions(),
+    names: Sequence[str] = (),
+    end: int = END_OF_TEXT,
+    keep_state: bool = True,
+    stream: bool = True,
+) -> Generator[list[tuple[int, int]], None, list[DecodingResult]]:
+    """Answers from a state on, token by token; the arguments are those of `decode`, but for
+
+    Args:
+        hidden: (B, C), the model's output at the last position before the answer.
+        state: the state there.
+        stream: whether to find out which tokens are decided; without, nothing is in what it yields.
+
+    Yields:
+        After each step, pairs of a sample's place and a token of its answer that can't change any more, in order: of a
+        beam search, what all hypotheses agree on. (A loop that `loop_guard` cuts has been yielded before.)
+
+    Returns:
+        The results, as `decode` gives them.
+    """
+    if len(max_new_tokens) != len(hidden) or min(max_new_tokens) < 1:
+        raise ValueError(f"decode: expected {len(hidden)} limits of at least 1 token, not {list(max_new_tokens)}")
+    keys = names or [str(i) for i in range(len(hidden))]
+    searches = [_Search(limit, options, key, end) for limit, key in zip(max_new_tokens, keys, strict=True)]
     running = searches  # row by row, the batch holds the live hypotheses of these
-    hidden, state = model(embeddings, lengths=lengths)
-    hidden = last(hidden, lengths)  # (B, C)
     while True:
         log_probs = torch.log_softmax(model.logits(hidden).float(), dim=-1)  # (rows, vocabulary)
-        # No hypothesis can contribute more than `beam` tokens to the best of all.
-        best = log_probs.topk(min(beam, log_probs.shape[-1]))
-        candidates = list(zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        candidates = _candidates(log_probs, running, options)
         row, parents = 0, []
         for search in running:
             rows = len(search.live)
             parents += [row + parent for parent in search.step(candidates[row : row + rows])]
+            if keep_state:
+                search.keep_states(model, state, row)
             row += rows
+        if stream:
+            yield [(i, token) for i, search in enumerate(searches) for token in search.newly_decided()]
+        else:
+            yield []
         running = [search for search in running if search.live]
         if not running:
             return [search.result() for search in searches]
@@ -123,9 +181,73 @@ def decode(
         hidden = hidden[:, -1]  # (rows, C)
 
 
-def default_max_new_tokens(seconds: float) -> int:
-    """The limit for audio of so many seconds: 50 tokens per second, and at least 100."""
-    return max(LEAST_LIMIT, math.ceil(TOKENS_PER_SECOND * seconds))
+@torch.inference_mode()
+def score_answers(
+    model: RWKV6, hidden: Tensor, state: State, answers: Sequence[Sequence[int]], *, end: int = END_OF_TEXT
+) -> Tensor:
+    """How likely each of a set of answers is, after each of B prompts.
+
+    Args:
+        model: the language model.
+        hidden: (B, C), its output at the last position before the answer.
+        state: the state there.
+        answers: A rows of tokens, without the end of text.
+        end: the token that ends an answer.
+
+    Returns:
+        (B, A) fp32, the sums of the natural log-probabilities of an answer's tokens and of the end of text.
+
+    Raises:
+        UserError: the model's output is not finite.
+    """
+    device, longest = hidden.device, max(map(len, answers))
+    targets = torch.full((len(answers), longest + 1), end, device=device)
+    for row, answer in zip(targets, answers, strict=True):
+        row[: len(answer)] = torch.tensor(answer, device=device)
+    counts = torch.tensor([len(answer) + 1 for answer in answers], device=device)  # with the end of text
+    pairs = torch.cartesian_prod(torch.arange(len(hidden), device=device), torch.arange(len(answers), device=device))
+    scores = []
+    for samples, chosen in (pair.unbind(1) for pair in pairs.split(SCORED_ROWS)):
+        outputs = hidden[samples, None]  # (rows, 1, C)
+        if longest:
+            more, _ = model(targets[chosen, :-1], state.select(samples))
+            outputs = torch.cat([outputs, more], dim=1)  # (rows, longest + 1, C)
+        log_probs = torch.log_softmax(model.logits(outputs).float(), dim=-1)
+        of_target = log_probs.gather(2, targets[chosen, :, None])[..., 0]
+        within = torch.arange(longest + 1, device=device) < counts[chosen, None]
+        scores.append(of_target.where(within, 0.0).sum(1))
+    scores = torch.cat(scores)
+    _check_finite(scores.tolist())
+    return scores.view(len(hidden), len(answers))
+
+
+def _candidates(
+    log_probs: Tensor, running: Sequence["_Search"], options: DecodingOptions
+) -> list[tuple[list[float], list[int]]]:
+    """Of each row (vocabulary,), log-probabilities and ids of the tokens that its hypothesis may go on with."""
+    if not options.temperature:
+        # No hypothesis can contribute more than `beam` tokens to the best of all.
+        values, tokens = log_probs.topk(min(options.beam, log_probs.shape[-1]))
+    else:
+        drawn = torch.tensor([search.random.random() for search in running], device=log_probs.device)
+        probs, order = (log_probs / options.temperature).softmax(-1).sort(dim=-1, descending=True)
+        total = probs.cumsum(-1)
+        # The smallest set of the likeliest tokens that reaches top_p, and a place in it by its share.
+        kept = (total < options.top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+        place = (total <= drawn[:, None] * total.gather(-1, kept)).sum(-1, keepdim=True).minimum(kept)
+        tokens = order.gather(-1, place)
+        values = log_probs.gather(-1, tokens)
+    candidates = list(zip(values.tolist(), tokens.tolist(), strict=True))
+    _check_finite(row[0] for row, _ in candidates)
+    return candidates
+
+
+def _check_finite(log_probs: Iterator[float] | Sequence[float]) -> None:
+    if not all(map(math.isfinite, log_probs)):
+        raise UserError(
+            "the language model's output is not finite: its numbers leave the range of the precision, or its weights, "
+            "its state or the adapter are spoilt; try --precision bf16 or fp32"
+        )
 
 
 def repeats(tokens: Sequence[int]) -> int:
@@ -146,7 +268,7 @@ def repeats(tokens: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _Hypothesis:
-    """A transcript that is still growing."""
+    """An answer that is still growing."""
 
     tokens: list[int]
     scores: list[float]  # of the tokens up to each, and that: sums of log-probabilities
@@ -154,16 +276,19 @@ class _Hypothesis:
 
 
 class _Search:
-    """The beam search of one utterance; the model is somebody else's business.
+    """The search for one answer; it knows tokens and scores, and nothing of the model.
 
-    `live` are the hypotheses still running, best first.
+    live: the hypotheses still running, best first.
+    random: what sampling draws from.
     """
 
-    def __init__(self, limit: int, beam: int, n_best: int, length_penalty: float, loop_guard: bool, end: int) -> None:
-        self._limit, self._beam, self._n_best = limit, beam, n_best
-        self._length_penalty, self._loop_guard, self._end = length_penalty, loop_guard, end
+    def __init__(self, limit: int, options: DecodingOptions, name: str, end: int) -> None:
+        self._limit, self._options, self._end = limit, options, end
         self.live = [_Hypothesis([], [], loop=False)]
+        self.random = np.random.default_rng([options.sampling_seed, zlib.crc32(name.encode())])
         self._done: list[DecodingResult] = []
+        self._ended: list[tuple[int, int, int | None]] = []  # in this step: place in _done, parent, token not yet read
+        self._decided = 0
 
     def step(self, candidates: Sequence[tuple[Sequence[float], Sequence[int]]]) -> list[int]:
         """One token further: takes log-probabilities and ids of the best next tokens of each live hypothesis.
@@ -175,10 +300,11 @@ class _Search:
             for index, (parent, (log_probs, tokens)) in enumerate(zip(self.live, candidates, strict=True))
             for log_prob, token in zip(log_probs, tokens, strict=True)
         )
-        places = self._beam - len(self._done)
+        places = self._options.beam - len(self._done)
         parents, live = [], []
+        self._ended = []
         for score, index, token in heapq.nlargest(places, extended, key=itemgetter(0)):
-            hypothesis = self._extend(self.live[index], token, score)
+            hypothesis = self._extend(index, token, score)
             if hypothesis is not None:
                 live.append(hypothesis)
                 parents.append(index)
@@ -188,21 +314,43 @@ class _Search:
         return parents
 
     def result(self) -> DecodingResult:
-        best, *others = self._ranked()[: self._n_best]
+        best, *others = self._ranked()[: self._options.n_best]
         return replace(best, alternatives=tuple(others))
 
-    def _extend(self, parent: _Hypothesis, token: int, score: float) -> _Hypothesis | None:
-        """The hypothesis with one more token; None where it is done with that."""
+    def keep_states(self, model: RWKV6, state: State, first_row: int) -> None:
+        """Gives the hypotheses that ended in this step their states; `state` has a row for each live one before it."""
+        for place, parent, token in self._ended:
+            kept = state.select(torch.tensor([first_row + parent], device=state.layers[0].att_shift.device))
+            if token is not None:
+                _, kept = model(torch.tensor([[token]], device=kept.layers[0].att_shift.device), kept)
+            self._done[place] = replace(self._done[place], state=kept)
+
+    def newly_decided(self) -> list[int]:
+        """Tokens that all hypotheses have come to agree on, and that no earlier call has given."""
+        all_tokens = [x.tokens for x in (*self.live, *self._done)] if self.live else [self.result().tokens]
+        agreed = all_tokens[0][self._decided :]
+        for tokens in all_tokens[1:]:
+            same = (x == y for x, y in zip(agreed, tokens[self._decided :], strict=False))
+            ends = max(0, len(tokens) - self._decided)
+            agreed = agreed[: next((i for i, equal in enumerate(same) if not equal), ends)]
+        self._decided += len(agreed)
+        return agreed
+
+    def _extend(self, index: int, token: int, score: float) -> _Hypothesis | None:
+        """The live hypothesis of this index with one more token; None where it is done with that."""
+        parent = self.live[index]
         if token == self._end:
+            self._ended.append((len(self._done), index, None))
             self._done.append(DecodingResult(tokens=parent.tokens, score=score, finished=True, loop=parent.loop))
             return None
         tokens, scores = [*parent.tokens, token], [*parent.scores, score]
         surplus = repeats(tokens)
         loop = parent.loop or surplus > 0
-        if surplus and self._loop_guard:
+        if surplus and self._options.loop_guard:
             del tokens[-surplus:], scores[-surplus:]
         elif len(tokens) < self._limit:
             return _Hypothesis(tokens, scores, loop)
+        self._ended.append((len(self._done), index, token))
         self._done.append(DecodingResult(tokens=tokens, score=scores[-1], finished=False, loop=loop))
         return None
 
@@ -210,7 +358,7 @@ class _Search:
         return sorted(self._done, key=lambda x: self._rank(x.loop, x.score, x.n_scored))
 
     def _rank(self, loop: bool, score: float, n_scored: int) -> tuple[bool, float]:
-        return loop, -score / n_scored**self._length_penalty
+        return loop, -score / n_scored**self._options.length_penalty
 
     def _is_decided(self) -> bool:
         """No live hypothesis can get among the n best any more.
@@ -219,17 +367,8 @@ class _Search:
         best is the limit. So what the best live hypothesis would be with all its tokens to come certain, up to the
         limit, is a bound for it and all the others.
         """
-        if not self.live or len(self._done) < self._n_best:
+        if not self.live or len(self._done) < self._options.n_best:
             return False
-        nth = self._ranked()[self._n_best - 1]
+        nth = self._ranked()[self._options.n_best - 1]
         bound = self._rank(False, self.live[0].scores[-1], self._limit)
         return self._rank(nth.loop, nth.score, nth.n_scored) <= bound
-
-
-def _check(embeddings: Tensor, max_new_tokens: Sequence[int], beam: int, n_best: int, length_penalty: float) -> None:
-    if len(max_new_tokens) != len(embeddings) or min(max_new_tokens) < 1:
-        raise ValueError(f"decode: expected {len(embeddings)} limits of at least 1 token, not {list(max_new_tokens)}")
-    if not 1 <= n_best <= beam:
-        raise ValueError(f"decode: expected 1 <= n_best <= beam, not n_best = {n_best}, beam = {beam}")
-    if length_penalty < 0:
-        raise ValueError(f"decode: length_penalty must be at least 0, not {length_penalty}")

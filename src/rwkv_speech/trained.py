@@ -1,7 +1,11 @@
-"""Mission files: the few trained tensors that make a frozen model do one job.
+"""What is trained, in one list, and the mission files that hold it.
 
-`rwkv-adapter-<step>.pth` is a plain state dict with the names that others publish and read. What a reader must know
-beside the weights stands in a JSON file of the same name; where that is absent, sizes come from the tensors.
+The list says of each tensor under which name it is saved, how it learns, and what it is a part of: optimiser, clipping,
+averaging, mission files, resume points and DeepSpeed's split of frozen and trained all read it.
+
+A mission file, `rwkv-adapter-<step>.pth`, is a plain state dict with the names that others publish and read. What a
+reader must know beside the weights stands in a JSON file of the same name; where that is absent, sizes come from the
+tensors.
 """
 
 import io
@@ -14,14 +18,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import PARTIAL, writing
+from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.options import TrainingOptions
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.frame_cache import AbsentEncoder
 
 STATE = "language_model.blocks.{}.att.time_state"
 ADAPTER = "speech_encoder.adapter."
 _NAME = re.compile(r"language_model\.blocks\.\d+\.att\.time_state|speech_encoder\.adapter\.[02]\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """One trained tensor.
+
+    parameter: fp32, in the model.
+    part: "adapter" or "state".
+    decay: whether weight decay is for it.
+    """
+
+    parameter: nn.Parameter
+    part: str
+    decay: bool
+
+
+def trained_tensors(language_model: RWKV6, adapter: Adapter) -> dict[str, TrainedTensor]:
+    """Everything that is trained, under its name in a mission file."""
+    states = {
+        STATE.format(i): TrainedTensor(block.att.time_state, "state", decay=False)
+        for i, block in enumerate(language_model.blocks)
+    }
+    return states | {
+        f"{ADAPTER}{name}": TrainedTensor(x, "adapter", decay=x.dim() > 1)
+        for name, x in adapter.layers.named_parameters()
+    }
+
+
+def parameter_groups(tensors: Mapping[str, TrainedTensor], training: TrainingOptions) -> list[dict[str, Any]]:
+    """What is trained as groups for a torch optimiser, each with its learning rate and weight decay."""
+    scales = {"adapter": 1.0, "state": training.state_lr_scale}
+    groups = []
+    for part, decay, name in (
+        ("adapter", True, "adapter"),
+        ("adapter", False, "adapter biases"),
+        ("state", False, "state"),
+    ):
+        params = [x.parameter for x in tensors.values() if (x.part, x.decay) == (part, decay)]
+        rate, weight_decay = training.lr_init * scales[part], training.weight_decay if decay else 0.0
+        groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "name": name})
+    return groups
 
 
 class MissionFileError(UserError):
@@ -120,6 +170,47 @@ def newest_mission_file(folder: Path) -> Path:
             f"{folder} holds no mission file (rwkv-adapter-*.pth): train first, or name one by --adapter"
         )
     return max(files, key=lambda path: path.stat().st_mtime_ns)
+
+
+def check_fit(
+    mission: MissionFile,
+    model: RWKV6,
+    encoder: SpeechEncoder | AbsentEncoder,
+    downsample_k: int | None,
+    hidden: int | None,
+) -> None:
+    """Checks that a mission file goes with the parts around it.
+
+    downsample_k, hidden: what is asked for besides, or None.
+
+    Raises:
+        MissionFileError: one line that names everything in which they differ.
+    """
+    sizes = model.sizes
+    state_shape = (sizes.n_head, sizes.head_size, sizes.head_size)
+    of_model = f"language model is {sizes.n_layer} x {sizes.n_embd}"
+    problems = []
+    state = tuple(mission.tensors[STATE.format(0)].shape)
+    if mission.n_layer != sizes.n_layer or state != state_shape:
+        problems.append(f"states of {mission.n_layer} layers x {state}, but the {of_model}, states {state_shape}")
+    out = mission.tensors[f"{ADAPTER}2.weight"].shape[0]
+    if out != sizes.n_embd:
+        problems.append(f"an adapter to width {out}, but the {of_model}")
+    stated_k = mission.info.get("downsample_k")
+    for k, where in ((stated_k, "its JSON file says"), (downsample_k, "--downsample_k is")):
+        if k and k * encoder.width != mission.inputs:
+            problems.append(
+                f"an adapter from {mission.inputs} inputs, but {where} K = {k} and encoder {encoder.name} has width "
+                f"{encoder.width}"
+            )
+    if not stated_k and not downsample_k and mission.inputs % encoder.width:
+        problems.append(
+            f"an adapter from {mission.inputs} inputs, no multiple of encoder {encoder.name}'s width {encoder.width}"
+        )
+    if hidden and hidden != mission.hidden:
+        problems.append(f"{mission.hidden} hidden units, but --adapter_hidden is {hidden}")
+    if problems:
+        raise MissionFileError(f"mission file {mission.path} does not fit: it holds {'; it holds '.join(problems)}")
 
 
 def _inconsistency(tensors: Mapping[str, Tensor], n_layer: int) -> str | None:

@@ -1,146 +1,262 @@
-"""Batches: which utterances come together, in which order, in which process; and what a batch holds.
+"""Batches: which samples come together, in which order, in which process; and what a batch holds.
 
 - The order is a function of seed and epoch alone; the number of loader workers changes nothing.
-- All processes see the same sequence of *global* batches and take every world_size-th utterance of each, so
+- All processes see the same sequence of *global* batches and take every world_size-th sample of each, so
   one process with a batch of 8 trains on the same global batches as two with 4.
-- A sample that can't be used travels as a `BadSample` in its batch; whoever consumes the batch hands it to
-  `BadSamples`.
+- What needs no weights is done in the loader's workers: decoding audio, augmentation, the encoder's features, tokens,
+  labels, and the indices that put audio embeddings into their slots.
+- A sample that can't be used travels as a `BadSample` in its batch; the consumer of the batch hands it to `BadSamples`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from rwkv_speech.data.row import BadSample, Utterance
+from rwkv_speech.data.rendering import NO_LABEL, Rendered, Renderer
+from rwkv_speech.data.sample import BadSample, Row, Sample
+from rwkv_speech.lm.tokenizer import END_OF_TEXT
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError
+from rwkv_speech.speech.augmentation import Masks, SpecAugment
 from rwkv_speech.speech.frame_cache import FrameCache
+from rwkv_speech.speech.recording import Recording
 
 
 @dataclass(slots=True)
-class Sample:
-    """An utterance that was read.
+class Item:
+    """A sample that was read and rendered.
 
-    waveform: float32 (samples,) at 16 kHz; None where the encoder's frames are cached.
-    text: transcript.
-    index: its place in the dataset.
-    samples: of the waveform.
-    frames: what the cache holds, (F, width), or None.
+    index: its row's place in the dataset.
+    reference: the text of its last answer.
+    samples: of each recording, at 16 kHz.
+    audio: of each recording, what the encoder's `extract` made of it, or its cached frames (F, width).
+    masks: of each recording, where there is SpecAugment.
     """
 
     id: str
-    waveform: Tensor | None
-    text: str
     index: int
-    samples: int
-    frames: Tensor | None = None
+    reference: str
+    rendered: Rendered
+    samples: list[int]
+    audio: list[Tensor]
+    masks: list[Masks]
 
 
 @dataclass
 class Batch:
-    """Utterances, in step; len() counts the good ones, and can be 0 where all were bad.
+    """B samples, in step, with A recordings; len() is B, and can be 0 where all samples were bad.
 
-    waveforms: float32 (samples,) each, 16 kHz, unpadded: padding is the encoder's own affair; none where
-        frames are cached.
-    indices: places in the dataset.
-    seconds: length of all recordings together.
+    names: ids of the samples.
+    references: the texts of their last answers, and
+    answers: the tokens of those, without the end of text.
+    indices: places of their rows in the dataset.
+    ids: (B, T) int64 token ids, padded with END_OF_TEXT; see `Rendered`.
+    lengths: (B,) int64, positions of each.
+    prompt_lengths: (B,) int64, positions before the last answer of each.
+    label_slots: (m,) int64, those of the B * T positions at which something is asked, and
+    labels: (m,) int64, what.
+    audio: what the encoder's `extract` made of all recordings, or their cached frames, joined along dimension 0.
+    audio_sizes: the share of each recording in that.
+    is_frames: whether `audio` holds frames.
+    samples: of each recording, at 16 kHz.
+    frame_lengths: (A,) int64, encoder frames of each recording.
+    group_counts: positions of each recording.
+    audio_groups: (n,) int64, the valid ones of the A * G positions that the adapter makes of the recordings, and
+    audio_slots: (n,) int64, where they go among the B * T positions.
+    masks: SpecAugment's, (A, F) and (A, width), or None.
+    seconds: length of the recordings of each sample.
     bad: samples that couldn't be used.
-    tokens: targets in this batch, and
-    step_tokens: in all batches of its optimiser step in this process; training counts them.
+    step_tokens: labels in all batches of its optimiser step in this process; `AccumulationLoader` counts them.
     epoch: of training, that it belongs to.
-    frames: what the encoder made of each waveform, (F, width), where that is cached.
     """
 
-    ids: list[str]
-    waveforms: list[Tensor]
-    texts: list[str]
+    names: list[str]
+    references: list[str]
+    answers: list[Tensor]
     indices: list[int]
-    seconds: float
+    ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    label_slots: Tensor
+    labels: Tensor
+    audio: Tensor
+    audio_sizes: list[int]
+    is_frames: bool
+    samples: list[int]
+    frame_lengths: Tensor
+    group_counts: list[int]
+    audio_groups: Tensor
+    audio_slots: Tensor
+    masks: Masks | None
+    seconds: list[float]
     bad: list[BadSample]
-    tokens: int = 0
     step_tokens: int = 0
     epoch: int = 0
-    frames: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.names)
 
     @property
-    def audio(self) -> list[Tensor]:
-        """Frames where they are cached, else waveforms: the model takes either."""
-        return self.frames or self.waveforms
+    def tokens(self) -> int:
+        """Labels in this batch."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on a device; `audio` stays where the encoder will fetch it from."""
+        names = (
+            "ids",
+            "lengths",
+            "prompt_lengths",
+            "label_slots",
+            "labels",
+            "frame_lengths",
+            "audio_groups",
+            "audio_slots",
+        )
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        masks = self.masks and Masks(*(x.to(device, non_blocking=True) for x in self.masks))
+        return replace(self, **moved, masks=masks)
 
 
-class SpeechDataset(Dataset[Sample | BadSample]):
-    """Reads utterances when they are asked for.
+class SpeechDataset(Dataset[Item | BadSample]):
+    """Reads and renders rows when they are asked for; all of it runs in the loader's workers.
 
-    check: returns why a sample of so many samples can't be used (too long for the context, say), or None.
-    change: makes another waveform of one, given the utterance's id, the waveform and the epoch; cached frames are
+    rows: of one data source or several.
+    sample_of: makes a sample of a row, as its mission does; raises ValueError where the row lacks something.
+    renderer: of the model.
+    extract: a waveform -> what the encoder's network takes; None where frames are cached.
+    cache: where the encoder's frames are cached; nothing is decoded then.
+    transform: makes another waveform of one, given the sample's id, the waveform and the epoch; cached frames are
         taken as they are.
-    features: where the encoder's frames are cached; nothing is decoded then.
-    All run in the loader's workers.
+    filter: says why a sample with its waveforms' samples (before `transform`) can't be used, or None.
+    spec_augment: draws masks.
+    needs_answer: whether a sample without an answer to learn from is a bad one.
     """
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
+        rows: Sequence[Row],
         *,
-        check: Callable[[Utterance, int], str | None] | None = None,
-        change: Callable[[str, Tensor, int], Tensor] | None = None,
-        features: FrameCache | None = None,
+        sample_of: Callable[[Row], Sample],
+        renderer: Renderer,
+        extract: Callable[[Tensor], Tensor] | None = None,
+        cache: FrameCache | None = None,
+        transform: Callable[[str, Tensor, int], Tensor] | None = None,
+        filter: Callable[[Rendered, Sequence[int]], str | None] | None = None,
+        spec_augment: SpecAugment | None = None,
+        needs_answer: bool = False,
     ) -> None:
-        self.utterances = utterances
-        self.check = check
-        self.change = change
-        self.features = features
+        self.rows = rows
+        self.sample_of = sample_of
+        self.renderer = renderer
+        self.extract, self.cache = extract, cache
+        self.transform, self.filter, self.spec_augment = transform, filter, spec_augment
+        self.needs_answer = needs_answer
         self.epoch = 0  # of training; workers get to know it when an iteration starts
 
     def __len__(self) -> int:
-        return len(self.utterances)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample | BadSample:
-        utterance = self.utterances[index]
-        reason = None if utterance.text.strip() else "text with no tokens"
-        if reason is None:
-            try:
-                waveform, frames, samples = self._read(utterance)
-                reason = self.check(utterance, samples) if self.check is not None else None
-                if reason is None and self.change is not None and waveform is not None:
-                    waveform = self.change(utterance.id, waveform, self.epoch)
-                    samples = len(waveform)
-            except AudioError as error:
-                reason = str(error)
-        if reason is not None:
-            return BadSample(utterance.id, str(utterance.audio), reason)
-        return Sample(utterance.id, waveform, utterance.text, index, samples, frames)
+    def __getitem__(self, index: int) -> Item | BadSample:
+        row = self.rows[index]
+        try:
+            return self.read(self.sample_of(row), index)
+        except (AudioError, ValueError) as error:
+            return BadSample(row.id, str(row.audio), str(error))
 
-    def _read(self, utterance: Utterance) -> tuple[Tensor | None, Tensor | None, int]:
-        """The waveform or its frames, and the samples of the waveform."""
-        if self.features is not None:
-            return None, *self.features.read(utterance)
-        waveform = utterance.waveform()
-        return waveform, None, len(waveform)
+    def read(self, sample: Sample, index: int) -> Item:
+        """Reads and renders one sample.
+
+        Raises:
+            AudioError: its audio can't be used.
+            ValueError: it has nothing to learn from, or `filter` says why it can't be used.
+        """
+        if self.needs_answer and not sample.reference.strip():
+            raise ValueError("text with no tokens")
+        if self.cache is not None:
+            audio, samples = map(list, zip(*map(self.cache.read, sample.audio), strict=True))
+            rendered = self._rendered(sample, samples)
+        else:
+            waveforms = [x.waveform() if isinstance(x, Recording) else x for x in sample.audio]
+            samples = [len(x) for x in waveforms]
+            rendered = self._rendered(sample, samples)
+            if self.transform is not None:
+                waveforms = [self.transform(sample.id, x, self.epoch) for x in waveforms]
+                samples = [len(x) for x in waveforms]
+                rendered = self.renderer(sample, samples)
+            audio = [self.extract(x) for x in waveforms]
+        masks = [self.spec_augment(sample.id, n, self.epoch) for n in rendered.frames] if self.spec_augment else []
+        return Item(sample.id, index, sample.reference, rendered, samples, audio, masks)
+
+    def _rendered(self, sample: Sample, samples: Sequence[int]) -> Rendered:
+        rendered = self.renderer(sample, samples)
+        if self.filter is not None and (reason := self.filter(rendered, samples)):
+            raise ValueError(reason)
+        return rendered
 
 
-def collate(items: Sequence[Sample | BadSample]) -> Batch:
-    """Put samples together in the order in which they come, the bad ones apart."""
-    good = [item for item in items if isinstance(item, Sample)]
-    return Batch(
-        ids=[sample.id for sample in good],
-        waveforms=[sample.waveform for sample in good if sample.waveform is not None],
-        frames=[sample.frames for sample in good if sample.frames is not None],
-        texts=[sample.text for sample in good],
-        indices=[sample.index for sample in good],
-        seconds=sum(sample.samples for sample in good) / SAMPLE_RATE,
-        bad=[item for item in items if isinstance(item, BadSample)],
-    )
+class Collate:
+    """Puts items together in the order in which they come, the bad samples apart.
+
+    group_count: as the renderer's.
+    is_frames: whether items hold cached frames.
+    """
+
+    def __init__(self, group_count: Callable[[int], int], *, is_frames: bool) -> None:
+        self.group_count = group_count
+        self.is_frames = is_frames
+
+    def __call__(self, items: Sequence[Item | BadSample]) -> Batch:
+        good = [item for item in items if isinstance(item, Item)]
+        rendered = [item.rendered for item in good]
+        ids = _padded([r.ids for r in rendered], END_OF_TEXT)
+        labels = _padded([r.labels for r in rendered], NO_LABEL).flatten()
+        label_slots = (labels != NO_LABEL).nonzero()[:, 0]
+        frames = [n for r in rendered for n in r.frames]
+        groups = [self.group_count(n) for n in frames]
+        per_recording = max(groups, default=0)
+        audio = [x for item in good for x in item.audio]
+        masks = [m for item in good for m in item.masks]
+        return Batch(
+            names=[item.id for item in good],
+            references=[item.reference for item in good],
+            answers=[r.ids[r.prompt_length :] for r in rendered],
+            indices=[item.index for item in good],
+            ids=ids,
+            label_slots=label_slots,
+            labels=labels[label_slots],
+            lengths=torch.tensor([len(r) for r in rendered], dtype=torch.int64),
+            prompt_lengths=torch.tensor([r.prompt_length for r in rendered], dtype=torch.int64),
+            audio=torch.cat(audio) if audio else torch.empty(0),
+            audio_sizes=[len(x) for x in audio],
+            is_frames=self.is_frames,
+            samples=[n for item in good for n in item.samples],
+            frame_lengths=torch.tensor(frames, dtype=torch.int64),
+            group_counts=groups,
+            audio_groups=_indices(torch.arange(n) + i * per_recording for i, n in enumerate(groups)),
+            audio_slots=_indices(r.audio_slots + i * ids.shape[1] for i, r in enumerate(rendered)),
+            masks=Masks(_padded([m.frames for m in masks], False), torch.stack([m.channels for m in masks]))
+            if masks
+            else None,
+            seconds=[sum(item.samples) / SAMPLE_RATE for item in good],
+            bad=[item for item in items if isinstance(item, BadSample)],
+        )
+
+
+def _padded(rows: list[Tensor], value: float) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value) if rows else torch.empty(0, 0, dtype=torch.int64)
+
+
+def _indices(parts: Iterator[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
 
 class Shuffled(Sampler[int]):
@@ -229,37 +345,33 @@ def loader(
 
 
 def load_batches(dataset: SpeechDataset, batches: Sampler[list[int]], *, num_workers: int = 0) -> DataLoader[Batch]:
-    """Loads the batches that a sampler tells by their indices, ahead of time in `num_workers` processes."""
+    """Loads the batches whose indices a sampler gives, ahead of time in `num_workers` processes."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=Collate(dataset.renderer.group_count, is_frames=dataset.cache is not None),
         num_workers=num_workers,
-        # Workers share what the dataset's checks refer to (the model, a cache), which a fresh process could not load.
+        # Workers share what the dataset refers to (the encoder's features, a cache), which a fresh process can't load.
         multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),  # else each iterator draws a number from the global stream
     )
 
 
 class AccumulationLoader:
-    """A process's batches in groups of one optimiser step, whose targets are counted together.
+    """A process's batches in groups of one optimiser step, whose labels are counted together.
 
-    The loss is a mean over all targets of a step, so every micro-batch must know their number beforehand. Waveforms
-    wait in memory for the rest of their group, nothing more. The position within an epoch is the state of this
+    The loss is a mean over all labels of a step, so every micro-batch must know their number beforehand. The batches
+    of a group wait in memory for the rest of it, nothing more. The position within an epoch is the state of this
     loader: Lightning saves it and gives it back on resuming.
 
     loader: the batches of this process.
     accumulate: micro-batches to an optimiser step.
-    count: the targets of a text.
     limit: optimiser steps to an epoch, 0 for one pass over the data.
     """
 
-    def __init__(
-        self, loader: DataLoader[Batch], *, accumulate: int, count: Callable[[str], int], limit: int = 0
-    ) -> None:
+    def __init__(self, loader: DataLoader[Batch], *, accumulate: int, limit: int = 0) -> None:
         self.loader = loader
         self.accumulate = accumulate
-        self.count = count
         self.limit = limit * accumulate or len(loader)
         self.given = 0  # batches of this epoch
         self.skip = 0  # batches of the next iteration that were given before the run was interrupted
@@ -283,9 +395,7 @@ class AccumulationLoader:
         batches = islice(self.loader, len(self) - self.given)
         while group := list(islice(batches, self.accumulate)):
             for batch in group:
-                batch.epoch, batch.tokens = epoch, sum(map(self.count, batch.texts))
-            for batch in group:
-                batch.step_tokens = sum(b.tokens for b in group)
+                batch.epoch, batch.step_tokens = epoch, sum(b.tokens for b in group)
                 self.given += 1
                 yield batch
 

@@ -13,9 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkv_speech.data.row import Utterance
+from rwkv_speech.data.sample import Row
 from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import AudioError
+from rwkv_speech.speech.recording import Recording
 
 logger = logging.getLogger("rwkv_speech")
 
@@ -23,7 +24,7 @@ _THREADS = 8  # what they wait for is the disk, or the network behind it
 _PIECE = 256  # utterances to a task
 
 
-def read_durations(utterances: Sequence[Utterance], cache: Path, *, first: bool = True) -> np.ndarray:
+def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> np.ndarray:
     """Lengths in seconds: what the source tells, else what `cache` knows, else what the header says.
 
     cache: a JSON file of lengths by the stamps of their files (see `file_stamp`), so that a file that was written to
@@ -32,44 +33,44 @@ def read_durations(utterances: Sequence[Utterance], cache: Path, *, first: bool 
     first: whether this is, of a run's processes, the one that writes the cache and shows progress.
 
     Returns:
-        (utterances,) float64; 0 where the recording can't be opened. Loading it will tell why, and make it a bad
+        (rows,) float64; 0 where the recording can't be opened. Loading it will tell why, and make it a bad
         sample.
     """
     known: dict[str, float] = {}
     with suppress(OSError, ValueError):
         known = json.loads(cache.read_text(encoding="utf-8"))
     found: dict[str, float] = {}
-    seconds = np.zeros(len(utterances))
+    seconds = np.zeros(len(rows))
 
     def read(start: int) -> int:
-        piece = utterances[start : start + _PIECE]
-        for index, utterance in enumerate(piece, start):
-            seconds[index] = _seconds(utterance, known, found)
+        piece = rows[start : start + _PIECE]
+        for index, row in enumerate(piece, start):
+            seconds[index] = _seconds(row.audio, known, found)
         return len(piece)
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
         with _progress(visible=first) as progress:
-            task = progress.add_task("lengths of recordings", total=len(utterances))
-            for done in pool.map(read, range(0, len(utterances), _PIECE)):
+            task = progress.add_task("lengths of recordings", total=len(rows))
+            for done in pool.map(read, range(0, len(rows), _PIECE)):
                 progress.advance(task, done)
     finally:  # an interrupted run has not read for nothing
         pool.shutdown(cancel_futures=True)
         if found and first:
             write_whole(cache, json.dumps(known | found, ensure_ascii=False, indent=0).encode())
     if unread := int((seconds == 0).sum()):
-        logger.warning("%d of %d recordings don't tell their length", unread, len(utterances))
+        logger.warning("%d of %d recordings don't tell their length", unread, len(rows))
     return seconds
 
 
-def _seconds(utterance: Utterance, known: dict[str, float], found: dict[str, float]) -> float:
-    if utterance.duration:
-        return utterance.duration
-    stamp = utterance.stamp()
+def _seconds(recording: Recording, known: dict[str, float], found: dict[str, float]) -> float:
+    if recording.duration:
+        return recording.duration
+    stamp = recording.stamp()
     if stamp in known:
         return known[stamp]
     try:
-        seconds = utterance.seconds()
+        seconds = recording.seconds()
     except (AudioError, OSError):
         return 0.0
     if stamp is not None:

@@ -1,7 +1,7 @@
 """Rows and samples: what a data source tells of one recording, and what a model is to make of it.
 
-A row of a manifest becomes a `Sample` by its mission. Everything that is learnt, evaluated or transcribed is a sample: a list
-of messages, each of a role and of parts that are audio or text.
+A row of a manifest becomes a `Sample` by its mission. Everything that is learnt, evaluated or transcribed is a sample:
+a list of messages, each of a role and of parts that are audio or text.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Row:
 
     id: name of the row, unique within its split; used in hypotheses and reports.
     text: what belongs to the recording, as training and scoring use it: its transcript, say.
-    audio: the recording.
+    audio: the recording, or its waveform.
     speaker, language, mission: where the source tells them.
     """
 
     id: str
     text: str
-    audio: Recording
+    audio: Audio
     speaker: str | None = None
     language: str | None = None
     mission: str | None = None

@@ -1,4 +1,4 @@
-"""Bad samples of the batches, on their way to the policy."""
+"""What a training run does beside learning: bad samples, cached frames, losses that are not finite."""
 
 import json
 import logging
@@ -10,57 +10,60 @@ from pytorch_lightning.callbacks import Callback
 
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch
-from rwkv_speech.data.row import BadSample, Utterance
+from rwkv_speech.data.sample import BadSample, Row
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.speech.frame_cache import FrameCache
+from rwkv_speech.speech.recording import Recording
+
+log = logging.getLogger("rwkv_speech")
 
 
 class ReportBadSamples(Callback):
     """Hands the bad samples of each batch to the policy, before the step."""
 
-    def __init__(self, bad_audio: BadSamples) -> None:
-        self.bad_audio = bad_audio
+    def __init__(self, bad_samples: BadSamples) -> None:
+        self.bad_samples = bad_samples
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self.bad_audio.add(batch.bad)
+        self.bad_samples.add(batch.bad)
 
 
-class FillFeatures(Callback):
-    """Computes the frames that the cache lacks, each process on its own device.
+class FillFrames(Callback):
+    """Computes the encoder's frames that the cache lacks, all processes together before the first step.
 
     cache: opened, with the encoder of the run.
-    utterances: all that the run will read from it.
-    bad_audio: takes those that can't be used.
+    rows: all that the run will read from it.
+    bad_samples: takes those that can't be used.
     """
 
-    def __init__(self, cache: FrameCache, utterances: Sequence[Utterance], bad_audio: BadSamples) -> None:
+    def __init__(self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples) -> None:
         self.cache = cache
-        self.utterances = [utterance for utterance in utterances if utterance.text.strip()]
-        self.bad_audio = bad_audio
+        self.rows = [row for row in rows if row.text.strip()]
+        self.bad_samples = bad_samples
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        ids = {str(row.audio): row.id for row in self.rows}
+
+        def on_bad(recording: Recording, error: Exception) -> None:
+            self.bad_samples.add([BadSample(ids[str(recording)], str(recording), str(error))])
+
         self.cache.fill(
-            self.utterances,
+            [row.audio for row in self.rows],
             device=trainer.strategy.root_device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,
-            on_bad=lambda utterance, error: self.bad_audio.add(
-                [BadSample(utterance.id, str(utterance.audio), str(error))]
-            ),
+            on_bad=on_bad,
         )
 
 
-log = logging.getLogger("rwkv_speech")
-
-
-class NonFinite:
+class NonFiniteLosses:
     """The policy for a loss that is NaN or infinite, and the record of the batches that gave it.
 
-    policy: "stop" ends the run, "skip" goes on as if the batch had no targets.
+    policy: "stop" ends the run, "skip" goes on as if the batch had no labels.
     path: JSON-lines file; each line the step, and the ids of one process's batch.
     model: whose weights are looked at: where they are spoilt, nothing can be skipped.
     """

@@ -69,9 +69,10 @@ class ZeRO(DeepSpeedStrategy):
         if self.zero_stage_3:
             import deepspeed
 
-            language_model = self.lightning_module.language_model
-            for block in language_model.blocks:  # their initial states are read by the model, not by themselves
-                deepspeed.zero.register_external_parameter(language_model, block.att.time_state)
+            model = self.lightning_module.model
+            for tensor in model.trained_tensors().values():
+                if tensor.part == "state":  # read by the language model, not by the layers that they belong to
+                    deepspeed.zero.register_external_parameter(model.language_model, tensor.parameter)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         path = Path(self.broadcast(str(filepath)))

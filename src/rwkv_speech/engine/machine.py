@@ -1,4 +1,4 @@
-"""What a run computes on: the user's wishes, fitted to the machine where they left it open."""
+"""What a run computes on: the settings, fitted to the machine where they leave it open, and its processes."""
 
 import contextlib
 import logging
@@ -9,16 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from lightning_fabric import Fabric
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.options import Options
+from rwkv_speech.options import MachineOptions
 
 log = logging.getLogger("rwkv_speech")
+
+T = TypeVar("T")
 
 SEED_DEVICES = 4  # GPUs of the published recipe
 SEED_STRATEGY = "deepspeed_stage_1"
@@ -27,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class Machine:
-    """Settled: where and how to compute.
+    """Where and how to compute.
 
     accelerator, devices, num_nodes, strategy: as Lightning's Trainer takes them.
     precision: one of DTYPES.
@@ -56,7 +58,7 @@ class Machine:
         return len(self.devices) if isinstance(self.devices, list) else self.devices
 
 
-def fit_to_machine(options: Options) -> Machine:
+def fit_to_machine(options: MachineOptions) -> Machine:
     """Settles what the options leave open, in one line of the log; also sets torch's precision of fp32 products.
 
     Raises:
@@ -131,6 +133,15 @@ def launched(fabric: Fabric) -> Iterator[None]:
         if told:  # and what went wrong here is only that it can't be reached
             raise SystemExit(_SAID_WHY) from None
         raise
+
+
+def gather(mine: T) -> list[T]:
+    """What each process has, in the order of their ranks; all processes call it together."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _one_said_why(processes: list[subprocess.Popen]) -> bool:

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import peak_memory
 from rwkv_speech.files import write_whole, writing
+from rwkv_speech.scoring import MetricKind
 
 log = logging.getLogger("rwkv_speech")
 
@@ -31,7 +32,6 @@ COLUMNS = (
     "audio_s_per_s",
     "utt_per_s",
     "valid_loss",
-    "valid_wer",
 )
 PICTURE_SECONDS = 30.0  # between two drawings
 WARM_UP, MEASURED = 5, 20  # optimiser steps before the time per epoch is measured, and while it is
@@ -43,8 +43,8 @@ class MetricsFile:
     rows: of this run.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self.run = path, run
+    def __init__(self, path: Path, run: str, columns: Sequence[str]) -> None:
+        self.path, self.run, self.columns = path, run, list(columns)
         self.rows: list[dict[str, float]] = []
 
     def begin(self, step: int) -> None:
@@ -52,16 +52,18 @@ class MetricsFile:
         before = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                for row in csv.DictReader(file):
+                reader = csv.DictReader(file)
+                self.columns += [name for name in reader.fieldnames or () if name not in self.columns]
+                for row in reader:
                     if None in row.values():
                         continue  # cut off in the middle of the row
                     ours = row["run"] == self.run
                     if not ours or int(row["step"]) <= step:
                         before.append(row)
                         if ours:
-                            self.rows.append({name: float(row[name]) for name in COLUMNS[1:] if row.get(name)})
+                            self.rows.append({name: float(row[name]) for name in self.columns[1:] if row.get(name)})
         content = io.StringIO()
-        table = csv.DictWriter(content, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table = csv.DictWriter(content, self.columns, lineterminator="\n")
         table.writeheader()
         table.writerows(before)
         write_whole(self.path, content.getvalue().encode())
@@ -69,7 +71,7 @@ class MetricsFile:
     def add(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         with writing(self.path), self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"run": self.run} | row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow({"run": self.run} | row)
 
 
 class Metrics(Callback):
@@ -77,10 +79,13 @@ class Metrics(Callback):
 
     folder: takes `metrics.csv` and `training.png`.
     run: its id.
+    leading: the score that validation measures.
     """
 
-    def __init__(self, folder: Path, run: str) -> None:
-        self.file, self.picture = MetricsFile(folder / "metrics.csv", run), folder / "training.png"
+    def __init__(self, folder: Path, run: str, leading: MetricKind) -> None:
+        columns = (*COLUMNS, f"valid_{leading.name}")
+        self.file, self.picture = MetricsFile(folder / "metrics.csv", run, columns), folder / "training.png"
+        self.leading = leading
         self.shown: dict[str, Any] = {}  # what the progress bar shows
         self.drawn = -PICTURE_SECONDS
         self._reset()
@@ -104,20 +109,20 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        totals = pl_module.totals
-        self.loss_sum += totals.loss_sum
-        self.tokens += totals.tokens
-        self.ctc_sum += totals.ctc_sum
-        self.ctc_tokens += totals.ctc_tokens
-        self.utterances += totals.utterances
-        self.seconds += totals.seconds
+        stats = outputs["stats"]
+        self.loss_sum += stats.loss_sum
+        self.tokens += stats.tokens
+        self.ctc_sum += stats.ctc_sum
+        self.ctc_tokens += stats.ctc_tokens
+        self.utterances += stats.utterances
+        self.seconds += stats.seconds
         if trainer.global_step == self.step:  # in the middle of an optimiser step
             return
         self.step = trainer.global_step
         if self.step == self.first_step + WARM_UP:
             self.timed_since = time.perf_counter()
         elif self.step == self.first_step + WARM_UP + MEASURED:
-            self._tell_time(trainer, pl_module.device)
+            self._log_time(trainer, pl_module.device)
         if self.step % self.every == 0 or self.step == self.first_step + 1:
             elapsed = time.perf_counter() - self.since
             sums = {"loss": (self.loss_sum, self.tokens), "ctc_loss": (self.ctc_sum, self.ctc_tokens)}
@@ -147,10 +152,10 @@ class Metrics(Callback):
             self._draw()
 
     def _draw(self) -> None:
-        write_whole(self.picture, draw(self.file.rows))
+        write_whole(self.picture, draw(self.file.rows, self.leading))
         self.drawn = time.monotonic()
 
-    def _tell_time(self, trainer: pl.Trainer, device: torch.device) -> None:
+    def _log_time(self, trainer: pl.Trainer, device: torch.device) -> None:
         step_time = (time.perf_counter() - self.timed_since) / MEASURED
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches
         if trainer.is_global_zero:
@@ -174,8 +179,8 @@ class Bar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown = {name: f"{value:.3g}" for name, value in self.metrics.shown.items()}
         done = trainer.global_step - self.first_step
-        if done and pl_module.optimisation.total_steps:
-            left = pl_module.optimisation.total_steps - trainer.global_step
+        if done and pl_module.total_steps:
+            left = pl_module.total_steps - trainer.global_step
             shown["left"] = hours((time.perf_counter() - self.begun) / done * left)
         return shown
 
@@ -186,23 +191,22 @@ def hours(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-PANELS = (
-    ("loss", "log", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
-    ("learning rate", "linear", {"lr": "adapter", "state_lr": "initial state"}),
-    ("validation WER, %", "linear", {"valid_wer": None}),
-    ("seconds of audio per second", "linear", {"audio_s_per_s": None}),
-)
-
-
-def draw(rows: Sequence[dict[str, float]]) -> bytes:
+def draw(rows: Sequence[dict[str, float]], leading: MetricKind) -> bytes:
     """A PNG of the rows of `metrics.csv`: each has a step, and whichever columns were measured there."""
+    score = f"valid_{leading.name}"
+    panels = (
+        ("loss", "log", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
+        ("learning rate", "linear", {"lr": "adapter", "state_lr": "initial state"}),
+        (f"validation {leading.label}{', %' * leading.percent}", "linear", {score: None}),
+        ("seconds of audio per second", "linear", {"audio_s_per_s": None}),
+    )
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no window, no global state
-    for axes, (title, scaling, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (title, scaling, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for column, label in curves.items():
             points = [(row["step"], row[column]) for row in rows if column in row]
             if points:
-                scale = 100 if column == "valid_wer" else 1
+                scale = 100 if column == score and leading.percent else 1
                 marker = "o" if column.startswith("valid") or len(points) == 1 else None
                 steps, values = zip(*points, strict=True)
                 axes.plot(steps, [value * scale for value in values], marker=marker, ms=3, lw=1, label=label)

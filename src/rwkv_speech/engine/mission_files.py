@@ -1,6 +1,7 @@
 """The mission files of a run: when they are written, which are kept, and their mean."""
 
 import json
+import operator
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
@@ -15,13 +16,15 @@ from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.deepspeed import gathered
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
+from rwkv_speech.scoring import MetricKind
 from rwkv_speech.trained import read_mission_file, write_mission_file
 
 
 class MissionFiles(Callback):
     """Writes mission files as training goes, and keeps this run's latest and best.
 
-    The best has the lowest word error rate; without validation, the lowest mean training loss since the file before.
+    The best has the best leading score of its mission in validation; without validation, the lowest mean training loss
+    since the file before.
     Files of other runs are neither overwritten nor deleted: where a name is taken, the run's number joins it.
 
     folder: where they go.
@@ -29,7 +32,7 @@ class MissionFiles(Callback):
     info: what their JSON says, beside step and scores.
     epoch_save: epochs between files.
     save_steps: optimiser steps between files, 0 for none within an epoch.
-    by_wer: whether there is validation.
+    leading: the score that validation decides by; None without validation.
     average: how many of the latest to keep, for `write_mean`; 0 and 1: the latest.
     """
 
@@ -41,11 +44,11 @@ class MissionFiles(Callback):
         *,
         epoch_save: int,
         save_steps: int,
-        by_wer: bool = False,
+        leading: MetricKind | None = None,
         average: int = 0,
     ) -> None:
         self.folder, self.run, self.info = folder, run, info | {"run": run.id}
-        self.epoch_save, self.save_steps, self.by_wer, self.average = epoch_save, save_steps, by_wer, average
+        self.epoch_save, self.save_steps, self.leading, self.average = epoch_save, save_steps, leading, average
         self.written: list[str] = []  # names of the files that are there, oldest first
         self.best: tuple[float, str] | None = None
         self.loss_sum, self.tokens = 0.0, 0.0  # since the latest
@@ -66,8 +69,8 @@ class MissionFiles(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.loss_sum += pl_module.totals.loss_sum
-        self.tokens += pl_module.totals.tokens
+        self.loss_sum += outputs["stats"].loss_sum
+        self.tokens += outputs["stats"].tokens
         if self.save_steps and trainer.global_step % self.save_steps == 0:
             self.save(trainer, pl_module)
 
@@ -90,22 +93,22 @@ class MissionFiles(Callback):
         if step != self.saved_step:
             self.saved_step, self.loss = step, self.loss_sum / max(1.0, self.tokens)
             self.loss_sum = self.tokens = 0.0
-        tensors = pl_module.trainable_state_dict()
+        tensors = pl_module.model.trainable_state_dict()
         info = self.info | {"step": step, "epoch": trainer.current_epoch, "train_loss": round(self.loss, 6)} | scores
         with gathered(trainer, list(tensors.values())):
             if not all(bool(x.isfinite().all()) for x in tensors.values()):
                 raise UserError(f"the weights after step {step} are not finite, and were not saved: start from the "
                                 "last mission file by --adapter, with a lower --lr_init")  # fmt: skip
             if trainer.is_global_zero:
-                self._write(str(step), tensors, info, scores.get("wer") if self.by_wer else self.loss)
+                self._write(str(step), tensors, info, scores.get(self.leading.name) if self.leading else self.loss)
 
     def write_mean(self) -> None:
         """Writes the mean of the latest files as one of its own, `rwkv-adapter-<step>-avg<N>.pth`."""
         names = self.written[-self.average :]
-        missions = [read_mission_file(self.folder / name) for name in names]
+        files = [read_mission_file(self.folder / name) for name in names]
         mean = {
-            name: torch.stack([m.tensors[name].double() for m in missions]).mean(0).float()
-            for name in missions[-1].tensors
+            name: torch.stack([file.tensors[name].double() for file in files]).mean(0).float()
+            for name in files[-1].tensors
         }
         info = self.info | {"step": self.saved_step, "mean_of": names}
         write_mission_file(self._path(f"{self.saved_step}-avg{len(names)}"), mean, info)
@@ -113,7 +116,8 @@ class MissionFiles(Callback):
     def _write(self, step: str, tensors: Mapping[str, Tensor], info: dict[str, Any], score: float | None) -> None:
         path = self._path(step)
         write_mission_file(path, tensors, info)
-        if score is not None and (self.best is None or score < self.best[0]):
+        better = self.leading.better if self.leading else operator.lt
+        if score is not None and (self.best is None or better(score, self.best[0])):
             self.best = (score, path.name)
         written = [name for name in self.written if name != path.name] + [path.name]
         keep = {*written[-max(1, self.average) :], *(self.best or ())[1:]}

@@ -24,8 +24,8 @@ def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> di
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     width = model.language_model.emb.weight.element_size()
-    positions = options.micro_bsz * POSITIONS
-    values = BLOCK_VALUES + sizes.n_layer if options.grad_cp else BLOCK_VALUES * sizes.n_layer
+    positions = options.training.micro_bsz * POSITIONS
+    values = BLOCK_VALUES + sizes.n_layer if options.training.grad_cp else BLOCK_VALUES * sizes.n_layer
     shares = machine.per_node * machine.num_nodes if machine.strategy.startswith("deepspeed") else 1
     on_device = 0 if machine.strategy.endswith("offload") else 1
     return {
@@ -54,7 +54,7 @@ def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterance
         ("data", f"{utterances:,} utterances, {seconds / 3600:.2f} h"),
         ("processes", f"{processes} x {machine.accelerator.upper()}, {machine.precision}, strategy {machine.strategy}"),
         ("memory of each", f"about {sum(memory.values()) / 2**30:.2f} GiB at {POSITIONS} positions a sample: {parts}"),
-        ("time per epoch", f"told once {WARM_UP + MEASURED} steps are done"),
+        ("time per epoch", f"known once {WARM_UP + MEASURED} steps are done"),
     ):
         table.add_row(*row)
     Console(stderr=True).print(table)

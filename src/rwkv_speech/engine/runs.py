@@ -1,4 +1,4 @@
-"""One training run and its place on disk: what it was asked, how far it came, and whether to go on with it."""
+"""One training run and its place on disk: its settings, its resume points, and whether to go on with it."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,6 @@ from rwkv_speech.options import Options
 
 log = logging.getLogger("rwkv_speech")
 
-# Options that change nothing in what is learned, or only in what comes: a run may go on under other ones.
-_FREE = {
-    *("num_workers", "wandb", "wkv", "eval_split", "eval_bsz", "beam", "max_new_tokens", "loop_guard", "resume"),
-    *("valid_split", "valid_steps", "early_stop", "average", "on_nonfinite", "on_bad_audio"),
-}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -35,14 +29,14 @@ class Run:
 
     number: 1 for the first in a project.
     folder: `checkpoints/run-<number>` in the project, where it keeps its resume point.
-    asked: the options that decide what it learns.
+    config: the settings that decide what it learns.
     id: a random name, by which it knows its own files again.
     resume_point: the checkpoint to go on from, or None for a new run.
     """
 
     number: int
     folder: Path
-    asked: dict[str, Any]
+    config: dict[str, Any]
     id: str
     resume_point: Path | None = None
 
@@ -55,13 +49,13 @@ class Run:
         self._write(finished=True)
 
     def _write(self, *, finished: bool) -> None:
-        content = {"finished": finished, "id": self.id, "options": self.asked}
+        content = {"finished": finished, "id": self.id, "options": self.config}
         write_whole(self.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def find_run(options: Options) -> Run:
-    """The newest run of the project where it is unfinished and was asked the same; else a new run."""
-    asked = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    """The newest run of the project where it is unfinished and of the same settings; else a new run."""
+    config = options.flat(resume_ignored=False)
     checkpoints = options.project / "checkpoints"
     folders = {int(path.name[4:]): path for path in checkpoints.glob("run-*") if path.name[4:].isdecimal()}
     number = max(folders, default=0)
@@ -73,16 +67,14 @@ def find_run(options: Options) -> Run:
             before = {"id": "", **json.loads((folder / "run.json").read_text())}
         except (OSError, ValueError):
             before = {"finished": True, "id": "", "options": {}}
-        if not before["finished"] and before["options"] == asked:
+        if not before["finished"] and before["options"] == config:
             log.info("going on with the unfinished run %d from %s", number, point or "its start")
-            return Run(number, folder, asked, before["id"], point)
-        changed = sorted(name for name in asked if before["options"].get(name) != asked[name])
+            return Run(number, folder, config, before["id"], point)
+        changed = sorted(name for name in config if before["options"].get(name) != config[name])
         why = "is finished" if before["finished"] else f"had other {', '.join(changed)}"
         log.info("run %d in %s %s; this is run %d, and leaves its files alone", number, folder, why, number + 1)
-    return Run(number + 1, checkpoints / f"run-{number + 1}", asked, secrets.token_hex(4))
+    return Run(number + 1, checkpoints / f"run-{number + 1}", config, secrets.token_hex(4))
 
-
-log = logging.getLogger("rwkv_speech")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what clusters send before they take a machine back
 
@@ -91,35 +83,49 @@ class Interrupted(Exception):  # noqa: N818 - no error
     """The run was asked to stop, and has saved its resume point."""
 
 
+class StopRequest:
+    """Whether this process has been asked to stop; all processes get to know of it with the next step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def listen(self) -> None:
+        """From now on a signal of STOP_SIGNALS asks to stop."""
+
+        def handle(*_: Any) -> None:
+            self.requested = True
+
+        for number in STOP_SIGNALS:  # in the place of Lightning's handlers, which puts the former ones back at the end
+            signal.signal(number, handle)
+
+
 class ResumePoints(Checkpoint):
     """Saves all that a run needs to go on exactly where it was; keeps the latest.
 
-    A notice is heeded after the optimiser step in which the first process got it: the run saves and stops.
+    A stop signal is heeded after the optimiser step in which the first process got it: the run saves and stops.
 
     run: whose folder takes the resume points, `step=<step>.ckpt`.
     save_steps: optimiser steps between them, 0 for none within an epoch.
+    stop: takes note of the signals.
     """
 
-    def __init__(self, run: Run, *, save_steps: int) -> None:
-        self.run, self.save_steps = run, save_steps
+    def __init__(self, run: Run, *, save_steps: int, stop: StopRequest) -> None:
+        self.run, self.save_steps, self.stop = run, save_steps, stop
         self.step = 0
+        self.stop_asked = False  # of any process, by the end of the last step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step
-
-        def notice(*_: Any) -> None:
-            pl_module.stop_asked = True
-
-        for number in STOP_SIGNALS:  # in the place of Lightning's handlers, which puts the former ones back at the end
-            signal.signal(number, notice)
+        self.stop.listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        self.stop_asked = bool(outputs["stats"].stop)
         if trainer.global_step == self.step or trainer.is_last_batch:  # within a step; or an epoch's end is to come
             return
         self.step = trainer.global_step
-        if pl_module.totals.stop:
+        if self.stop_asked:
             self._stop(trainer)
         if self.save_steps and self.step % self.save_steps == 0:
             self._save(trainer)
@@ -128,7 +134,7 @@ class ResumePoints(Checkpoint):
         self.step = trainer.global_step
         if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
             return  # what comes after training is part of the last epoch, and is done again with it
-        if pl_module.totals.stop:
+        if self.stop_asked:
             self._stop(trainer)
         self._save(trainer)
 

@@ -16,7 +16,7 @@ from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from rwkv_speech.data.batches import AccumulationLoader
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
-from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, WholeFiles
+from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, StopRequest, WholeFiles
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import writing
 from rwkv_speech.options import Options
@@ -24,7 +24,9 @@ from rwkv_speech.options import Options
 log = logging.getLogger("rwkv_speech")
 
 
-def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[Callback]) -> pl.Trainer:
+def make_trainer(
+    options: Options, machine: Machine, run: Run, callbacks: list[Callback], stop: StopRequest
+) -> pl.Trainer:
     """A Trainer that saves its resume point in the run's folder, every `save_steps` and at each epoch's end.
 
     Raises:
@@ -45,10 +47,10 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
         strategy=_strategy(machine.strategy),
         # Types of weights and activations are the model's own affair; fp16 also needs its gradients scaled.
         precision="16-mixed" if machine.precision == "fp16" else None,
-        max_epochs=options.epoch_count,
-        accumulate_grad_batches=options.accumulate_grad_batches,
-        gradient_clip_val=options.grad_clip or None,
-        callbacks=[*callbacks, ResumePoints(run, save_steps=options.save_steps)],
+        max_epochs=options.training.epoch_count,
+        accumulate_grad_batches=options.training.accumulate_grad_batches,
+        gradient_clip_val=options.training.grad_clip or None,
+        callbacks=[*callbacks, ResumePoints(run, save_steps=options.training.save_steps, stop=stop)],
         plugins=plugins,
         default_root_dir=options.project,
         logger=_loggers(options, run),
@@ -59,7 +61,7 @@ def make_trainer(options: Options, machine: Machine, run: Run, callbacks: list[C
     )
 
 
-def fit(trainer: pl.Trainer, model: pl.LightningModule, batches: AccumulationLoader, run: Run) -> bool:
+def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: AccumulationLoader, run: Run) -> bool:
     """Trains to the end, or until asked to stop: then it logs how to go on, and gives False.
 
     Raises:
@@ -67,7 +69,7 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, batches: AccumulationLoa
     """
     try:
         with writing(run.folder):
-            trainer.fit(model, batches, ckpt_path=run.resume_point, weights_only=True)
+            trainer.fit(module, batches, ckpt_path=run.resume_point, weights_only=True)
     except Interrupted as interrupted:
         log.info("%s", interrupted)
         return False
@@ -100,10 +102,11 @@ def _strategy(name: str) -> Any:
 
 def _loggers(options: Options, run: Run) -> list[Logger]:
     loggers: list[Logger] = [TensorBoardLogger(options.project, name="tensorboard", version=f"run-{run.number}")]
-    if options.wandb:
+    if project := options.training.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb needs the package wandb: pip install wandb")
-        loggers.append(  # a run that goes on stays one run there too, by its id
-            WandbLogger(project=options.wandb, save_dir=options.project, config=run.asked, id=run.id, resume="allow")
+        # A run that goes on stays one run there too, by its id.
+        loggers.append(
+            WandbLogger(project=project, save_dir=options.project, config=run.config, id=run.id, resume="allow")
         )
     return loggers

@@ -1,4 +1,4 @@
-"""The trained bridge: K encoder frames -> one position of the language model."""
+"""The trained adapter: K encoder frames -> one position of the language model."""
 
 import torch
 import torch.nn.functional as F

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ CHANNEL_MASKS, CHANNEL_PART = 2, 0.1
 
 @dataclass(frozen=True)
 class WaveformAugmentation:
-    """Changes the waveform of a sample anew in each epoch; a callable for `SpeechDataset(change=...)`.
+    """Changes the waveform of a sample anew in each epoch; a callable for `SpeechDataset(transform=...)`.
 
     seed: the run's.
     speeds: one is drawn for a sample, each as likely as the others; the pitch goes with it.
@@ -68,32 +69,47 @@ class WaveformAugmentation:
         return seconds / np.fromiter((self.speed(id, epoch) for id in ids), float)
 
 
+class Masks(NamedTuple):
+    """What SpecAugment masks of one recording or, with a batch dimension before, of several."""
+
+    frames: Tensor
+    """(F,) bool."""
+    channels: Tensor
+    """(width,) bool."""
+
+
 @dataclass(frozen=True)
 class SpecAugment:
     """Masks stretches of time and bands of channels, as Park et al. 2019 ("SpecAugment") do with mel spectrograms.
 
-    There the masked values become zero, which is the mean of their normalised spectrograms. Encoder frames are not
-    normalised: here each channel becomes its mean over the utterance.
+    The masks are drawn by a loader's workers, and applied on the device by `apply_masks`.
 
     seed: the run's.
+    width: channels of a frame.
     """
 
     seed: int
+    width: int
 
-    def __call__(self, frames: Tensor, lengths: Tensor, *, ids: Sequence[str], epoch: int) -> Tensor:
-        """frames (B, F, width), of which lengths (B,) are valid, of the samples `ids` -> masked frames, as many."""
-        masked = frames.clone()
-        width = frames.shape[2]
-        for x, length, id in zip(masked, lengths.tolist(), ids, strict=True):
-            draw = np.random.default_rng(_number(self.seed, epoch, id, "masks"))
-            mean = x[:length].mean(0, dtype=torch.float32).to(x.dtype)  # (width,)
-            for _ in range(TIME_MASKS):
-                first, end = _stretch(draw, length, TIME_PART)
-                x[first:end] = mean
-            for _ in range(CHANNEL_MASKS):
-                first, end = _stretch(draw, width, CHANNEL_PART)
-                x[:length, first:end] = mean[first:end]
-        return masked
+    def __call__(self, id: str, frames: int, epoch: int) -> Masks:
+        """The masks of a sample with so many frames, in an epoch."""
+        draw = np.random.default_rng(_number(self.seed, epoch, id, "masks"))
+        masks = Masks(torch.zeros(frames, dtype=torch.bool), torch.zeros(self.width, dtype=torch.bool))
+        for mask, count, part in ((masks.frames, TIME_MASKS, TIME_PART), (masks.channels, CHANNEL_MASKS, CHANNEL_PART)):
+            for _ in range(count):
+                first, end = _stretch(draw, len(mask), part)
+                mask[first:end] = True
+        return masks
+
+
+def apply_masks(frames: Tensor, lengths: Tensor, masks: Masks) -> Tensor:
+    """frames (B, F, width), zero beyond lengths (B,), and masks (B, F) and (B, width) -> masked frames, as many.
+
+    In the paper masked values become zero, which is the mean of their normalised spectrograms. Encoder frames are not
+    normalised: here each channel becomes its mean over the utterance.
+    """
+    mean = frames.sum(1, keepdim=True, dtype=torch.float32) / lengths[:, None, None]  # (B, 1, width)
+    return torch.where(masks.frames[:, :, None] | masks.channels[:, None], mean.to(frames.dtype), frames)
 
 
 def _stretch(draw: np.random.Generator, size: int, part: float) -> tuple[int, int]:

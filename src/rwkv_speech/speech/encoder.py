@@ -1,8 +1,10 @@
-"""The frozen ears: a pretrained speech encoder of the Hugging Face kind, 16 kHz waveforms -> frames.
+"""Frozen speech encoders of the Hugging Face kind: 16 kHz waveforms -> frames.
 
-- Three ways of hearing: `_Wav2Vec2` (wav2vec 2.0, HuBERT, WavLM), `_Wav2Vec2Bert` (w2v-BERT 2.0) and `_Whisper`
-  (the encoder half). Each works with the checkpoint's own feature extractor and normalisation.
-- A sample gets the same frames in any company: nothing of a batch's padding reaches a valid frame.
+- Three families: `_Wav2Vec2` (wav2vec 2.0, HuBERT, WavLM), `_Wav2Vec2Bert` (w2v-BERT 2.0) and `_Whisper` (the encoder
+  half). Each works with the checkpoint's own feature extractor and normalisation.
+- Two steps: `extract` makes the network's input of one waveform, on the CPU and without the weights, so that a loader's
+  workers can do it; `encode` runs the network on a batch.
+- A sample gets the same frames in any batch: nothing of a batch's padding reaches a valid frame.
 - The number of frames follows from the number of samples alone (`frame_count`).
 - Frozen for good: no gradients, no dropout, no layer drop, no masking; `train()` changes nothing.
 """
@@ -111,29 +113,50 @@ class SpeechEncoder(nn.Module):
         return frame_count(samples, self.convolutions)
 
     @abstractmethod
-    def _encode(self, waveforms: list[Tensor]) -> Tensor:
-        """One call of the network: waveforms of at most `window` samples -> (B, F_max, width), padding included."""
+    def extract(self, waveform: Tensor) -> Tensor:
+        """The network's input for one waveform (samples,), floating point, 16 kHz, at least one sample, on any device.
+
+        Returns:
+            On the CPU in fp32: the checkpoint's own features, normalised as it wants. What they look like is the
+            family's own affair; along dimension 0 those of several waveforms can be joined, and split again.
+        """
+
+    @abstractmethod
+    def _network(self, features: list[Tensor]) -> Tensor:
+        """One call of the network on pieces of at most `window` samples -> (B, F_max, width), padding included."""
+
+    def _pieces(self, features: Tensor, samples: int) -> list[tuple[Tensor, int]]:
+        """What `extract` made of a waveform, in pieces that the network takes, and the samples of each."""
+        return [(features, samples)]
 
     @torch.no_grad()  # not inference_mode: the frames take part in autograd afterwards
+    def encode(self, features: Sequence[Tensor], samples: Sequence[int]) -> Tensor:
+        """Features that `extract` made of B waveforms with so many samples -> frames.
+
+        Returns:
+            (B, F_max, width) on the encoder's device in its type, zero beyond the `frame_count` of each. A context of
+            autocast has no effect.
+        """
+        pieces = [self._pieces(x, n) for x, n in zip(features, samples, strict=True)]
+        flat = [piece for utterance in pieces for piece in utterance]
+        encoded: dict[int, Tensor] = {}
+        with torch.autocast(self._device.type, enabled=False):
+            for call in self._calls([n for _, n in flat]):
+                for i, frames in zip(call, self._network([flat[i][0] for i in call]), strict=True):
+                    encoded[i] = frames[: self.frame_count(flat[i][1])]
+        rest = iter(range(len(flat)))
+        return pad_sequence([torch.cat([encoded[next(rest)] for _ in x]) for x in pieces], batch_first=True)
+
     def forward(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Args:
             waveforms: B tensors (samples_b,), floating point, 16 kHz, at least one sample each, on any device.
 
         Returns:
-            frames (B, F_max, width) on the encoder's device in its type, zero beyond each length, and
-            lengths (B,) int64: `frame_count(samples_b)`. A context of autocast has no effect.
+            frames (B, F_max, width), as `encode` gives them, and lengths (B,) int64: `frame_count(samples_b)`.
         """
-        pieces = [waveform.split(self.window) if self.window else (waveform,) for waveform in waveforms]
-        flat = [piece for utterance in pieces for piece in utterance]
-        encoded: dict[int, Tensor] = {}
-        with torch.autocast(self._device.type, enabled=False):
-            for call in self._calls([len(piece) for piece in flat]):
-                for i, frames in zip(call, self._encode([flat[i] for i in call]), strict=True):
-                    encoded[i] = frames[: self.frame_count(len(flat[i]))]
-        rest = iter(range(len(flat)))
-        utterances = [torch.cat([encoded[next(rest)] for _ in utterance]) for utterance in pieces]
-        lengths = torch.tensor([len(frames) for frames in utterances], device=self._device)
-        return pad_sequence(utterances, batch_first=True), lengths
+        samples = [len(waveform) for waveform in waveforms]
+        frames = self.encode([self.extract(waveform) for waveform in waveforms], samples)
+        return frames, torch.tensor([self.frame_count(n) for n in samples], device=self._device)
 
     def _calls(self, samples: list[int]) -> Iterator[list[int]]:
         """Indices of the pieces to encode together: alike in length, and no more than `call_samples` padded."""
@@ -144,7 +167,6 @@ class SpeechEncoder(nn.Module):
             order = order[count:]
 
     def _extract(self, waveforms: list[Tensor]) -> Any:
-        """The checkpoint's own features and normalisation, on the CPU as it wants."""
         arrays = [waveform.float().cpu().numpy() for waveform in waveforms]
         return self.feature_extractor(arrays, sampling_rate=SAMPLE_RATE, return_tensors="pt")
 
@@ -176,19 +198,18 @@ class _Wav2Vec2(SpeechEncoder):
         if getattr(config, "conv_pos_batch_norm", False):
             self.call_samples = 0  # this HuBERT variant shifts padded frames off zero again: one utterance per call
 
-    def _encode(self, waveforms: list[Tensor]) -> Tensor:
-        features = [self._convolve(waveform) for waveform in waveforms]
-        lengths = torch.tensor([len(x) for x in features], device=self._device)
-        mask = torch.arange(int(lengths.max()), device=self._device) < lengths[:, None]  # (B, F)
-        projected = self.model.feature_projection(pad_sequence(features, batch_first=True))
+    def extract(self, waveform: Tensor) -> Tensor:
+        """(samples,) -> (samples,), normalised over these, then padded where one frame takes more."""
+        values = self._extract([waveform]).input_values[0]
+        return F.pad(values, (0, max(0, self.min_samples - len(waveform))))
+
+    def _network(self, features: list[Tensor]) -> Tensor:
+        frames = [self.model.feature_extractor(x.to(self._device, self._dtype)[None])[0].T for x in features]
+        lengths = torch.tensor([len(x) for x in frames], device=self._device)
+        mask = torch.arange(max(map(len, frames)), device=self._device) < lengths[:, None]  # (B, F)
+        projected = self.model.feature_projection(pad_sequence(frames, batch_first=True))
         hidden = projected if isinstance(projected, Tensor) else projected[0]  # HuBERT returns it alone
         return self.model.encoder(hidden, attention_mask=mask).last_hidden_state
-
-    def _convolve(self, waveform: Tensor) -> Tensor:
-        """(samples,) -> (F, channels)."""
-        values = self._extract([waveform]).input_values  # normalised over the true samples: pad afterwards
-        values = F.pad(values, (0, max(0, self.min_samples - len(waveform))))
-        return self.model.feature_extractor(values.to(self._device, self._dtype))[0].T
 
 
 class _Wav2Vec2Bert(SpeechEncoder):
@@ -200,12 +221,16 @@ class _Wav2Vec2Bert(SpeechEncoder):
         stack: int = feature_extractor.stride
         super().__init__(name, model, feature_extractor, [(self._FRAME, self._HOP), (stack, stack)])
 
-    def _encode(self, waveforms: list[Tensor]) -> Tensor:
-        features = self._extract([F.pad(x, (0, max(0, self.min_samples - len(x)))) for x in waveforms])
-        return self.model(
-            input_features=features.input_features.to(self._device, self._dtype),
-            attention_mask=features.attention_mask.to(self._device),
-        ).last_hidden_state
+    def extract(self, waveform: Tensor) -> Tensor:
+        """(samples,) -> (F, mels * stack); a last frame that is not whole is left out."""
+        features = self._extract([F.pad(waveform, (0, max(0, self.min_samples - len(waveform))))])
+        return features.input_features[0][features.attention_mask[0].bool()]
+
+    def _network(self, features: list[Tensor]) -> Tensor:
+        lengths = torch.tensor([len(x) for x in features], device=self._device)
+        mask = torch.arange(max(map(len, features)), device=self._device) < lengths[:, None]
+        padded = pad_sequence([x.to(self._device, self._dtype) for x in features], batch_first=True)
+        return self.model(input_features=padded, attention_mask=mask).last_hidden_state
 
 
 class _Whisper(SpeechEncoder):
@@ -222,9 +247,15 @@ class _Whisper(SpeechEncoder):
         super().__init__(name, model, feature_extractor, [(1, stride)])  # a begun frame counts
         self.window = self.min_samples = feature_extractor.n_samples
 
-    def _encode(self, waveforms: list[Tensor]) -> Tensor:
-        features = self._extract(waveforms).input_features  # (B, mels, 3000)
-        return self.model(features.to(self._device, self._dtype)).last_hidden_state
+    def extract(self, waveform: Tensor) -> Tensor:
+        """(samples,) -> (windows, mels, frames of a window)."""
+        return self._extract(list(waveform.split(self.window))).input_features
+
+    def _pieces(self, features: Tensor, samples: int) -> list[tuple[Tensor, int]]:
+        return [(x, min(self.window, samples - i * self.window)) for i, x in enumerate(features)]
+
+    def _network(self, features: list[Tensor]) -> Tensor:
+        return self.model(torch.stack(features).to(self._device, self._dtype)).last_hidden_state
 
 
 _FAMILIES: dict[str, type[SpeechEncoder]] = {

@@ -1,4 +1,4 @@
-"""Cached encoder frames: the encoder is frozen, so it hears a recording once, and its frames are read ever after.
+"""Cached encoder frames: the encoder is frozen, so each recording is encoded once, and its frames are read ever after.
 
     DIR/encoders/<files>.json           what is known of an encoder, under the stamps of its files
     DIR/<identity>-<storage>/           its frames, under the content of a recording and the stamps of its files
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
@@ -31,6 +31,7 @@ from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
 from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
+from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, Storage
 
 log = logging.getLogger("rwkv_speech")
@@ -39,27 +40,8 @@ _BATCH_SECONDS = 240.0  # padded audio that is read and encoded together, and th
 _READERS = 4  # threads that read and decode
 
 
-class Recording(Protocol):
-    """What the cache must know of a recording; `data.Utterance` is one.
-
-    audio: what messages call it.
-    """
-
-    @property
-    def audio(self) -> object: ...
-
-    def stamp(self) -> str | None:
-        """Stands for the content for as long as it doesn't change; None: nothing but the content itself does."""
-
-    def read(self) -> tuple[bytes, str | None]:
-        """The encoded bytes, and a stamp that stood for them before they were read; raises AudioError."""
-
-    def seconds(self) -> float:
-        """Length, without decoding; raises AudioError."""
-
-
 class AbsentEncoder(nn.Module):
-    """Tells what a `SpeechEncoder` would, and has no ears.
+    """Knows the sizes of a `SpeechEncoder`, and encodes nothing: its frames are cached.
 
     Attributes: as those of `SpeechEncoder` by these names.
     """
@@ -75,8 +57,8 @@ class AbsentEncoder(nn.Module):
         """The exact number of valid frames of a waveform with so many samples, at least 1."""
         return frame_count(samples, self.convolutions)
 
-    def forward(self, waveforms: Sequence[Tensor]) -> NoReturn:
-        raise UserError(f"speech encoder {self.name} isn't loaded, its frames are cached: it can't hear a waveform")
+    def encode(self, features: Sequence[Tensor], samples: Sequence[int]) -> NoReturn:
+        raise UserError(f"speech encoder {self.name} isn't loaded, its frames are cached: it can't encode a waveform")
 
 
 class FrameCache:
@@ -176,8 +158,8 @@ class FrameCache:
             content, _ = recording.read()
             record = self._shards.find(_key("audio", content))
             if record is None:
-                load_audio(content, name=str(recording.audio))  # says what is wrong with it
-                raise AudioError(f"{recording.audio}: changed since its frames were cached; start again to renew them")
+                load_audio(content, name=str(recording))  # says what is wrong with it
+                raise AudioError(f"{recording}: changed since its frames were cached; start again to renew them")
         return self._shards.read(record), int(record["samples"])
 
     def _find_stamp(self, stamp: str | None) -> Any:
@@ -248,15 +230,15 @@ class FrameCache:
         console = Console(stderr=True)
         with ThreadPoolExecutor(_READERS) as pool, Progress(*columns, console=console, disable=rank > 0) as progress:
             task = progress.add_task("", total=sum(map(len, batches)), speed="")
-            for batch, results in zip(batches, _ahead(pool, _hear, batches), strict=True):
-                heard: list[tuple[Recording, _Heard]] = []
+            for batch, results in zip(batches, _ahead(pool, _read_audio, batches), strict=True):
+                usable: list[tuple[Recording, _AudioFile]] = []
                 for recording, result in zip(batch, results, strict=True):
                     if isinstance(result, AudioError):
                         on_bad(recording, result)
                     else:
-                        heard.append((recording, result))
-                frames, lengths = encoder([x.waveform for _, x in heard]) if heard else ((), ())
-                for (recording, x), utterance, length in zip(heard, frames, lengths, strict=True):
+                        usable.append((recording, result))
+                frames, lengths = encoder([x.waveform for _, x in usable]) if usable else ((), ())
+                for (recording, x), utterance, length in zip(usable, frames, lengths, strict=True):
                     record = written.get(x.key)
                     if record is None:
                         record = self._shards.find(x.key)
@@ -265,7 +247,7 @@ class FrameCache:
                             record = writer.add(x.key, utterance[:length], len(x.waveform))
                         except ValueError as error:
                             raise UserError(
-                                f"{recording.audio}: its frames are {error}; use --cache_dtype int8 or another encoder"
+                                f"{recording}: its frames are {error}; use --cache_dtype int8 or another encoder"
                             ) from error
                     written[x.key] = record
                     if x.stamp is not None and self._find_stamp(x.stamp) is None:
@@ -293,7 +275,7 @@ class _Entry(NamedTuple):
     index: int
 
 
-class _Heard(NamedTuple):
+class _AudioFile(NamedTuple):
     """A recording that was read: the key of its content, the stamp of its file, float32 samples at 16 kHz."""
 
     key: bytes
@@ -312,10 +294,10 @@ def _key(kind: str, content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16, person=kind.encode()).digest()
 
 
-def _hear(recording: Recording) -> _Heard | AudioError:
+def _read_audio(recording: Recording) -> _AudioFile | AudioError:
     try:
         content, stamp = recording.read()
-        return _Heard(_key("audio", content), stamp, load_audio(content, name=str(recording.audio)))
+        return _AudioFile(_key("audio", content), stamp, load_audio(content, name=str(recording)))
     except AudioError as error:
         return error
 
