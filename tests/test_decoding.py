@@ -1,17 +1,30 @@
 """Decoding against plain loops that run the whole sequence again for every token, and against enumeration."""
 
 import itertools
+import math
 from functools import cache
 
 import pytest
 import torch
 
-from rwkv_speech.decoding import decode, default_max_new_tokens, repeats
+import rwkv_speech.decoding
+from rwkv_speech.decoding import generate, repeats, score_answers
+from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.rwkv6 import RWKV6, last
+from rwkv_speech.options import DecodingOptions
 
 END = 0
 POSITIONS = (2, 401, 57, 151, 5, 31, 16, 230, 9, 77, 3, 301)  # audio of 0.1 s to 40 s, 10 positions a second, and "#"
+
+
+ARGUMENTS = ("max_new_tokens", "names", "end", "keep_state")
+
+
+def decode(model, *inputs, **how):
+    """`decode` with the fields of `DecodingOptions` given one by one."""
+    arguments = {name: how.pop(name) for name in ARGUMENTS if name in how}
+    return rwkv_speech.decoding.decode(model, *inputs, options=DecodingOptions(**how), **arguments)
 
 
 @cache
@@ -268,13 +281,6 @@ def test_a_loop_ranks_behind_what_does_not_loop():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "limit"), [(0.1, 100), (2, 100), (2.001, 101), (15, 750), (40, 2000)], ids=lambda x: str(x)
-)
-def test_default_limit(seconds, limit):
-    assert default_max_new_tokens(seconds) == limit
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": [5]}, "2 limits"),
@@ -288,3 +294,174 @@ def test_default_limit(seconds, limit):
 def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         decode(random_model(17, 1), *batch((2, 3)), **{"max_new_tokens": [5, 5], **options})
+
+
+# --- from a state to a state -----------------------------------------------------------------------------------------
+
+
+def prefilled(model, embeddings, lengths):
+    """What the prompts leave: the last hidden vectors and the state."""
+    with torch.inference_mode():
+        hidden, state = model(embeddings, lengths=lengths)
+        return last(hidden, lengths), state
+
+
+def same_state(some, other):
+    for x, y in zip(some.layers, other.layers, strict=True):
+        for a, b in zip(x, y, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beam", [1, 4], ids=["greedy", "beam4"])
+def test_tokens_come_as_they_are_decided_and_make_the_answer(beam):
+    model = random_model(17, 2)
+    embeddings, lengths = batch(POSITIONS)
+    limits, options = [40] * len(POSITIONS), DecodingOptions(beam=beam)
+    results = decode(model, embeddings, lengths, max_new_tokens=limits, beam=beam)
+    steps = generate(model, *prefilled(model, embeddings, lengths), max_new_tokens=limits, options=options)
+    streamed, came = [[] for _ in POSITIONS], []
+
+    def all_steps():
+        ended = yield from steps
+        assert ended == results
+
+    for given in all_steps():
+        came.append(len(given))
+        for sample, token in given:
+            streamed[sample].append(token)
+    assert streamed == [result.tokens for result in results]
+    if beam == 1:
+        assert came[0] == sum(len(result.tokens) > 0 for result in results), "each step gives each sample's token"
+
+
+@pytest.mark.parametrize("beam", [1, 3], ids=["greedy", "beam3"])
+def test_the_final_state_is_that_after_prompt_and_answer(beam):
+    """Against one pass over all of it; also where the limit cut the answer, before its last token was read."""
+    model = random_model(17, 2)
+    embeddings, lengths = batch(POSITIONS)
+    results = decode(model, embeddings, lengths, max_new_tokens=[12] * len(POSITIONS), beam=beam, keep_state=True)
+    assert {result.finished for result in results} == {True, False}
+    for prefix, length, result in zip(embeddings, POSITIONS, results, strict=True):
+        tokens = torch.tensor(result.tokens, dtype=torch.int64)
+        _, state = model(torch.cat([prefix[None, :length], model.embed(tokens)[None]], dim=1))
+        same_state(result.state, state)
+
+
+def test_an_answer_goes_on_from_a_given_state():
+    """Two prompts in a row, in one piece or with the state handed over."""
+    model = random_model(17, 1)
+    (whole, _), (length, _) = batch((60, 3))
+    (first,) = decode(model, whole[None, :length], torch.tensor([length]), max_new_tokens=[9], keep_state=True)
+    more = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(5))
+    (second,) = decode(model, more, torch.tensor([7]), first.state, max_new_tokens=[20])
+    tokens = model.embed(torch.tensor([first.tokens], dtype=torch.int64))
+    joined = torch.cat([whole[None, :length], tokens, more], dim=1)
+    (together,) = decode(model, joined, torch.tensor([joined.shape[1]]), max_new_tokens=[20])
+    assert plain(second) == plain(together)
+    assert len(second.tokens) > 2, "the case is void"
+
+
+def test_a_loop_that_is_cut_has_the_state_of_all_that_was_generated():
+    model = constant_model(t7=0.9, t3=0.05)
+    embeddings, lengths = batch((6,))
+    (result,) = decode(model, embeddings, lengths, max_new_tokens=[200], loop_guard=True, keep_state=True)
+    assert result.tokens == [7]
+    _, state = model(torch.cat([embeddings, model.embed(torch.tensor([[7] * 48]))], dim=1))
+    same_state(result.state, state)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def drawn(model, count, **how):
+    """First tokens of many samples, None for the end of text."""
+    embeddings, lengths = batch((3,) * count)
+    results = decode(model, embeddings, lengths, max_new_tokens=[1] * count, **how)
+    return [result.tokens[0] if result.tokens else None for result in results]
+
+
+def test_samples_follow_the_distribution():
+    """Chi-squared over 4,000 draws against probabilities known by construction: 0.5, 0.3, 0.1, and 14 of 1/140."""
+    model = constant_model(t0=0.5, t7=0.3, t3=0.1)
+    tokens = drawn(model, 4000, temperature=1.0)
+    expected = {None: 0.5, 7: 0.3, 3: 0.1} | {i: 0.1 / 14 for i in range(17) if i not in (0, 3, 7)}
+    chi = sum((tokens.count(token) - 4000 * p) ** 2 / (4000 * p) for token, p in expected.items())
+    assert chi < 39.25, "the 99.9 % quantile for 16 degrees of freedom"
+
+
+def test_temperature_sharpens_and_top_p_leaves_out():
+    model = constant_model(t0=0.5, t7=0.3, t3=0.1)
+    cold = drawn(model, 1000, temperature=0.25)
+    # p^4 / sum: 0.0625, 0.0081, 0.0001 -> 0.884, 0.115, 0.0014
+    assert cold.count(None) / 1000 == pytest.approx(0.884, abs=0.03)
+    assert set(drawn(model, 300, temperature=1.0, top_p=0.5)) == {None}
+    kept = drawn(model, 1000, temperature=1.0, top_p=0.75)
+    assert set(kept) == {None, 7}, "0.5 and 0.3 reach 0.75 together"
+    assert kept.count(None) / 1000 == pytest.approx(0.5 / 0.8, abs=0.05)
+
+
+def test_samples_depend_on_seed_and_name_not_on_the_batch():
+    model = random_model(17, 1)
+    embeddings, lengths = batch((9,) * 6)
+    names = [f"u{i}" for i in range(6)]
+    how = {"temperature": 1.0, "max_new_tokens": [20] * 6}
+    together = decode(model, embeddings, lengths, names=names, **how)
+    for i, name in enumerate(names):
+        (alone,) = decode(model, embeddings[i : i + 1], lengths[:1], names=[name], **how | {"max_new_tokens": [20]})
+        assert alone.tokens == together[i].tokens
+    assert decode(model, embeddings, lengths, names=names, **how) == together
+    other = decode(model, embeddings, lengths, names=names, sampling_seed=1, **how)
+    assert sum(a.tokens != b.tokens for a, b in zip(other, together, strict=True)) >= 5
+    assert together[0].score == pytest.approx(
+        sum(log_probs_of(model, embeddings[0, :9], together[0].tokens, together[0].finished)), abs=1e-3
+    ), "the score is the model's own, whatever the temperature"
+
+
+def log_probs_of(model, prefix, tokens, finished):
+    (rows,) = log_probs_by_full_pass(model, prefix, [tokens])
+    targets = [*tokens, END] if finished else tokens
+    return [rows[i, token].item() for i, token in enumerate(targets)]
+
+
+# --- a set of answers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [64, 3], ids=["one-pass", "split"])
+def test_answers_are_scored_as_full_passes_score_them(monkeypatch, rows):
+    monkeypatch.setattr(rwkv_speech.decoding, "SCORED_ROWS", rows)
+    model = random_model(17, 2)
+    embeddings, lengths = batch((2, 57, 16))
+    answers = [[3], [], [5, 6, 7], [1, 2], [5, 6]]
+    scores = score_answers(model, *prefilled(model, embeddings, lengths), answers)
+    assert scores.shape == (3, 5)
+    for prefix, length, row in zip(embeddings, lengths.tolist(), scores.tolist(), strict=True):
+        for answer, score in zip(answers, row, strict=True):
+            assert score == pytest.approx(sum(log_probs_of(model, prefix[:length], answer, True)), abs=1e-3)
+
+
+def test_probabilities_of_all_answers_sum_to_one():
+    """All answers of at most 2 tokens over a vocabulary of 5, and what has begun with 3."""
+    model = random_model(5, 3)
+    embeddings, lengths = batch((11,))
+    short = [list(x) for n in range(3) for x in itertools.product(range(1, 5), repeat=n)]
+    hidden, state = prefilled(model, embeddings, lengths)
+    ended = score_answers(model, hidden, state, short).exp().sum().item()
+    begun = sum(math.exp(x) for answer in short if len(answer) == 2
+                for x in [sum(log_probs_of(model, embeddings[0], answer, False))])  # fmt: skip
+    still_open = begun - sum(math.exp(x) for x in score_answers(model, hidden, state, short)[0, -16:].tolist())
+    assert ended + still_open == pytest.approx(1, abs=1e-4)
+
+
+# --- numbers that are none -------------------------------------------------------------------------------------------
+
+
+def test_output_that_is_not_finite_is_an_error(monkeypatch):
+    model = random_model(17, 1)
+    embeddings, lengths = batch((4, 9))
+    embeddings[1] *= math.nan
+    hidden, state = prefilled(model, embeddings, lengths)
+    for how in ({}, {"beam": 2}, {"temperature": 1.0}):
+        with pytest.raises(UserError, match="not finite"):
+            decode(model, embeddings, lengths, max_new_tokens=[5, 5], **how)
+    with pytest.raises(UserError, match="not finite"):
+        score_answers(model, hidden, state, [[1], [2]])

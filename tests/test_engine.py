@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jiwer
 import numpy as np
 import pytest
 import torch
@@ -19,21 +20,23 @@ from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rwkv_speech.engine.callbacks import NonFinite
+from rwkv_speech.engine.callbacks import NonFiniteLosses
 from rwkv_speech.engine.deepspeed import STAGES
 from rwkv_speech.engine.machine import fit_to_machine
-from rwkv_speech.engine.metrics import MetricsFile, draw, hours
+from rwkv_speech.engine.metrics import COLUMNS, MetricsFile, draw, hours
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.overview import BLOCK_VALUES, POSITIONS
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
-from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.missions import get_mission
 from rwkv_speech.ops import OPS
-from rwkv_speech.options import Options
-from rwkv_speech.scoring import EvalRecord, align
+from rwkv_speech.options import MachineOptions, Options
+from rwkv_speech.scoring import EvalRecord
 
 ROOT = Path(__file__).parents[1]
+WER = get_mission("transcribe").leading
 QUICK = ["--num_workers=0", "--warmup_steps=4", "--lr_init=1e-3", "--lr_final=1e-3"]
 
 
@@ -115,10 +118,10 @@ def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    machine = fit_to_machine(Options(load_model="m"))
+    machine = fit_to_machine(MachineOptions())
     assert (machine.strategy, machine.devices, machine.precision) == ("deepspeed_stage_1", 4, "bf16")
-    assert fit_to_machine(Options(load_model="m", precision="fp16")).strategy == "ddp"
-    assert fit_to_machine(Options(load_model="m", devices=1)).strategy == "auto"
+    assert fit_to_machine(MachineOptions(precision="fp16")).strategy == "ddp"
+    assert fit_to_machine(MachineOptions(devices=1)).strategy == "auto"
 
 
 # --- ends of other kinds ---------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tmp_path, monkeypatch, caplog, number):
     caplog.set_level("INFO", "rwkv_speech")
-    plain = SpeechRWKV.training_step
+    plain = TrainingModule.training_step
 
     def step(self, batch, index):
         if self.trainer.global_step == 8:
@@ -135,7 +138,7 @@ def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tm
         return plain(self, batch, index)
 
     flags = ["--epoch_count=4", "--lr_init=1e-4", "--lr_final=1e-4"]
-    monkeypatch.setattr(SpeechRWKV, "training_step", step)
+    monkeypatch.setattr(TrainingModule, "training_step", step)
     before = signal.getsignal(number)
     assert train(world, tmp_path, *flags) == 128 + signal.SIGTERM
     assert signal.getsignal(number) == before
@@ -189,17 +192,17 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 @pytest.fixture
 def poisoned(monkeypatch):
     """The logits of the third step's batch are NaN; gives its ids."""
-    plain, logits, ids = SpeechRWKV.training_step, RWKV6.logits, []
+    plain, logits, ids = TrainingModule.training_step, RWKV6.logits, []
 
     def training_step(self, batch, index):
         if self.trainer.global_step != 2:
             return plain(self, batch, index)
-        ids[:] = batch.ids
+        ids[:] = batch.names
         with monkeypatch.context() as patch:
             patch.setattr(RWKV6, "logits", lambda *args: logits(*args) * math.nan)
             return plain(self, batch, index)
 
-    monkeypatch.setattr(SpeechRWKV, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
     return ids
 
 
@@ -224,20 +227,20 @@ def test_a_loss_that_is_none_is_skipped(world, tmp_path, poisoned):
 def test_spoilt_weights_cannot_be_skipped(tmp_path):
     model = SimpleNamespace(trainable_state_dict=lambda: {"x": torch.tensor([1.0, math.inf])})
     with pytest.raises(UserError, match="weights are spoilt"):
-        NonFinite("skip", tmp_path / "nonfinite.jsonl", model)(7, [])
+        NonFiniteLosses("skip", tmp_path / "nonfinite.jsonl", model)(7, [])
     assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"
 
 
 def test_weights_spoilt_under_a_finite_loss_are_not_saved(world, tmp_path, monkeypatch):
-    plain = SpeechRWKV.training_step
+    plain = TrainingModule.training_step
 
     def training_step(self, batch, index):
-        loss = plain(self, batch, index)
+        output = plain(self, batch, index)
         if self.trainer.global_step == 2:
-            loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss
+            output["loss"].register_hook(lambda gradient: gradient * math.nan)
+        return output
 
-    monkeypatch.setattr(SpeechRWKV, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
     with pytest.raises(UserError, match=r"weights after step 3 are not finite.*--adapter"):
         train(world, tmp_path, "--epoch_count=1", "--save_steps=1")
     assert [path.name for path in tmp_path.glob("*.pth")] == ["rwkv-adapter-2.pth"]
@@ -267,17 +270,14 @@ def test_validation_measures_loss_and_wer(world, validated):
     assert sorted(rows(validated, "valid_wer")) == sorted(rows(validated, "valid_loss")) == [3, 6, 9, 12, 14]
     model = world.speech_rwkv(adapter=validated / "rwkv-adapter-14.pth")
     audio, texts = zip(*[(str(path), text) for path, text in world.utterances[:10]], strict=True)
-    heard = model.transcribe(audio, batch_size=1, max_new_tokens=6)
-    pairs = zip(texts, heard, strict=True)
-    records = [EvalRecord(id=str(i), reference=r, hypothesis=h, seconds=1) for i, (r, h) in enumerate(pairs)]
-    edits = [aligned.edits for aligned in align(records)]
-    wer = sum(e.errors for e in edits) / sum(e.length for e in edits)
+    hypotheses = model.transcribe(audio, batch_size=1, max_new_tokens=6)
+    wer = jiwer.wer(list(texts), [" ".join(h.lower().split()) for h in hypotheses])
     assert rows(validated, "valid_wer")[14] == pytest.approx(wer)
     assert info(validated, 14)["wer"] == pytest.approx(wer, abs=1e-6)
     from rwkv_speech.speech.audio import load_audio
 
-    losses = [model.loss_sum([load_audio(path)], [text]) for path, text in zip(audio, texts, strict=True)]
-    loss = float(sum(total.detach() for total, _ in losses)) / sum(count for _, count in losses)
+    losses = [model.loss([load_audio(path)], [text]).item() for path, text in zip(audio, texts, strict=True)]
+    loss = np.average(losses, weights=[len(text) + 1 for text in texts])
     assert rows(validated, "valid_loss")[14] == pytest.approx(loss, rel=1e-5)
 
 
@@ -299,13 +299,13 @@ def test_the_mean_of_the_latest(validated):
 def test_training_ends_after_validations_without_improvement(world, tmp_path, monkeypatch):
     rates = iter([0.9, 0.5, 0.7, 0.5, 0.1])
     from rwkv_speech.engine.validation import Validation
-    from rwkv_speech.scoring import Edits
 
-    def score(self, model):
-        errors = round(100 * next(rates))
-        return 1.0, 1, Edits(substitutions=errors, hits=100 - errors)
+    def share(self, module):
+        errors = round(10 * next(rates))
+        words = " ".join(["x"] * errors + ["y"] * (10 - errors))
+        return 1.0, 1, [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0)]
 
-    monkeypatch.setattr(Validation, "_score", score)
+    monkeypatch.setattr(Validation, "_share", share)
     flags = ["--epoch_count=5", "--early_stop=2", "--valid_steps=2", f"--valid_split={world.folder / 'train.jsonl'}"]
     assert train(world, tmp_path, *flags) == 0
     assert rows(tmp_path, "valid_wer") == {2: 0.9, 4: 0.5, 6: 0.7, 8: 0.5}
@@ -360,9 +360,9 @@ def test_there_are_logits_at_transcript_positions_only(world):
             rows.extend(x.numel() // 257 for x in given if x.shape[-1] == 257)
             return result
 
-    frames = [torch.randn(count, 32) for count in (500, 300)]
+    waveforms = [torch.randn(320 * count + 80) for count in (500, 300)]
     with Watch():
-        model.loss_sum(frames, ["abc", "de"])[0].backward()
+        model.loss(waveforms, ["abc", "de"]).backward()
     targets = 4 + 3  # letters and ends of text
     # The other tensor with a side of the vocabulary is the transposed matrix of the head, 64 rows.
     assert set(rows) == {targets, 64}, "of 100 + 4 positions of each sample"
@@ -371,13 +371,13 @@ def test_there_are_logits_at_transcript_positions_only(world):
 def test_the_table_of_metrics_goes_on_where_the_run_does(tmp_path):
     path = tmp_path / "metrics.csv"
     for run, steps in (("a", (1, 2)), ("b", (1, 2, 3))):
-        file = MetricsFile(path, run)
+        file = MetricsFile(path, run, COLUMNS)
         file.begin(0)
         for step in steps:
             file.add({"step": step, "epoch": 0, "loss": 10.0 + step})
     with path.open("a") as torn:
         torn.write("b,4,0")
-    file = MetricsFile(path, "b")
+    file = MetricsFile(path, "b", [*COLUMNS, "valid_f1"])
     file.begin(2)
     file.add({"step": 3, "epoch": 0, "loss": 7.0})
     lines = [line.split(",")[:4] for line in path.read_text().splitlines()[1:]]
@@ -388,8 +388,8 @@ def test_the_table_of_metrics_goes_on_where_the_run_does(tmp_path):
 
 def test_the_picture_shows_what_was_measured(tmp_path):
     measured = [{"step": s, "loss": 5 / s, "lr": 1e-4, "state_lr": 1e-3, "audio_s_per_s": 9.0} for s in range(1, 9)]
-    (tmp_path / "without.png").write_bytes(draw(measured))
-    (tmp_path / "with.png").write_bytes(draw([*measured, {"step": 8, "valid_wer": 0.2, "valid_loss": 1.0}]))
+    (tmp_path / "without.png").write_bytes(draw(measured, WER))
+    (tmp_path / "with.png").write_bytes(draw([*measured, {"step": 8, "valid_wer": 0.2, "valid_loss": 1.0}], WER))
     without, scored = (imread(tmp_path / f"{name}.png") for name in ("without", "with"))
     different = (without != scored).any(axis=-1)
     assert different[350:, :550].any(), "the panel of the word error rate"
@@ -398,7 +398,7 @@ def test_the_picture_shows_what_was_measured(tmp_path):
 
 def test_the_picture_is_drawn_after_the_last_validation(world, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("rwkv_speech.engine.metrics.draw", lambda rows: drawn.append(list(rows)) or b"")
+    monkeypatch.setattr("rwkv_speech.engine.metrics.draw", lambda rows, leading: drawn.append(list(rows)) or b"")
     train(
         world,
         tmp_path,

@@ -147,18 +147,18 @@ class PowerCutError(Exception):
 @pytest.fixture
 def cut_power(monkeypatch):
     """cut_power(n): the n-th batch of this process from then on fails."""
-    plain = SpeechRWKV.decode_waveforms
+    plain = SpeechRWKV.decode
 
     def cut(number):
         batches = []
 
-        def decode_waveforms(self, *args, **how):
+        def decode(self, *args, **how):
             batches.append(1)
             if len(batches) == number:
                 raise PowerCutError
             return plain(self, *args, **how)
 
-        monkeypatch.setattr(SpeechRWKV, "decode_waveforms", decode_waveforms)
+        monkeypatch.setattr(SpeechRWKV, "decode", decode)
 
     return cut
 

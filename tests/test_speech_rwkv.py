@@ -9,9 +9,10 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv_speech.data.batches import Batch
+from rwkv_speech.data.sample import one_round
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.errors import UserError
-from rwkv_speech.learning import Optimisation
+from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.trained import MissionFile
 
@@ -72,19 +73,15 @@ def log_probs_by_hand(model, waveform, text):
     ]
 
 
-def batch(waveforms, texts, **more):
-    return Batch(
-        ids=[str(i) for i in range(len(texts))],
-        waveforms=waveforms,
-        texts=texts,
-        indices=list(range(len(texts))),
-        seconds=sum(map(len, waveforms)) / 16000,
-        bad=[],
-        **more,
-    )
+def batch(model, waveforms, texts):
+    """One optimiser step, in one micro-batch."""
+    samples = [one_round(str(i), [x], text) for i, (x, text) in enumerate(zip(waveforms, texts, strict=True))]
+    made = model.prepare(samples)
+    made.step_tokens = made.tokens
+    return made
 
 
-def fit(model, batches, *callbacks):
+def fit(model, options, batches, *callbacks):
     """Trains on these batches, once, by a plain Trainer."""
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -95,7 +92,7 @@ def fit(model, batches, *callbacks):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(batches, batch_size=None))
+    trainer.fit(TrainingModule(model, options), DataLoader(batches, batch_size=None))
     return trainer
 
 
@@ -114,8 +111,9 @@ def test_the_end_is_learned_at_the_last_token(model, waveforms):
     """An empty transcript has one target, id 0 at "#"; a longer text adds its tokens and moves it."""
     (end,) = log_probs_by_hand(model, waveforms[0], "")
     assert model.loss([waveforms[0]], [""]).item() == pytest.approx(-end, rel=1e-5)
-    total, count = model.loss_sum([waveforms[0]], ["ab"])
-    assert count == 3
+    made = batch(model, waveforms[:1], ["ab"])
+    total = model.loss_sum(made)
+    assert made.tokens == 3
     assert total.item() == pytest.approx(-sum(log_probs_by_hand(model, waveforms[0], "ab")), rel=1e-5)
 
 
@@ -139,9 +137,19 @@ def test_loss_of_unequal_lists_or_other_arrays_is_an_error(model, waveforms):
 
 
 def test_positions_are_those_that_the_sequence_has(model, waveforms):
-    for waveform, text in zip(waveforms, TEXTS, strict=True):
-        assert model.positions(len(waveform), text) == len(frames_by_hand(model, waveform)) + 1 + len(text)
-    assert model.positions(16000, "abc") == 49 // 5 + 1 + 3
+    made = batch(model, waveforms, TEXTS)
+    for waveform, text, length in zip(waveforms, TEXTS, made.lengths.tolist(), strict=True):
+        assert length == len(frames_by_hand(model, waveform)) + 1 + len(text)
+    assert batch(model, [torch.randn(16000)], ["abc"]).lengths.tolist() == [49 // 5 + 1 + 3]
+
+
+def test_the_embedded_sequence_is_audio_then_separator_then_text(model, waveforms):
+    made = batch(model, waveforms, TEXTS)
+    embedded = model.embed(made, model.embed_audio(made)[0])
+    emb = model.language_model.emb.weight
+    for row, waveform, text in zip(embedded, waveforms, TEXTS, strict=True):
+        expected = [*frames_by_hand(model, waveform), emb[HASH], *(emb[byte + 1] for byte in text.encode())]
+        torch.testing.assert_close(row[: len(expected)], torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 # --- what learns -----------------------------------------------------------------------------------------------------
@@ -195,11 +203,10 @@ def test_recomputing_layers_changes_no_gradient(model, waveforms):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_training_changes_what_is_trained_and_nothing_else_to_the_last_bit(world, waveforms, dtype):
     model = world.speech_rwkv(dtype=dtype, adapter_hidden=24)
-    model.optimisation = Optimisation(lr_init=1e-5, warmup_steps=0)  # far below half a step of bf16
+    options = TrainingOptions(lr_init=1e-5, warmup_steps=0)  # far below half a step of bf16
     file = hashlib.sha256(world.model.read_bytes()).hexdigest()
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    tokens = sum(len(text) + 1 for text in TEXTS)
-    fit(model, [batch(waveforms, TEXTS, tokens=tokens, step_tokens=tokens)] * 3)
+    fit(model, options, [batch(model, waveforms, TEXTS)] * 3)
     trained = {id(x) for x in model.trainable_state_dict().values()}
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     assert set(before) <= set(after)
@@ -211,7 +218,7 @@ def test_training_changes_what_is_trained_and_nothing_else_to_the_last_bit(world
 def test_masters_are_fp32_under_bf16(world, waveforms):
     model = world.speech_rwkv(dtype=torch.bfloat16, adapter_hidden=24)
     assert model.language_model.dtype == model.speech_encoder.model.dtype == torch.bfloat16
-    frames, _ = model.embed_audio(waveforms[:1])
+    frames, _ = model.embed_audio(batch(model, waveforms[:1], TEXTS[:1]))
     assert frames.dtype == torch.bfloat16
     loss = model.loss(waveforms, TEXTS)
     loss.backward()
@@ -219,7 +226,7 @@ def test_masters_are_fp32_under_bf16(world, waveforms):
     for name, x in model.trainable_state_dict().items():
         assert (x.dtype, x.grad.dtype) == (torch.float32, torch.float32), name
     full = world.speech_rwkv(adapter_hidden=24)
-    full.load_mission(MissionFile(None, model.trainable_state_dict()))
+    full.load_mission_file(MissionFile(None, model.trainable_state_dict()))
     assert loss.item() == pytest.approx(full.loss(waveforms, TEXTS).item(), rel=2e-2)
 
 
@@ -254,22 +261,25 @@ def test_without_a_mission_file_states_are_zero_and_the_adapter_is_torchs(world)
 
 
 def test_learning_rate_at_points_worked_by_hand():
-    constant = Optimisation(warmup_steps=100)
-    assert constant.factor(0, 1000) == pytest.approx(0.2)
-    assert constant.factor(50, 1000) == pytest.approx(0.6)
-    assert [constant.factor(step, 1000) for step in (100, 500, 1000)] == [1, 1, 1]
-    falling = Optimisation(lr_init=1e-3, lr_final=1e-5, warmup_steps=100)
-    assert falling.factor(0, 1101) == pytest.approx(0.2)
-    assert falling.factor(100, 1101) == pytest.approx(1)
-    assert falling.factor(600, 1101) == pytest.approx(0.1), "halfway it is the geometric mean"
-    assert falling.factor(1100, 1101) == pytest.approx(0.01), "the last of 1101 steps"
-    rising = Optimisation(lr_init=1e-4, lr_final=4e-4, warmup_steps=0)
-    assert [rising.factor(step, 101) for step in (0, 50, 100)] == pytest.approx([1, 2, 4])
+    constant = TrainingOptions(warmup_steps=100)
+    assert constant.lr_factor(0, 1000) == pytest.approx(0.2)
+    assert constant.lr_factor(50, 1000) == pytest.approx(0.6)
+    assert [constant.lr_factor(step, 1000) for step in (100, 500, 1000)] == [1, 1, 1]
+    low = TrainingOptions(lr_init=1e-5, warmup_steps=0)
+    assert low.lr_factor(1000, 1000) == 1, "without lr_final the rate stays"
+    falling = TrainingOptions(lr_init=1e-3, lr_final=1e-5, warmup_steps=100)
+    assert falling.lr_factor(0, 1101) == pytest.approx(0.2)
+    assert falling.lr_factor(100, 1101) == pytest.approx(1)
+    assert falling.lr_factor(600, 1101) == pytest.approx(0.1), "halfway it is the geometric mean"
+    assert falling.lr_factor(1100, 1101) == pytest.approx(0.01), "the last of 1101 steps"
+    rising = TrainingOptions(lr_init=1e-4, lr_final=4e-4, warmup_steps=0)
+    assert [rising.lr_factor(step, 101) for step in (0, 50, 100)] == pytest.approx([1, 2, 4])
 
 
 def test_the_state_has_its_own_learning_rate_and_only_matrices_decay(model, waveforms):
-    model.optimisation = Optimisation(
-        lr_init=1e-3, lr_final=1e-3, warmup_steps=4, state_lr_scale=5.0, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
+    options = TrainingOptions(
+        **{"lr_init": 1e-3, "warmup_steps": 4, "state_lr_scale": 5.0, "weight_decay": 0.1},
+        **{"beta1": 0.8, "beta2": 0.95, "adam_eps": 1e-6},
     )
     rates = []
 
@@ -277,7 +287,7 @@ def test_the_state_has_its_own_learning_rate_and_only_matrices_decay(model, wave
         def on_train_batch_start(self, trainer, *_):
             rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
-    trainer = fit(model, [batch(waveforms[1:2], ["a"], tokens=2, step_tokens=2)] * 6, Watch())
+    trainer = fit(model, options, [batch(model, waveforms[1:2], ["a"])] * 6, Watch())
     factors = [0.2, 0.4, 0.6, 0.8, 1, 1]
     assert rates == [pytest.approx([1e-3 * f, 1e-3 * f, 5e-3 * f]) for f in factors]
     optimizer = trainer.optimizers[0]
@@ -330,7 +340,7 @@ def test_a_transcript_is_as_long_as_its_audio_allows(model, waveforms):
     model.language_model.ln_out.bias.fill_(1)
     long = torch.cat([waveforms[0]] * 3)  # 3.6 s
     for audio, limit in ((waveforms[1], 100), (long, 180)):
-        (decoded,) = model.decode_waveforms([audio])
+        (decoded,) = model.decode(batch(model, [audio], [""]))
         assert (len(decoded.tokens), decoded.finished) == (limit, False)
 
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train as door
 from rwkv_speech.engine.mission_files import MissionFiles
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
@@ -82,7 +83,7 @@ class PowerCutError(Exception):
 @pytest.fixture
 def cut_power(monkeypatch):
     """cut_power(n): the n-th training step from then on fails, before anything of it is saved."""
-    plain = SpeechRWKV.training_step
+    plain = TrainingModule.training_step
 
     def cut(number):
         steps = []
@@ -93,7 +94,7 @@ def cut_power(monkeypatch):
                 raise PowerCutError
             return plain(self, batch, index)
 
-        monkeypatch.setattr(SpeechRWKV, "training_step", training_step)
+        monkeypatch.setattr(TrainingModule, "training_step", training_step)
 
     return cut
 
@@ -323,7 +324,7 @@ def test_a_killed_process_resumes_in_another(world, tmp_path, uninterrupted):
     flags = [*world.flags, *QUICK, *RUN, "--num_workers=2"]
     # `train.py` itself kills the process after 5 steps: from outside, the moment could not be chosen.
     program = (
-        "import os, signal, sys; import train; from rwkv_speech.model import SpeechRWKV as S\n"
+        "import os, signal, sys; import train; from rwkv_speech.engine.module import TrainingModule as S\n"
         "plain = S.training_step\n"
         "def step(self, batch, i):\n"
         "    if self.trainer.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -372,16 +373,16 @@ def test_a_finished_run_is_not_continued_nor_overwritten(world, tmp_path):
 
 
 def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
-    weights = SimpleNamespace(trainable_state_dict=lambda: {"x": torch.zeros(1)})
+    module = SimpleNamespace(model=SimpleNamespace(trainable_state_dict=lambda: {"x": torch.zeros(1)}))
     foreign = ["rwkv-adapter-2.pth", "rwkv-adapter-2.json", "rwkv-adapter-9.pth", "other.pth"]
     for name in foreign:
         (tmp_path / name).write_text("of another run")
     callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), {}, epoch_save=1, save_steps=1)
     kept = []
     for step, loss in enumerate([3.0, 2.0, 4.0, 2.5, 1.0, 1.5], start=1):
-        weights.totals = SimpleNamespace(loss_sum=loss * 10, tokens=10)
+        outputs = {"stats": SimpleNamespace(loss_sum=loss * 10, tokens=10)}
         trainer = SimpleNamespace(global_step=step, current_epoch=0, is_global_zero=True, strategy=None)
-        callback.on_train_batch_end(trainer, weights, None, SimpleNamespace(tokens=10), step)
+        callback.on_train_batch_end(trainer, module, outputs, None, step)
         files = {path.name for path in tmp_path.iterdir()} - set(foreign)
         assert {name.replace(".json", ".pth") for name in files} == {name for name in files if "pth" in name}
         kept.append(sorted(name.removeprefix("rwkv-adapter-") for name in files if "pth" in name))

@@ -168,7 +168,8 @@ class SpeechEncoder(nn.Module):
 
     def _extract(self, waveforms: list[Tensor]) -> Any:
         arrays = [waveform.float().cpu().numpy() for waveform in waveforms]
-        return self.feature_extractor(arrays, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        with torch.autocast("cpu", enabled=False):
+            return self.feature_extractor(arrays, sampling_rate=SAMPLE_RATE, return_tensors="pt")
 
     @property
     def _device(self) -> torch.device:
