@@ -15,9 +15,12 @@ from rich.console import Console
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring import (
+    Cost,
     Edits,
     EvalRecord,
     RecordWriter,
+    SplitResult,
+    TranscriptScores,
     align,
     bootstrap_interval,
     by_length,
@@ -25,7 +28,6 @@ from rwkv_speech.scoring import (
     normalise,
     normalise_english,
     read_records,
-    score,
     score_table,
     summary,
     worst,
@@ -35,6 +37,14 @@ from rwkv_speech.scoring import (
 
 def record(reference, hypothesis, *, id="a", seconds=1.0, **more):
     return EvalRecord(id=id, reference=reference, hypothesis=hypothesis, seconds=seconds, **more)
+
+
+def score(records):
+    return TranscriptScores(records)
+
+
+def result(records, **more):
+    return SplitResult("transcribe", TranscriptScores(records), Cost.of(records, **more))
 
 
 def corpus(n=80, seed=0):
@@ -80,15 +90,15 @@ HAND = [
     record("The cat sat on the mat today", "a the bat sat on mat today", id="h1", seconds=2.5, speaker="ann"),
     # right but for its capitals: 0 of 3
     record("GOOD MORNING ALL", "good morning all", id="h2", seconds=1.0, speaker="bob"),
-    # nothing heard: 2 deletions of 2 words
+    # an empty hypothesis: 2 deletions of 2 words
     record("hello there", "", id="h3", seconds=1.5, speaker="ann"),
-    # nothing said: 1 insertion of 0 words
+    # an empty reference: 1 insertion of 0 words
     record("", "uh", id="h4", seconds=0.5, speaker="bob", loop=True),
 ]
 
 
 def test_hand_worked_rates():
-    scores = score(HAND, left_out=2)
+    scores, cost = score(HAND), Cost.of(HAND, left_out=2)
     raw = scores.raw
     assert raw.words == Edits(hits=8, substitutions=1, deletions=3, insertions=2)
     assert raw.words.rate == 6 / 12
@@ -97,9 +107,9 @@ def test_hand_worked_rates():
     # 28 + 16 + 11 + 0 characters; h1 differs by the 2 of "a ", c -> b, the 4 of "the "; h3 by 11, h4 by 2.
     assert raw.characters.length == 55
     assert raw.characters.rate == (7 + 0 + 11 + 2) / 55
-    assert (scores.utterances, scores.audio_seconds) == (4, 5.5)
-    assert (scores.loops, scores.empty_outputs, scores.empty_references, scores.left_out) == (1, 1, 1, 2)
-    # Whisper's normaliser hears no word in "uh"; the rest stays as it is.
+    assert (cost.utterances, cost.audio_seconds) == (4, 5.5)
+    assert (cost.loops, cost.empty_outputs, cost.empty_references, cost.left_out) == (1, 1, 1, 2)
+    # Whisper's normaliser drops "uh"; the rest stays as it is.
     assert scores.normalised.words == Edits(hits=8, substitutions=1, deletions=3, insertions=1)
 
 
@@ -141,7 +151,7 @@ def test_errors_equal_a_plain_edit_distance():
 
 def test_order_of_records_changes_nothing():
     records = corpus()
-    assert summary({"x": score(records)}) == summary({"x": score(records[::-1])})
+    assert summary({"x": result(records)}) == summary({"x": result(records[::-1])})
 
 
 def test_all_references_empty_has_no_rate():
@@ -159,7 +169,7 @@ def test_all_references_empty_has_no_rate():
 )
 def test_unscorable_splits_are_refused(records, message):
     with pytest.raises(UserError, match=message):
-        score(records)
+        Cost.of(records)
 
 
 def test_bootstrap_interval_covers_the_truth_at_its_nominal_rate():
@@ -195,12 +205,12 @@ def test_interval_belongs_to_its_text():
 
 @pytest.mark.parametrize("breakdown", [by_length, by_speaker])
 def test_breakdowns_add_up_to_the_corpus(breakdown):
-    scores = score(corpus())
+    scores, cost = score(corpus()), Cost.of(corpus())
     groups = breakdown(scores.raw.aligned)
     assert len(groups) > 3
     assert sum((group.words for group in groups), Edits()) == scores.raw.words
-    assert sum(group.utterances for group in groups) == scores.utterances
-    assert math.fsum(group.audio_seconds for group in groups) == pytest.approx(scores.audio_seconds)
+    assert sum(group.utterances for group in groups) == cost.utterances
+    assert math.fsum(group.audio_seconds for group in groups) == pytest.approx(cost.audio_seconds)
 
 
 def test_breakdowns_of_the_hand_worked_case():
@@ -230,10 +240,10 @@ def test_worst_come_by_errors_then_rate_and_never_faultless():
 
 def test_speed_is_summed_over_utterances():
     timed = [record("a", "a", id=str(i), seconds=4.0, wall_seconds=0.5) for i in range(3)]
-    scores = score(timed)
-    assert scores.real_time_factor == 1.5 / 12
-    assert scores.utterances_per_second == 2
-    assert score([*timed, record("a", "a", id="untimed")]).real_time_factor is None
+    cost = Cost.of(timed)
+    assert cost.real_time_factor == 1.5 / 12
+    assert cost.utterances_per_second == 2
+    assert Cost.of([*timed, record("a", "a", id="untimed")]).real_time_factor is None
 
 
 def test_spellings_are_taken_where_a_table_is_installed(tmp_path, monkeypatch):
@@ -305,7 +315,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
 
 
 def test_summary_is_plain_json_without_nan():
-    document = summary({"dev": score(HAND), "silence": score([record("", "")])})
+    document = summary({"dev": result(HAND), "silence": result([record("", "")])})
     parsed = json.loads(json.dumps(document, allow_nan=False))
     assert parsed == document
     dev = parsed["splits"]["dev"]
@@ -349,10 +359,10 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "eval" / "report.html"
     hostile = [record(f"one {NASTY} two", f"{NASTY} </main> two", id=f"<i>{NASTY}", speaker=NASTY, loop=True)]
     splits = {
-        "test-clean": score(corpus(), peak_memory=3 * 2**30),
-        NASTY: score([*hostile, record("", "", id="b", speaker="b"), record("ok ok", "ok", id="c", speaker="c")]),
-        "runaway": score([record("stop", "stop" + " now" * 500)]),
-        "silence": score([record("", "")]),
+        "test-clean": result(corpus(), peak_memory=3 * 2**30),
+        NASTY: result([*hostile, record("", "", id="b", speaker="b"), record("ok ok", "ok", id="c", speaker="c")]),
+        "runaway": result([record("stop", "stop" + " now" * 500)]),
+        "silence": result([record("", "")]),
     }
     write_report(path, splits)
     write_report(again := path.with_name("again.html"), splits)
@@ -395,14 +405,14 @@ def test_report_tells_the_numbers_and_the_alignment(report):
     assert "3.00 GiB" in report
     text = unescape(re.sub(r"<[^>]*>", "", report))
     assert "… and 460 words more" in text  # a run-away doesn't bury the page
-    assert text.count("(heard in addition:) now") == 40
-    assert "(heard as)" in text
-    assert "(not heard)" in text
+    assert text.count("(inserted:) now") == 40
+    assert "(recognised as)" in text
+    assert "(deleted)" in text
 
 
 def test_report_is_named_after_the_splits_not_their_perturbations(tmp_path):
     rows = ("dev, clean", "dev, clean, speed 0.9", "dev, clean, noise 0 dB", "other")
-    write_report(tmp_path / "report.html", dict.fromkeys(rows, score(HAND)))
+    write_report(tmp_path / "report.html", dict.fromkeys(rows, result(HAND)))
     (title,) = re.findall("<title>(.*)</title>", (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert title == "Word error rate: dev, clean · other"
 
@@ -414,12 +424,12 @@ def test_report_replaces_stand_in_colours(report):
 
 
 def test_table_fits_a_narrow_terminal():
-    splits = {"test-clean, noise at 10 dB [a/]": score(corpus(), peak_memory=2**30), "hand": score(HAND, left_out=3)}
+    splits = {"test-clean, noise at 10 dB [a/]": result(corpus(), peak_memory=2**30), "hand": result(HAND, left_out=3)}
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(score_table(splits))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "36.36" in text  # the CER, 20 of 55
-    assert re.search(r"hand +4 +5\.5 s +1 +1 +3 ", text)  # loops, empty, left out
+    assert re.search(r"hand +4 +5\.5 s( +–){3} +1 +1 +3 ", text)  # loops, empty, left out
     assert "[a/]" in text
     assert "…" not in text  # no figure is cut

@@ -1,18 +1,24 @@
-"""How figures are written, in the terminal and in the report alike."""
+"""How figures and tables are written, in the terminal and in the report."""
 
 import math
+from collections.abc import Container, Mapping, Sequence
+from html import escape
+from itertools import zip_longest
+
+from rich.table import Table
+from rich.text import Text
 
 ABSENT = "–"
 
 
-def percent(rate: float, digits: int = 2) -> str:
-    """A fraction in percent, without the sign: 0.0813 -> `8.13`."""
-    return ABSENT if math.isnan(rate) else f"{100 * rate:.{digits}f}"
+def number(value: float, percent: bool = True, digits: int = 2) -> str:
+    """A value without a sign of its unit; in percent, 0.0813 -> `8.13`."""
+    return ABSENT if math.isnan(value) else f"{100 * value if percent else value:.{digits}f}"
 
 
-def percent_range(interval: tuple[float, float], digits: int = 1) -> str:
-    """A pair of fractions in percent: (0.074, 0.089) -> `7.4–8.9`."""
-    return ABSENT if math.isnan(interval[0]) else "–".join(percent(bound, digits) for bound in interval)
+def interval_text(interval: tuple[float, float], percent: bool = True, digits: int = 2) -> str:
+    """An interval; in percent, (0.0741, 0.0892) -> `7.41–8.92`."""
+    return ABSENT if math.isnan(interval[0]) else "–".join(number(bound, percent, digits) for bound in interval)
 
 
 def duration(seconds: float) -> str:
@@ -36,3 +42,52 @@ def figure(value: float | None) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 word`, `2 words`, `1,200 words`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+# Tables hold one or more lines under each name: {name: [{column: text}]}. A column that begins with `<` is aligned
+# to the left, one that begins with `*` stands out.
+Rows = Mapping[str, Sequence[Mapping[str, str]]]
+
+
+def terminal_table(rows: Rows, without: Container[str] = ()) -> Table:
+    """A table for the terminal, a column for the split first."""
+    table = Table("Split", box=None, padding=(0, 1), show_edge=False)
+    table.columns[0].overflow = "fold"
+    columns = [column for column in _columns(rows) if column not in without]
+    for column in columns:
+        table.add_column(column.lstrip("<*"), justify="left" if column[0] == "<" else "right", no_wrap=True)
+    for name, lines in rows.items():
+        for head, line in zip_longest((name,), lines, fillvalue=""):
+            figures = (Text(line.get(c, ABSENT), style="bold" if c[0] == "*" else "") for c in columns)
+            table.add_row(Text(head, style="bold"), *figures)
+    return table
+
+
+def html_table(caption: str, rows: Rows, *, first: str = "Split", ruled: bool = True) -> str:
+    """A table for the report, which scrolls sideways where it must.
+
+    first: head of the column of names.
+    ruled: a line between one name and the next.
+    """
+    kinds = {column: {"<": "text", "*": "main"}.get(column[0], "") for column in _columns(rows)}
+    heads = "".join(_cell("th", kinds.get(c, "text"), c.lstrip("<*"), ' scope="col"') for c in (first, *kinds))
+    body = ""
+    for name, lines in rows.items():
+        scope = f' scope="rowgroup" rowspan="{len(lines)}"' if len(lines) > 1 else ' scope="row"'
+        for index, line in enumerate(lines):
+            cells = "" if index else _cell("th", "text", name, scope)
+            cells += "".join(_cell("td", kind, line.get(column, ABSENT)) for column, kind in kinds.items())
+            body += f"{'<tr class=first>' if ruled and not index else '<tr>'}{cells}</tr>"
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _columns(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(column for lines in rows.values() for line in lines for column in line))
+
+
+def _cell(tag: str, kind: str, text: str, attributes: str = "") -> str:
+    kind = f' class="{kind}"' if kind else ""
+    return f"<{tag}{attributes}{kind}>{escape(text)}</{tag}>"

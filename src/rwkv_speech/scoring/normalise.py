@@ -1,11 +1,10 @@
 """The two forms in which texts are compared."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 
 def lower_case(text: str) -> str:
@@ -34,7 +33,9 @@ def normaliser_name() -> str:
 
 
 @cache
-def _normaliser() -> EnglishTextNormalizer:
+def _normaliser() -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer  # takes a second to import
+
     return EnglishTextNormalizer(_spellings())
 
 

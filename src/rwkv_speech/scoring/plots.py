@@ -10,26 +10,14 @@ from html import escape
 import matplotlib
 from matplotlib.figure import Figure
 
-from .formats import percent
-from .rates import Scores
-from .summary import Group
+from rwkv_speech.scoring.formats import number
+from rwkv_speech.scoring.words import Group, TextScores
 
 # matplotlib needs colours, the page has two sets of them (light, dark): each stand-in becomes a CSS variable.
-VARIABLES = {
-    "#010101": "--ink",
-    "#020202": "--muted",
-    "#030303": "--rule",
-    "#040404": "--page",
-    "#050505": "--sub",
-    "#060606": "--del",
-    "#070707": "--ins",
-}
+COLOURS = ("--ink", "--muted", "--rule", "--page", "--sub", "--del", "--ins")
+VARIABLES = {f"#{i:02}{i:02}{i:02}": name for i, name in enumerate(COLOURS, start=1)}
 INK, MUTED, RULE, PAGE, SUB, DEL, INS = VARIABLES
-KINDS = (
-    ("substitutions", SUB, "///"),
-    ("deletions", DEL, ""),
-    ("insertions", INS, "xxx"),
-)
+KINDS = (("substitutions", SUB, "///"), ("deletions", DEL, ""), ("insertions", INS, "xxx"))
 STYLE = {
     "svg.fonttype": "none",  # letters stay letters: searchable, and in the page's own font
     "text.parse_math": False,  # a name may hold a dollar sign
@@ -38,14 +26,9 @@ STYLE = {
     "axes.edgecolor": RULE,
     "axes.facecolor": "none",
     "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
     "axes.axisbelow": True,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **{f"{axis}tick.{part}": colour for axis in "xy" for part, colour in (("color", RULE), ("labelcolor", INK))},
     "ytick.major.size": 0,
     "grid.color": RULE,
     "grid.linewidth": 0.6,
@@ -54,10 +37,9 @@ STYLE = {
 }
 
 
-def error_kinds(splits: Mapping[str, Scores]) -> str:
+def error_kinds(splits: Mapping[str, TextScores]) -> str:
     """Stacked bars, one per split: the three kinds of error per 100 words, and the interval of the WER."""
-    names = list(splits)
-    texts = [scores.raw for scores in splits.values()]
+    names, texts = list(splits), list(splits.values())
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 0.75 + 0.42 * len(names)), layout="constrained")
         axes = figure.subplots()
@@ -70,24 +52,19 @@ def error_kinds(splits: Mapping[str, Scores]) -> str:
             low, high = (total if math.isnan(bound) else 100 * bound for bound in text.interval)
             axes.plot([low, high], [row, row], color=PAGE, linewidth=3.5)  # sets the thin line off the bars
             axes.plot([low, high], [row, row], color=INK, linewidth=1.2, marker="|", markersize=6)
-            axes.annotate(
-                f"{percent(text.words.rate)} %",
-                (max(total, high), row),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                weight="bold",
-            )
+            label = f"{number(text.words.rate)} %"
+            end = (max(total, high), row)
+            axes.annotate(label, end, xytext=(6, 0), textcoords="offset points", va="center", weight="bold")
         axes.invert_yaxis()
         axes.grid(axis="x")
         axes.set_xlim(0, 1.14 * max([1e-9, *(100 * t.interval[1] for t in texts if t.words.length), *start]))
         axes.set_xlabel("errors per 100 words of the reference")
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.6, borderpad=0)
-        return _svg(figure, "Word errors by kind: " + "; ".join(f"{n} {_kinds(s)}" for n, s in splits.items()))
+        return svg(figure, "Word errors by kind: " + "; ".join(f"{n} {_kinds(s)}" for n, s in splits.items()))
 
 
 def wer_by_length(name: str, groups: Sequence[Group]) -> str:
-    """The WER of each bucket of lengths with its interval, and under it how many utterances speak for it."""
+    """The WER of each bucket of lengths with its interval, and under it how many utterances it holds."""
     groups = [group for group in groups if group.words.length]
     rates = [100 * group.words.rate for group in groups]
     with matplotlib.rc_context(STYLE):
@@ -98,17 +75,8 @@ def wer_by_length(name: str, groups: Sequence[Group]) -> str:
         # The percentile interval of a few utterances may miss the rate itself; a bar can't be negative.
         bars = [[max(0.0, length) for length in side] for side in (below, above)]
         places = range(len(groups))
-        axes.errorbar(
-            places,
-            rates,
-            bars,
-            color=INK,
-            marker="o",
-            markersize=5,
-            linestyle="none",
-            elinewidth=1.2,
-            capsize=4,
-        )
+        look = {"color": INK, "marker": "o", "markersize": 5, "linestyle": "none", "elinewidth": 1.2, "capsize": 4}
+        axes.errorbar(places, rates, bars, **look)
         for place, rate in zip(places, rates, strict=True):
             axes.annotate(f"{rate:.1f}", (place, rate), xytext=(8, 0), textcoords="offset points", va="center")
         axes.set_xticks(places, [f"{group.name}\n{group.utterances:,} utt." for group in groups])
@@ -116,28 +84,22 @@ def wer_by_length(name: str, groups: Sequence[Group]) -> str:
         axes.set_ylim(bottom=0)
         axes.set_ylabel("WER %")
         axes.grid(axis="y")
-        return _svg(
-            figure,
-            f"WER of {name} by length: " + ", ".join(f"{g.name} {percent(g.words.rate)} %" for g in groups),
-        )
+        label = ", ".join(f"{group.name} {number(group.words.rate)} %" for group in groups)
+        return svg(figure, f"WER of {name} by length: {label}")
 
 
-def _kinds(scores: Scores) -> str:
-    return ", ".join(f"{getattr(scores.raw.words, kind):,} {kind}" for kind, _, _ in KINDS)
+def _kinds(texts: TextScores) -> str:
+    return ", ".join(f"{getattr(texts.words, kind):,} {kind}" for kind, _, _ in KINDS)
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """The figure as one `<svg>` element for HTML; `label` is what a screen reader says."""
+def svg(figure: Figure, label: str) -> str:
+    """The figure, drawn under STYLE, as one `<svg>` element for HTML; `label` is for screen readers."""
     target = io.StringIO()
     # Names inside the drawing are hashes: salted by the label they differ between the plots of a page,
     # and agree between two runs.
     with matplotlib.rc_context({"svg.hashsalt": hashlib.sha256(label.encode()).hexdigest()}):
-        figure.savefig(
-            target,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(target, format="svg", transparent=True, metadata=metadata)
     drawing = target.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     for stand_in, variable in VARIABLES.items():

@@ -3,30 +3,29 @@
 import json
 import logging
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from ..errors import UserError
+from rwkv_speech.errors import UserError
 
 logger = logging.getLogger("rwkv_speech")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """What was said, what was heard, and what it cost.
+    """The answer to one utterance beside its reference, and what it took.
 
-    Attributes:
-        id: name of the utterance, unique within its split.
-        reference: the transcript, as the data set has it.
-        hypothesis: the transcript, as the model has it.
-        seconds: length of the audio.
-        speaker: who speaks, where the data set tells.
-        score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
-        loop: the decoder saw itself repeating.
-        wall_seconds: time the utterance took: that of its batch, divided by the utterances in it. Kept per
-            utterance, so that speed adds up over interruptions and processes.
+    id: name of the utterance, unique within its split.
+    reference: the answer, as the data set has it.
+    hypothesis: the answer, as the model has it.
+    seconds: length of the audio.
+    speaker, language: where the data set has them.
+    score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
+    loop: the decoder saw itself repeating.
+    wall_seconds: time the utterance took: that of its batch, divided by the utterances in it. Kept per
+        utterance, so that speed adds up over interruptions and processes.
+    details: whatever else the mission needs in order to score: further references, say.
     """
 
     id: str
@@ -34,9 +33,11 @@ class EvalRecord:
     hypothesis: str
     seconds: float
     speaker: str | None = None
+    language: str | None = None
     score: float | None = None
     loop: bool = False
     wall_seconds: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> bytes:
         """One line of JSON."""
@@ -49,8 +50,7 @@ class RecordWriter:
     It goes on behind the records already there. A process killed half-way through a line leaves it without its
     newline; that tail is cut off before anything is appended. One writer per file.
 
-    Args:
-        path: the `.jsonl` file; its folder is made where it is missing.
+    path: the `.jsonl` file; its folder is made where it is missing.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -108,13 +108,8 @@ def _parse(line: bytes, *, where: str) -> EvalRecord:
             f"{where}: not a record of an evaluation ({error}); expected a JSON object with id, reference, "
             "hypothesis and seconds; remove the file, or evaluate without --resume"
         ) from None
-    kinds: Iterable[tuple[str, type | tuple[type, ...]]] = (
-        ("id", str),
-        ("reference", str),
-        ("hypothesis", str),
-        ("seconds", (int, float)),
-    )
-    for name, kind in kinds:
-        if not isinstance(getattr(record, name), kind):
-            raise UserError(f"{where}: {name} is {getattr(record, name)!r}; expected text, or a number of seconds")
+    for name, kind in {"id": str, "reference": str, "hypothesis": str, "seconds": int | float}.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: {name} is {value!r}; expected text, or a number of seconds")
     return record

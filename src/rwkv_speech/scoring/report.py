@@ -1,252 +1,219 @@
-"""`report.html`: the scores of an evaluation on one page, to be opened from disk and handed on."""
+"""The results of an evaluation: in the terminal, in `summary.json`, and on one page to be opened from disk."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from .formats import counted, duration, figure, memory, percent, percent_range
-from .normalise import normaliser_name
-from .page import cells, page, table
-from .plots import error_kinds, wer_by_length
-from .rates import RESAMPLES, Aligned, Scores
-from .summary import Group, by_length, by_speaker, worst
+from rich.console import Group
+from rich.text import Text
 
-# Column heads; `<` aligns to the left.
-ACCURACY = [
-    "<Split",
-    "<Text",
-    "WER",
-    "95 % interval",
-    "Subst.",
-    "Del.",
-    "Ins.",
-    "Words",
-    "CER",
-    "SER",
-    "Mean WER",
-]
-COST = [
-    "<Split",
-    "Utterances",
-    "Audio",
-    "RTF",
-    "Utterances/s",
-    "Peak memory",
-    "Loops",
-    "Empty out",
-    "Empty ref.",
-    "Left out",
-]
-GROUPS = ["Utterances", "Audio", "Words", "WER", "95 % interval", "Subst.", "Del.", "Ins."]
-LONGEST_RUN = 40  # words shown of one deletion or insertion: a run-away hypothesis must not bury the page
+from rwkv_speech.files import write_whole
+from rwkv_speech.scoring.formats import counted, duration, figure, html_table, memory, terminal_table
+from rwkv_speech.scoring.scores import CONFIDENCE, RESAMPLES, SEED, Cost, SplitResult, TaskScores
+
+SHORT = {"Utterances": "Utt.", "Utterances/s": "Utt/s", "Peak memory": "Memory"}  # heads in the terminal
+TERMS = {
+    "95 % interval": f"Percentile bootstrap over utterances, {RESAMPLES:,} resamples (Bisani and Ney, 2004). It takes "
+    "utterances for independent; few speakers with many of them make the true interval wider.",
+    "Left out": "Utterances whose audio could not be used; they count nowhere else.",
+    "RTF": "Real-time factor: seconds of work per second of audio.",
+}
+
+# Colours: after Okabe and Ito (2008), whose hues stay apart in the common kinds of colour blindness; darkened
+# or lightened per theme. Words keep the colour of ink on a tint, so that contrast doesn't depend on the
+# hue, and every kind of error has a line of its own: wavy, struck through, double.
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #fdfdfb; --ink: #1d2023; --muted: #5d646b; --rule: #d9dcde; --shade: #f3f4f2;
+  --sub: #d55e00; --del: #0072b2; --ins: #b3609a;
+  --sub-tint: #fde5d4; --del-tint: #d9ebf7; --ins-tint: #f5e1ee;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #15181b; --ink: #e7e9ea; --muted: #a0a8ae; --rule: #353b40; --shade: #1d2125;
+    --sub: #ee8a3c; --del: #56b4e9; --ins: #d893bd;
+    --sub-tint: #55300f; --del-tint: #123e59; --ins-tint: #522f45;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 3.5rem 0 .2rem; padding-top: 1.2rem; border-top: 1px solid var(--rule);
+  overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
+p { margin: .3rem 0; max-width: 52rem; }
+a { color: inherit; text-underline-offset: .2em; }
+.note, figcaption { color: var(--muted); font-size: .9rem; }
+.lead strong { font-size: 1.15em; }
+nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; margin: .8rem 0 0; padding: 0;
+  font-size: .9rem; }
+.wide { overflow-x: auto; margin: .6rem 0; }
+.wide:focus-visible, summary:focus-visible { outline: 2px solid var(--del); outline-offset: 2px; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%; }
+caption { text-align: left; color: var(--muted); padding-bottom: .3rem; }
+th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
+th:first-child { padding-left: 0; }
+th[scope=row], th.text, td.text { text-align: left; }
+thead th { color: var(--muted); font-weight: 500; border-bottom: 1px solid var(--muted); }
+tbody th, td.main { font-weight: 600; }
+tbody tr.first > * { border-top: 1px solid var(--rule); }
+tbody:first-of-type tr.first:first-child > * { border-top: 0; }
+figure { margin: 1rem 0 0; }
+figure svg { display: block; width: 100%; max-width: 48rem; height: auto; }
+figure svg text { font-family: inherit !important; }
+details { margin: .8rem 0; }
+summary { cursor: pointer; width: fit-content; }
+ol.worst { list-style: none; margin: 0; padding: 0; }
+ol.worst > li { border-top: 1px solid var(--rule); padding: .8rem 0 .9rem; break-inside: avoid; }
+.aligned { display: flex; flex-wrap: wrap; gap: .3rem .1rem; margin-top: .35rem; line-height: 1.35; }
+.pair { display: grid; grid-template-rows: auto auto; padding: .1rem .25rem; border-radius: .2rem;
+  overflow-wrap: anywhere; }
+.pair > .hyp { color: var(--muted); }
+.sub, .del, .ins { text-align: center; }
+.sub > .hyp, .del > .hyp, .ins > .hyp { color: var(--ink); }
+.sub { background: var(--sub-tint); } .del { background: var(--del-tint); } .ins { background: var(--ins-tint); }
+.sub > .hyp { text-decoration: underline wavy var(--sub) 1px; text-underline-offset: .2em; }
+.del > .ref { text-decoration: line-through var(--del) 2px; }
+.ins > .hyp { text-decoration: underline double var(--ins); text-underline-offset: .2em; }
+.key { gap: .3rem 1.2rem; font-size: .9rem; color: var(--muted); margin: .6rem 0 .9rem; }
+.key .pair { display: inline-grid; vertical-align: middle; margin-right: .35rem; color: var(--ink); }
+.flag { border: 1px solid currentColor; border-radius: .2rem; padding: 0 .3rem; font-size: .8rem; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+dl { font-size: .9rem; max-width: 52rem; }
+dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; color: var(--muted); }
+@media print { main { max-width: none; } .wide { overflow: visible; } }
+"""
+
+# Forbids the page every request, so that it shows the same with or without a network.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def write_report(path: str | os.PathLike, splits: Mapping[str, Scores]) -> None:
-    """Write the report: a scoreboard over all splits, then for each its breakdowns and worst utterances.
+def score_table(results: Mapping[str, SplitResult]) -> Group:
+    """For the terminal: the scores of all splits, by mission, then the cost of each; fits 80 columns."""
+    parts = []
+    for kind, splits in _by_mission(results).values():
+        parts.append(terminal_table({name: s.rows() for name, s in splits.items()}, without=kind.report_only))
+        texts = "; ".join(f"{form}: {how}" for form, how in kind.texts().items())
+        parts.append(Text(f"{kind.caption}{'; ' * bool(texts)}{texts}\n", style="dim"))
+    costs = {name: [{SHORT.get(k, k): v for k, v in _cost(r.cost).items()}] for name, r in results.items()}
+    return Group(*parts, terminal_table(costs, without=("Empty ref.",)))
+
+
+def summary(results: Mapping[str, SplitResult]) -> dict[str, Any]:
+    """The results of all splits as JSON holds them: rates are fractions, null where undefined.
+
+    All that depends on the machine and the moment stands under `speed`; the rest follows from the records.
+    """
+    texts = {form: how for kind, _ in _by_mission(results).values() for form, how in kind.texts().items()}
+    return {
+        "texts": texts,
+        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "unit": "utterance"},
+        "splits": {name: _split_summary(result) for name, result in results.items()},
+    }
+
+
+def write_report(path: str | os.PathLike, results: Mapping[str, SplitResult]) -> None:
+    """Write the report: a scoreboard of each mission over its splits, then for each split what its mission shows.
 
     The file holds its style and its plots (SVG), refers to nothing outside itself, and appears under its name
-    only when it is whole. The same scores give the same bytes.
+    only when it is whole. The same results give the same bytes.
 
     Args:
         path: where to; the folder is made where it is missing.
-        splits: name -> scores, one row of the scoreboard each, in this order.
+        results: name of the split -> result, in the order of the report.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sections = "".join(_split(index, name, scores) for index, (name, scores) in enumerate(splits.items()))
-    title = "Word error rate: " + _listed(list(splits))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(title, _head(splits, title) + sections + _reading_aid()), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def aligned_html(utterance: Aligned) -> str:
-    """Reference above hypothesis, word by word; an error shows by tint, by line, and in words for the ear."""
-    pairs = []
-    for operation, reference, hypothesis in utterance.steps:
-        if operation == "equal":
-            pairs += [_pair("", word, word) for word in reference]
-        elif operation == "substitute":
-            pairs += [_pair("sub", *words) for words in zip(reference, hypothesis, strict=True)]
-        else:
-            kind, words = ("del", reference) if operation == "delete" else ("ins", hypothesis)
-            shown = words[:LONGEST_RUN]
-            if len(words) > len(shown):
-                shown = [*shown, f"… and {counted(len(words) - len(shown), 'word')} more"]
-            pairs += [_pair(kind, word, "") if kind == "del" else _pair(kind, "", word) for word in shown]
-    return f'<div class="aligned">{" ".join(pairs)}</div>'
-
-
-def _pair(kind: str, reference: str, hypothesis: str) -> str:
-    reference, hypothesis = escape(reference), escape(hypothesis)
-    blank = '<span aria-hidden="true">·</span>'
-    if not kind:
-        return (
-            f'<span class="pair"><span class="ref">{reference}</span>'
-            f'<span class="hyp" aria-hidden="true">{hypothesis}</span></span>'
-        )
-    said = {"sub": "heard as", "del": "not heard", "ins": "heard in addition:"}[kind]
-    return (
-        f'<span class="pair {kind}"><span class="ref">{reference or blank}</span> '
-        f'<span class="unseen">({said})</span> <span class="hyp">{hypothesis or blank}</span></span>'
-    )
-
-
-def _head(splits: Mapping[str, Scores], title: str) -> str:
-    utterances = sum(scores.utterances for scores in splits.values())
-    seconds = sum(scores.audio_seconds for scores in splits.values())
-    links = "".join(f'<li><a href="#split-{i}">{escape(name)}</a></li>' for i, name in enumerate(splits))
-    return (
-        f'<h1>{escape(title)}</h1><p class="note">{counted(len(splits), "split")}, '
-        f"{counted(utterances, 'utterance')}, {duration(seconds)} of audio</p>"
-        + (f'<nav aria-label="Splits"><ul>{links}</ul></nav>' if len(splits) > 1 else "")
-        + "<h3>Accuracy</h3>"
-        + table(
-            "Error rates of the corpus in percent; errors counted in words",
-            ACCURACY,
-            [row for name, scores in splits.items() for row in _accuracy_rows(name, scores)],
-        )
-        + f"<figure>{error_kinds(splits)}<figcaption>Raw texts; thin line: 95 % interval of the WER."
-        "</figcaption></figure><h3>Cost and health</h3>"
-        + table(
-            "Speed of one process",
-            COST,
-            [_cost_row(name, scores) for name, scores in splits.items()],
-        )
-    )
-
-
-def _accuracy_rows(name: str, scores: Scores) -> list[str]:
-    rows = []
-    head = f'<th scope="rowgroup" rowspan="2" class="text">{escape(name)}</th>'
-    for label, texts in (("raw", scores.raw), ("normalised", scores.normalised)):
-        words = texts.words
-        rows.append(
-            (f'<tr class="first">{head}' if label == "raw" else "<tr>")
-            + cells(label, kind="text")
-            + cells(percent(words.rate), kind="main")
-            + cells(
-                percent_range(texts.interval, 2),
-                *(f"{count:,}" for count in (words.substitutions, words.deletions, words.insertions, words.length)),
-                percent(texts.characters.rate),
-                percent(texts.sentence_error_rate, 1),
-                percent(texts.mean_utterance_wer),
-            )
-            + "</tr>"
-        )
-    return rows
-
-
-def _cost_row(name: str, scores: Scores) -> str:
-    return (
-        f'<tr class="first"><th scope="row">{escape(name)}</th>'
-        + cells(
-            f"{scores.utterances:,}",
-            duration(scores.audio_seconds),
-            figure(scores.real_time_factor),
-            figure(scores.utterances_per_second),
-            memory(scores.peak_memory),
-            *(f"{count:,}" for count in (scores.loops, scores.empty_outputs, scores.empty_references, scores.left_out)),
-        )
-        + "</tr>"
-    )
-
-
-def _split(index: int, name: str, scores: Scores) -> str:
-    lengths, speakers = by_length(scores.raw.aligned), by_speaker(scores.raw.aligned)
-    words = scores.raw.words
-    return (
+    kinds = dict.fromkeys(kind for kind, _ in _by_mission(results).values())
+    title = f"{' and '.join(kind.title for kind in kinds)}: {_listed(list(results))}"
+    terms = {term: text for kind in kinds for term, text in kind.terms().items()} | TERMS
+    sections = "".join(
         f'<section aria-labelledby="split-{index}"><h2 id="split-{index}">{escape(name)}</h2>'
-        f'<p class="lead">WER <strong>{percent(words.rate)} %</strong> over {counted(words.length, "word")} '
-        f"(95 % interval {percent_range(scores.raw.interval, 2)}); "
-        f"{percent(scores.normalised.words.rate)} % after normalisation.</p><h3>By length</h3>"
-        f"<figure>{wer_by_length(name, lengths)}<figcaption>WER with its 95 % interval, by seconds of audio."
-        "</figcaption></figure><details><summary>The figures</summary>"
-        + _groups("Word errors by length", "<Audio length", lengths)
-        + f"</details>{_speakers(speakers)}{_worst(scores)}</section>"
+        f"{result.scores.sections(name)}</section>"
+        for index, (name, result) in enumerate(results.items())
     )
-
-
-def _speakers(speakers: Sequence[Group]) -> str:
-    rates = [group.words.rate for group in speakers if group.words.length]
-    if len(rates) < 2:
-        return ""
-    return (
-        f"<h3>By speaker</h3><p>{counted(len(speakers), 'speaker')}, WER from {percent(rates[-1], 1)} % to "
-        f"{percent(rates[0], 1)} %, half of them up to {percent(rates[len(rates) // 2], 1)} %.</p>"
-        f"<details><summary>Every speaker</summary>"
-        f"{_groups('Word errors by speaker, highest rate first', '<Speaker', speakers)}</details>"
-    )
-
-
-def _groups(caption: str, first: str, groups: Sequence[Group]) -> str:
-    rows = [
-        f'<tr><th scope="row">{escape(group.name)}</th>'
-        + cells(f"{group.utterances:,}", duration(group.audio_seconds), f"{group.words.length:,}")
-        + cells(percent(group.words.rate), kind="main")
-        + cells(
-            percent_range(group.interval),
-            *(f"{n:,}" for n in (group.words.substitutions, group.words.deletions, group.words.insertions)),
-        )
-        + "</tr>"
-        for group in groups
-    ]
-    return table(caption, [first, *GROUPS], rows)
-
-
-def _worst(scores: Scores) -> str:
-    utterances = worst(scores.raw.aligned)
-    if not utterances:
-        return "<h3>Worst utterances</h3><p>None: every word is right.</p>"
-    errors = sum(utterance.edits.errors for utterance in utterances)
-    return (
-        f"<h3>Worst utterances</h3><p>The {counted(len(utterances), 'utterance')} with most wrong words: "
-        f"{percent(errors / scores.raw.words.errors, 0)} % of all errors. "
-        "Reference above, hypothesis below.</p>"
-        '<div class="aligned key">'
-        f"<span>{_pair('sub', 'said', 'heard')}substitution</span>"
-        f"<span>{_pair('del', 'said', '')}deletion</span>"
-        f"<span>{_pair('ins', '', 'heard')}insertion</span></div>"
-        f'<ol class="worst">{"".join(f"<li>{_facts(u)}{aligned_html(u)}</li>" for u in utterances)}</ol>'
-    )
-
-
-def _facts(utterance: Aligned) -> str:
-    record, edits = utterance.record, utterance.edits
-    facts = [f"{counted(edits.errors, 'error')} in {counted(edits.length, 'word')}", duration(record.seconds)]
-    if record.speaker is not None:
-        facts.append(f"speaker {record.speaker}")
-    if record.score is not None:
-        facts.append(f"mean log-probability {f'{record.score:.2f}'.replace('-', '−')}")
-    flags = [name for name, raised in (("loop", record.loop), ("empty", not record.hypothesis.strip())) if raised]
-    return (
-        f'<div><strong>{escape(record.id)}</strong> <span class="note">{escape(" · ".join(facts))}</span>'
-        + "".join(f' <span class="flag">{flag}</span>' for flag in flags)
-        + "</div>"
-    )
-
-
-def _reading_aid() -> str:
-    terms = {
-        "WER, CER": "Substitutions, deletions and insertions per word (character, spaces included) of the "
-        "reference, summed over the corpus. Alignments by jiwer.",
-        "SER": "Share of the utterances with at least one wrong word.",
-        "Mean WER": "Mean over utterances, however short they are. Not the corpus WER; for comparison only.",
-        "Raw, normalised": "Raw texts are lower-cased, nothing else. Normalised ones have passed "
-        f"{normaliser_name()}, which is meant for English. Plots, breakdowns and worst utterances: raw.",
-        "95 % interval": f"Percentile bootstrap over utterances, {RESAMPLES:,} resamples (Bisani and Ney, "
-        "2004). It takes utterances for independent; few speakers with many of them make the truth wider.",
-        "Empty references": "What is heard there counts as insertions of the corpus; such utterances have no "
-        "rate of their own.",
-        "Left out": "Utterances whose audio could not be used; they count nowhere else.",
-        "RTF": "Real-time factor: seconds of work per second of audio.",
-    }
     entries = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms.items())
-    return f"<section><h2>How to read this</h2><dl>{entries}</dl></section>"
+    aid = f"<section><h2>How to read this</h2><dl>{entries}</dl></section>"
+    write_whole(Path(path), _page(title, _head(title, results) + sections + aid).encode())
+
+
+def _head(title: str, results: Mapping[str, SplitResult]) -> str:
+    costs = {name: result.cost for name, result in results.items()}
+    utterances = sum(cost.utterances for cost in costs.values())
+    seconds = sum(cost.audio_seconds for cost in costs.values())
+    links = "".join(f'<li><a href="#split-{i}">{escape(name)}</a></li>' for i, name in enumerate(results))
+    missions = _by_mission(results)
+    scores = "".join(
+        f"<h3>Accuracy{f': {escape(mission)}' if len(missions) > 1 else ''}</h3>"
+        f"{html_table(kind.caption, {name: s.rows() for name, s in splits.items()})}{kind.plot(splits)}"
+        for mission, (kind, splits) in missions.items()
+    )
+    return (
+        f'<h1>{escape(title)}</h1><p class="note">{counted(len(results), "split")}, '
+        f"{counted(utterances, 'utterance')}, {duration(seconds)} of audio</p>"
+        + (f'<nav aria-label="Splits"><ul>{links}</ul></nav>' if len(results) > 1 else "")
+        + f"{scores}<h3>Cost and health</h3>"
+        + html_table("Speed of one process", {name: [_cost(cost)] for name, cost in costs.items()})
+    )
+
+
+def _cost(cost: Cost) -> dict[str, str]:
+    """A line of the table of costs."""
+    return {
+        "Utterances": f"{cost.utterances:,}",
+        "Audio": duration(cost.audio_seconds),
+        "RTF": figure(cost.real_time_factor),
+        "Utterances/s": figure(cost.utterances_per_second),
+        "Peak memory": memory(cost.peak_memory),
+        "Loops": f"{cost.loops:,}",
+        "Empty out": f"{cost.empty_outputs:,}",
+        "Empty ref.": f"{cost.empty_references:,}",
+        "Left out": f"{cost.left_out:,}",
+    }
+
+
+def _split_summary(result: SplitResult) -> dict[str, Any]:
+    cost = asdict(result.cost)
+    wall_seconds, peak_memory = cost.pop("wall_seconds"), cost.pop("peak_memory")
+    return {
+        "mission": result.mission,
+        "metrics": [metric.summary() for metric in result.scores.metrics],
+        **cost,
+        **result.scores.summary(),
+        "speed": {
+            "wall_seconds": wall_seconds,
+            "real_time_factor": result.cost.real_time_factor,
+            "utterances_per_second": result.cost.utterances_per_second,
+            "peak_memory_bytes": peak_memory,
+        },
+    }
+
+
+def _by_mission(results: Mapping[str, SplitResult]) -> dict[str, tuple[type[TaskScores], dict[str, TaskScores]]]:
+    """Mission -> the class of its scores, and its splits with their scores."""
+    missions: dict[str, tuple[type[TaskScores], dict[str, TaskScores]]] = {}
+    for name, result in results.items():
+        _, splits = missions.setdefault(result.mission, (type(result.scores), {}))
+        splits[name] = result.scores
+    return missions
 
 
 def _listed(names: list[str]) -> str:
-    """The splits by name; a split that was perturbed, `name, how`, goes without saying beside the plain one."""
+    """The splits by name; a split that was perturbed, `name, how`, isn't named beside the plain one."""
     plain = [name for name in names if name.rpartition(", ")[0] not in names]
     return " · ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+
+
+def _page(title: str, body: str) -> str:
+    """A whole HTML document; `title` is text, `body` is HTML."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )

@@ -1,0 +1,243 @@
+"""Missions: the registry, `transcribe` by hand-worked values, and a mission made up here, scored beside it."""
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rwkv_speech.data.sample import Message, Row
+from rwkv_speech.errors import UserError
+from rwkv_speech.missions import MISSIONS, get_mission
+from rwkv_speech.missions.mission import Mission
+from rwkv_speech.scoring import (
+    EvalRecord,
+    ExactScores,
+    MetricKind,
+    TranscriptScores,
+    read_records,
+    score_table,
+    summary,
+    write_report,
+)
+from rwkv_speech.speech.recording import Recording
+
+ROW = Row("r1", "guten tag", Recording(Path("a.wav")), speaker="ann", language="de")
+
+
+class Animal(Mission):
+    """Names the animal in the recording."""
+
+    name = "animal"
+    leading = ExactScores.kind
+
+    def score(self, records):
+        return ExactScores(records)
+
+    def sample(self, row):
+        if not row.text:
+            raise ValueError("no 'text': the name of the animal")
+        return super().sample(row)
+
+    def max_new_tokens(self, seconds):
+        return 8
+
+    def answers(self, rows):
+        return sorted({row.text for row in rows})
+
+
+def records(*pairs, **more):
+    return [
+        EvalRecord(id=f"u{i}", reference=reference, hypothesis=hypothesis, seconds=2.0, **more)
+        for i, (reference, hypothesis) in enumerate(pairs)
+    ]
+
+
+# 1 of 3 and 1 of 2 words wrong; 2 of 13 + 1 of 5 characters ("tag" -> "tat" is 1, "der" -> "die" 2)
+SPOKEN = records(("Der Hund bellt", "die hund bellt"), ("guten Tag", "guten tat"))
+# three of four right, one of them but for its capital
+ANIMALS = records(("dog", "dog"), ("cat", "Cat"), ("<cow>", "dog & cat"), ("hen", "hen"))
+
+
+def test_the_registry_knows_each_mission_by_its_name():
+    assert "transcribe" in MISSIONS
+    assert all(get_mission(name).name == name for name in MISSIONS)
+    with pytest.raises(UserError, match=r"no mission 'sing'; expected one of: .*\btranscribe\b") as error:
+        get_mission("sing")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mission", [*MISSIONS.values(), Animal()], ids=lambda mission: mission.name)
+def test_a_mission_is_best_by_the_metric_that_leads_its_scores(mission):
+    pairs = [("a b", "a b"), ("a b", "a c"), ("b", "b")]
+    scores = mission.score(records(*pairs))
+    assert scores.leading.kind == mission.leading
+    assert scores.metrics[0] is scores.leading
+    perfect = mission.score(records(*[(reference, reference) for reference, _ in pairs])).leading.value
+    assert mission.leading.better(perfect, scores.leading.value)
+    assert not mission.leading.better(scores.leading.value, perfect)
+    assert math.isnan(mission.score([]).leading.value)  # before the first answer is there
+
+
+def test_better_goes_by_the_kind_and_nan_is_worst():
+    wer = MetricKind("wer", "WER", higher_is_better=False)
+    bleu = MetricKind("bleu", "BLEU", higher_is_better=True, percent=False)
+    assert [kind.better(1.0, 2.0) for kind in (wer, bleu)] == [True, False]
+    assert [kind.better(2.0, 1.0) for kind in (wer, bleu)] == [False, True]
+    for kind in (wer, bleu):
+        assert kind.better(1.0, math.nan)
+        assert not any((kind.better(1.0, 1.0), kind.better(math.nan, 1.0), kind.better(math.nan, math.nan)))
+    assert (wer.text(0.0813), wer.text(0.0813, 1), bleu.text(31.416)) == ("8.13 %", "8.1 %", "31.42")
+
+
+def test_a_row_becomes_a_sample_of_one_round():
+    sample = get_mission("transcribe").sample(ROW)
+    assert sample.id == "r1"
+    assert sample.messages == (Message("user", (ROW.audio,)), Message("assistant", ("guten tag",)))
+    assert get_mission("transcribe").answers([ROW]) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens"), [(0.0, 100), (2.0, 100), (2.01, 101), (10.0, 500), (35.0, 1750)], ids=str
+)
+def test_transcripts_get_50_tokens_a_second_and_at_least_100(seconds, tokens):
+    assert get_mission("transcribe").max_new_tokens(seconds) == tokens
+
+
+def test_a_record_holds_what_the_row_and_the_decoder_tell(tmp_path):
+    record = get_mission("transcribe").record(ROW, "guten tat", seconds=1.5, score=-0.25, loop=True, wall_seconds=0.1)
+    expected = EvalRecord(
+        id="r1", reference="guten tag", hypothesis="guten tat", seconds=1.5,
+        speaker="ann", language="de", score=-0.25, loop=True, wall_seconds=0.1,
+    )  # fmt: skip
+    assert record == expected
+    record = replace(record, details={"references": ["Tag", "Guten Tag"]})
+    old = {"id": "r0", "reference": "a", "hypothesis": "b", "seconds": 1.0, "speaker": None, "score": -0.5}
+    (tmp_path / "x.jsonl").write_bytes(json.dumps(old | {"loop": False, "wall_seconds": 2.0}).encode() + b"\n")
+    with (tmp_path / "x.jsonl").open("ab") as file:
+        file.write(record.line())
+    before, after = read_records(tmp_path / "x.jsonl")  # the first as written before there were missions
+    assert (before.id, before.score, before.language, before.details) == ("r0", -0.5, None, {})
+    assert after == record
+
+
+def test_transcribe_by_hand():
+    result = get_mission("transcribe").result(SPOKEN, left_out=1)
+    metrics = {metric.kind.name: metric for metric in result.scores.metrics}
+    assert {name: metric.value for name, metric in metrics.items()} == {
+        "wer": 2 / 5,
+        "wer_normalised": 2 / 5,
+        "cer": 3 / 23,
+        "ser": 1.0,
+    }
+    # Drawn with replacement, the two utterances give 1/3, 2/5 or 1/2, each extreme a quarter of the time.
+    assert metrics["wer"].interval == pytest.approx((1 / 3, 1 / 2))
+    assert result.scores.headline == "WER 40.00%, mean of utterances 41.67%"
+    assert (result.mission, result.cost.utterances, result.cost.left_out) == ("transcribe", 2, 1)
+    with pytest.raises(UserError, match="'u0' occurs twice"):
+        get_mission("transcribe").result([*SPOKEN, SPOKEN[0]])
+
+
+def test_a_running_score_computes_nothing_that_is_not_asked_for(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("not asked for")
+
+    for name in ("jiwer.process_characters", "rwkv_speech.scoring.words.bootstrap_interval"):
+        monkeypatch.setattr(name, fail)
+    monkeypatch.setattr("rwkv_speech.scoring.normalise._normaliser", fail)
+    many = records(*[("one two three four five " * 4, "one two tree four five " * 4)] * 2600)
+    start = time.perf_counter()
+    assert get_mission("transcribe").score(many).leading.value == pytest.approx(1 / 5)
+    assert time.perf_counter() - start < 2  # on a busy machine; 0.05 s on an idle one
+    with pytest.raises(AssertionError, match="not asked for"):
+        _ = get_mission("transcribe").score(many).metrics
+
+
+def test_missions_and_scoring_come_without_heavy_imports():
+    code = (
+        "import sys; import rwkv_speech.data.sample; before = set(sys.modules); import rwkv_speech.missions; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "jiwer" in found
+    assert not {"transformers", "matplotlib", "sklearn", "sacrebleu"} & set(found)
+
+
+def test_exact_scores_by_hand():
+    scores = ExactScores(ANIMALS)
+    assert scores.leading.value == 3 / 4
+    low, high = scores.leading.interval
+    assert 0.25 <= low < 0.75 < high == 1.0
+    assert scores.headline == "Accuracy 75.00 %"
+    assert ExactScores(ANIMALS[:2]).leading.interval == (1.0, 1.0)
+
+
+def test_a_new_mission_says_what_its_rows_lack_and_which_answers_there_are():
+    with pytest.raises(ValueError, match="the name of the animal"):
+        Animal().sample(replace(ROW, text=""))
+    assert Animal().answers([replace(ROW, text=text) for text in ("dog", "cat", "dog")]) == ["cat", "dog"]
+    assert (Animal().max_new_tokens(9.0), Animal().name in MISSIONS) == (8, False)
+
+
+@pytest.fixture
+def mixed():
+    """Splits of two missions in one evaluation."""
+    transcribe, animal = get_mission("transcribe"), Animal()
+    assert isinstance(transcribe.score(SPOKEN), TranscriptScores)
+    return {
+        "speech": transcribe.result(SPOKEN, left_out=1),
+        "zoo [1]": animal.result(ANIMALS, peak_memory=2**30),
+        "more": transcribe.result(SPOKEN[:1]),
+    }
+
+
+def test_splits_of_two_missions_share_a_summary(mixed):
+    document = json.loads(json.dumps(summary(mixed), allow_nan=False))
+    assert list(document["splits"]) == list(mixed)
+    speech, zoo = document["splits"]["speech"], document["splits"]["zoo [1]"]
+    assert (speech["mission"], speech["raw"]["wer"], speech["left_out"]) == ("transcribe", 2 / 5, 1)
+    assert speech["metrics"][0] == {"name": "wer", "value": 2 / 5, "interval": speech["raw"]["wer_interval"]}
+    assert speech["metrics"][2] == {"name": "cer", "value": speech["raw"]["cer"], "interval": None}
+    assert zoo["mission"] == "animal"
+    assert [(metric["name"], metric["value"]) for metric in zoo["metrics"]] == [("accuracy", 3 / 4)]
+    assert (zoo["utterances"], zoo["audio_seconds"], zoo["speed"]["peak_memory_bytes"]) == (4, 8.0, 2**30)
+    assert "raw" not in zoo
+
+
+def test_splits_of_two_missions_share_a_terminal(mixed):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(score_table(mixed))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"^ Split +Text +WER .*\n speech +raw +40\.00 .*\n +normalised .*\n more ", "\n".join(lines))
+    (heads,) = [number for number, line in enumerate(lines) if "Accuracy %" in line]
+    assert re.fullmatch(r" zoo \[1\] +75\.00 \(\d+\.00–100\.00\) *", lines[heads + 1])
+    assert [line.split()[0] for line in lines[-3:]] == ["speech", "zoo", "more"]  # and the cost of all
+
+
+def test_splits_of_two_missions_share_a_report(mixed, tmp_path):
+    write_report(tmp_path / "report.html", mixed)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>Word error rate and Accuracy: speech · zoo [1] · more</title>" in page
+    boards = page[: page.index("<section")]
+    assert re.findall("<h3>(.*?)</h3>", boards) == ["Accuracy: transcribe", "Accuracy: animal", "Cost and health"]
+    assert boards.count("<svg") == 1  # the kinds of word errors
+    zoo = page[page.index('<h2 id="split-1">') : page.index('<h2 id="split-2">')]
+    assert "<strong>Accuracy 75.00 %</strong>" in zoo
+    assert "1 of 1 wrong answers" in zoo
+    assert '<td class="text">&lt;cow&gt;</td><td class="text">dog &amp; cat</td>' in zoo
+    assert "WER" not in zoo
+
+
+def test_a_report_of_one_new_mission_knows_nothing_of_words(tmp_path):
+    write_report(tmp_path / "report.html", {"zoo": Animal().result(ANIMALS)})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>Accuracy: zoo</title>" in page
+    assert not re.search("WER|word error", page)
