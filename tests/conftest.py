@@ -14,7 +14,8 @@ os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
 
 import pytest
 import soundfile
-from tiny import write_world
+
+from tests.tiny import write_world
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def test_no_held_out_sentence_occurs_in_training():
 
 @pytest.fixture
 def sentences():
-    """demo/tiny/sentences.py, for small books."""
-    spec = importlib.util.spec_from_file_location("sentences", TINY / "sentences.py")
+    """demo/tiny/make/sentences.py, for small books."""
+    spec = importlib.util.spec_from_file_location("sentences", TINY / "make/sentences.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["sentences"] = module  # dataclasses look it up
     spec.loader.exec_module(module)
