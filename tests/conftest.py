@@ -17,6 +17,14 @@ import soundfile
 
 from tests.tiny import write_world
 
+# What takes longest starts first, so that no process is left alone with it at the end.
+LONGEST = ["test_quickstart", "test_recipes", "test_engine", "test_evaluate", "test_wkv", "test_train"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @dataclass(frozen=True)
 class World:
