@@ -5,7 +5,7 @@
 #   sh demo/demo-quickstart.sh
 #   file_path=my.wav sh demo/demo-quickstart.sh
 #
-# The speech is synthetic: demo/tiny/README.md. Settings of demo-state-tuning.sh can be given here as there.
+# The speech is synthetic: demo/tiny/README.md. Settings of train.py can be given in the environment here, too.
 
 file_path="${file_path:-}"                   # a recording of yours to transcribe as well
 proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/quickstart/ of this project
@@ -33,7 +33,7 @@ python=$(sh "$root/demo/setup.sh")
 began=$(date +%s)
 
 say() { printf '\n== %s\n' "$*" >&2; }
-quickstart() { "$python" "$root/demo/quickstart.py" --load_model "$load_model" --encoder "$encoder" "$@"; }
+quickstart() { "$python" "$root/demo/tiny/quickstart.py" --load_model "$load_model" --encoder "$encoder" "$@"; }
 evaluate() { (cd "$root" && OP=eval proj_dir="$1" eval_split="$corpus/test.jsonl" sh demo/demo-state-tuning.sh) >&2; }
 
 say "Before training: adapter and initial state as they are made"

@@ -15,7 +15,7 @@ unfinished=$venv/unfinished # there from before an installation until it is comp
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-lacks() { "$1" "$root/demo/lacks.py" "$extra" 2>/dev/null || echo 'a working Python 3.11 or newer'; }
+lacks() { "$1" "$root/demo/setup/lacks.py" "$extra" 2>/dev/null || echo 'a working Python 3.11 or newer'; }
 
 ready() { [ -x "$venv/bin/python" ] && [ ! -e "$unfinished" ] && [ -z "$(lacks "$venv/bin/python")" ]; }
 

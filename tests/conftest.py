@@ -14,7 +14,16 @@ os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
 
 import pytest
 import soundfile
-from tiny import write_world
+
+from tests.tiny import write_world
+
+# What takes longest starts first, so that no process is left alone with it at the end.
+LONGEST = ["test_quickstart", "test_recipes", "test_engine", "test_evaluate", "test_wkv", "test_train"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @dataclass(frozen=True)

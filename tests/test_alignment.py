@@ -7,14 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import do, last
-from tiny import write_world
 
 from rwkv_speech import alignment
 from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum
 from rwkv_speech.learning import Alignment
 from rwkv_speech.lm.rwkv6 import RWKV6
-from rwkv_speech.model import SpeechRWKV
+from tests.tiny import do, last
 
 VOCABULARY, WIDTH = 40, 12
 LENGTHS = torch.tensor([9, 5, 7])
@@ -80,13 +78,6 @@ def test_a_transcript_too_long_for_its_audio_counts_for_nothing(heard, embedding
     assert not heard.grad[2].any()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-
-    return SimpleNamespace(flags=write_world(folder))
-
-
 def rows(project):
     """What was measured at each step, as numbers."""
     with (project / "metrics.csv").open() as file:
@@ -118,8 +109,7 @@ def test_steps_alone_leave_the_language_model_out(world, tmp_path, monkeypatch):
 
 
 def test_its_weight_is_that_of_its_gradient(world):
-    flags = dict(flag.removeprefix("--").split("=") for flag in world.flags)
-    model = SpeechRWKV.from_pretrained(flags["load_model"], encoder=flags["encoder"], downsample_k=2, adapter_hidden=8)
+    model = world.speech_rwkv(downsample_k=2, adapter_hidden=8)
     waveforms = list(torch.randn(2, 16000, generator=torch.Generator().manual_seed(4)))
     batch = SimpleNamespace(
         audio=waveforms, texts=["ab", "cde"], ids=["0", "1"], seconds=2.0, tokens=7, step_tokens=7.0, epoch=0

@@ -16,7 +16,6 @@ import soundfile
 import torch
 from torch import Tensor
 
-from bench.random_model import write_model
 from rwkv_speech import ops
 from rwkv_speech.data.batches import SpeechDataset, loader
 from rwkv_speech.data.hub import read_dataset
@@ -24,7 +23,7 @@ from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.row import DatasetRow, Utterance
 from rwkv_speech.errors import UserError
-from rwkv_speech.lm.initialise import official_sizes
+from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
 from rwkv_speech.speech import frame_cache as features
@@ -527,7 +526,7 @@ def test_training_with_a_full_cache(world, monkeypatch, tmp_path):
 def test_int8_changes_the_loss_of_real_speech_by_less_than_half_a_percent(tmp_path):
     """With Whisper's encoder and a random RWKV-6 whose adapter and state have learned to make use of the frames."""
     sizes = official_sizes(n_layer=2, n_embd=128, vocab_size=257)
-    write_model(tmp_path / "model.pth", sizes, dtype=torch.float32, seed=0)
+    torch.save(random_weights(sizes, seed=0), tmp_path / "model.pth")
     utterances = read_librispeech(SPEECH)[:4]
     caches = {storage: FrameCache(tmp_path, storage=storage) for storage in ("fp16", "int8")}
     torch.manual_seed(0)

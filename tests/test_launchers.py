@@ -1,4 +1,4 @@
-"""The launchers and the set-up, run for real by sh, beside a `train.py` that only records its arguments."""
+"""The launchers and the set-up, run for real by sh, beside a `train.py` that only records what it is given."""
 
 import json
 import os
@@ -9,22 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from importlib.metadata import distribution, version
 from pathlib import Path
 
 import packaging
 import pytest
 
-from rwkv_speech.options import Options
+from rwkv_speech.options import Options, environment_flags, setting_fields
 
 ROOT = Path(__file__).parents[1]
 TRAIN, PREDICT = "demo-state-tuning.sh", "demo-predict.sh"
+SETTINGS = {f.name: f for _, f in setting_fields()}
 
 RECORDER = """\
-import json, sys
+import json, os, sys
 print("a log line", file=sys.stderr)
-print(json.dumps(sys.argv[1:]))
+print(json.dumps([sys.argv[1:], dict(os.environ)]))
 sys.exit(7 if "--exit_7" in sys.argv else 0)
 """
 
@@ -102,7 +102,7 @@ class Checkout:
     def lacks(self, *paths: Path) -> str:
         """What `lacks.py` says of an environment with these folders of packages."""
         environment = {"PYTHONPATH": ":".join(str(path) for path in (self.site, *paths))}
-        command = [sys.executable, "-S", str(self.root / "demo/lacks.py")]
+        command = [sys.executable, "-S", str(self.root / "demo/setup/lacks.py")]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
     def start(self, script: str, *arguments: str, active: bool = True, **settings: str) -> subprocess.Popen:
@@ -118,10 +118,17 @@ class Checkout:
         out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def argv(self, script: str, *arguments: str, **settings: str) -> list[str]:
+    def given(self, script: str, *arguments: str, **settings: str) -> tuple[list[str], dict[str, str]]:
+        """The arguments and the environment of train.py."""
         done = self.run(script, *arguments, **settings)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        argv, environment = json.loads(done.stdout)
+        assert "--from_environment" in argv
+        return argv, environment
+
+    def options(self, script: str, *arguments: str, **settings: str) -> Options:
+        """What train.py makes of it."""
+        return Options.parse(*self.given(script, *arguments, **settings))
 
     def edit(self, script: str, name: str, line: str) -> None:
         """Replaces the line that sets `name`."""
@@ -140,61 +147,72 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def settings_of(script: str) -> set[str]:
-    """Names of the variables that a launcher sets at its top."""
-    top = (ROOT / "demo" / script).read_text().partition("nothing to edit below")[0]
-    return set(re.findall(r"^(\w+)=", top, flags=re.MULTILINE))
-
-
-# --- settings become flags -------------------------------------------------------------------------------------------
+# --- settings reach the program --------------------------------------------------------------------------------------
 
 
 def test_train_passes_the_defaults_of_the_program(checkout):
-    arguments = checkout.argv(TRAIN, load_model="m.pth")
-    assert Options.parse(arguments) == Options(load_model="m.pth", proj_dir=str(checkout.root / "output"))
+    wanted = Options.of(load_model="m.pth", proj_dir=str(checkout.root / "output"))
+    assert checkout.options(TRAIN, load_model="m.pth") == wanted
 
 
 def test_predict_passes_the_defaults_of_the_program(checkout):
-    arguments = checkout.argv(PREDICT, load_model="m.pth", file_path="a.wav")
-    wanted = Options(op="predict", load_model="m.pth", file_path=["a.wav"], proj_dir=str(checkout.root / "output"))
-    assert Options.parse(arguments) == wanted
-
-
-def test_train_has_a_setting_for_every_flag():
-    flags = {f.name for f in fields(Options)}
-    of_predict = {"file_path", "max_audio_s", "format", "output_dir"}
-    assert settings_of(TRAIN) == flags - {"op"} - of_predict | {"OP"}
-    assert of_predict <= settings_of(PREDICT)
-
-
-def test_settings_of_predict_are_flags():
-    assert {"file_path", "load_model", "adapter", "encoder"} < settings_of(PREDICT)
-    assert settings_of(PREDICT) < {f.name for f in fields(Options)}
+    wanted = {"op": "predict", "load_model": "m.pth", "file_path": ["a.wav"], "proj_dir": str(checkout.root / "output")}
+    assert checkout.options(PREDICT, load_model="m.pth", file_path="a.wav") == Options.of(**wanted)
 
 
 @pytest.mark.parametrize("script", [TRAIN, PREDICT])
-def test_every_setting_arrives_from_the_environment(checkout, script):
-    settings = {name: f"the {name}" for name in settings_of(script) - {"OP", "download", "loop_guard", "file_path"}}
-    switches = settings.keys() & {f.name for f in fields(Options) if f.default is False}
-    arguments = checkout.argv(script, **settings, **{"file_path": "x"} if script == PREDICT else {})
-    for name in settings:
-        assert (f"--{name}" if name in switches else f"--{name}=the {name}") in arguments
+def test_what_can_be_edited_are_settings_and_each_stands_once(script):
+    text = (ROOT / "demo" / script).read_text()
+    names = re.findall(r"^(\w+)=", text, flags=re.MULTILINE)
+    assert {"load_model", "encoder", "adapter", "proj_dir", "devices", "beam"} < set(names)
+    assert {*names} - {"OP"} < set(SETTINGS)
+    for name in {*names} - {"load_model", "file_path", "OP"}:
+        lines = [line.partition("#")[0] for line in text.splitlines()]
+        assert sum(bool(re.search(rf"^{name}=|\$\{{?{name}\b", line)) for line in lines) == 1, name
+
+
+@pytest.mark.parametrize(("script", "others"), [(TRAIN, {"file_path", "output_dir"}), (PREDICT, {"cache_features"})])
+def test_every_setting_arrives_from_the_environment(checkout, script, others):
+    settings = {name: f"the {name}" for name in SETTINGS if name != "op"}
+    environment = checkout.given(script, **settings)[1]
+    assert settings.items() <= environment.items()
+    flags = environment_flags("train" if script == TRAIN else "predict", environment)
+    for name in settings.keys() - others:
+        assert (f"--{name}" if SETTINGS[name].default is False else f"--{name}=the {name}") in flags
+    assert not [flag for flag in flags if flag.removeprefix("--").partition("=")[0] in others]
+
+
+def test_values_arrive_as_they_are_meant(checkout):
+    options = checkout.options(
+        *(TRAIN, "--micro_bsz=2"),
+        **{"load_model": "m.pth", "lr_init": "1e-3", "grad_clip": "0.5", "micro_bsz": "3", "noise_snr": "5,20"},
+        **{"noise_dir": "a b", "mission": "translate", "temperature": "0.7", "file_path": "another script's"},
+    )
+    flat = options.flat()
+    assert (flat["lr_init"], flat["grad_clip"], flat["micro_bsz"], flat["noise_snr"]) == (1e-3, 0.5, 2, [5, 20])
+    assert (flat["noise_dir"], flat["mission"], flat["temperature"], flat["file_path"]) == (
+        "a b",
+        "translate",
+        0.7,
+        None,
+    )
 
 
 @pytest.mark.parametrize("script", [TRAIN, PREDICT])
-def test_an_empty_setting_passes_no_flag(checkout, script):
-    checkout.edit(script, "beam", "beam=")
-    arguments = checkout.argv(script, load_model="m.pth", file_path="x", adapter="")
-    assert not [a for a in arguments if a.startswith(("--adapter", "--beam", "--n_layer", "--max_new", "--loop"))]
+def test_an_empty_setting_is_left_to_the_program(checkout, script):
+    checkout.edit(script, "eval_bsz", "eval_bsz=")
+    flags = environment_flags("eval", checkout.given(script, load_model="m.pth", file_path="x", adapter="")[1])
+    empty = ("--adapter", "--eval_bsz", "--precision", "--max_new", "--loop", "--lr_final")
+    assert not [flag for flag in flags if flag.startswith(empty)]
 
 
 AWKWARD = '/data/it\'s "large"  $HOME `x` *\\ models/m v2.pth'
 
 
 def test_spaces_and_quotes_arrive_from_the_environment(checkout):
-    assert f"--load_model={AWKWARD}" in checkout.argv(TRAIN, load_model=AWKWARD)
-    arguments = checkout.argv(PREDICT, load_model="m.pth", file_path=AWKWARD)
-    assert arguments[-2:] == ["--file_path", AWKWARD]
+    assert checkout.options(TRAIN, load_model=AWKWARD).model.load_model == AWKWARD
+    assert checkout.options(PREDICT, load_model="m.pth", file_path=AWKWARD).file_path == [AWKWARD]
+    assert checkout.options(PREDICT, AWKWARD, load_model="m.pth").file_path == [AWKWARD]
 
 
 @pytest.mark.parametrize(
@@ -209,50 +227,54 @@ def test_spaces_and_quotes_arrive_from_the_environment(checkout):
 @pytest.mark.parametrize("script", [TRAIN, PREDICT])
 def test_a_setting_is_edited_in_the_script(checkout, script, line):
     checkout.edit(script, "load_model", line)
-    assert "--load_model=/a b/it's.pth" in checkout.argv(script, file_path="x")
+    settings = {"file_path": "x"} if script == PREDICT else {}
+    assert checkout.options(script, **settings).model.load_model == "/a b/it's.pth"
 
 
 def test_the_environment_wins_over_a_default_in_the_script(checkout):
     checkout.edit(TRAIN, "OP", 'OP="${OP:-eval}"')
-    assert checkout.argv(TRAIN, load_model="m")[0] == "--op=eval"
-    assert checkout.argv(TRAIN, load_model="m", OP="train")[0] == "--op=train"
+    checkout.edit(TRAIN, "beam", 'beam="${beam:-3}"')
+    options = checkout.options(TRAIN, load_model="m")
+    assert (options.op, options.decoding.beam) == ("eval", 3)
+    options = checkout.options(TRAIN, load_model="m", OP="train", beam="4")
+    assert (options.op, options.decoding.beam) == ("train", 4)
 
 
 def test_arguments_have_the_last_word(checkout):
-    arguments = checkout.argv(TRAIN, "--micro_bsz", "2", "--load_model", "b c.pth", micro_bsz="3")
-    options = Options.parse(arguments)
-    assert (options.micro_bsz, options.load_model) == (2, "b c.pth")
+    options = checkout.options(TRAIN, "--micro_bsz", "2", "--load_model", "b c.pth", micro_bsz="3")
+    assert (options.training.micro_bsz, options.model.load_model) == (2, "b c.pth")
 
 
 @pytest.mark.parametrize(("said", "passed"), [("1", True), ("0", False), ("", False)], ids=["1", "0", "empty"])
 def test_switches(checkout, said, passed):
-    arguments = checkout.argv(TRAIN, load_model="m", download=said, resume=said)
-    assert ("--download" in arguments, "--resume" in arguments) == (passed, passed)
+    options = checkout.options(TRAIN, load_model="m", download=said, resume=said)
+    assert (options.data.download, options.resume) == (passed, passed)
 
 
 def test_device_is_understood_as_devices(checkout):
-    assert "--devices=2" in checkout.argv(TRAIN, load_model="m", device="2")
+    assert checkout.options(TRAIN, load_model="m", device="2").machine.devices == 2
+    assert checkout.options(TRAIN, load_model="m", device="2", devices="3").machine.devices == 3
+    assert checkout.options(PREDICT, "a.wav", load_model="m", device="1,").machine.devices == [1]
 
 
 # --- files to transcribe ---------------------------------------------------------------------------------------------
 
 
 def test_files_as_arguments_then_flags(checkout):
-    arguments = checkout.argv(PREDICT, "a b.wav", "it's.mp3", "--beam", "4", load_model="m")
-    options = Options.parse(arguments)
-    assert (options.file_path, options.beam) == (["a b.wav", "it's.mp3"], 4)
+    options = checkout.options(PREDICT, "a b.wav", "it's.mp3", "--beam", "4", load_model="m", file_path="other")
+    assert (options.file_path, options.decoding.beam) == (["a b.wav", "it's.mp3"], 4)
 
 
 def test_a_file_in_the_environment_and_flags(checkout):
-    options = Options.parse(checkout.argv(PREDICT, "--beam", "4", load_model="m", file_path="a b*.wav"))
-    assert (options.file_path, options.beam) == (["a b*.wav"], 4)
+    options = checkout.options(PREDICT, "--beam", "4", load_model="m", file_path="a b*.wav")
+    assert (options.file_path, options.decoding.beam) == (["a b*.wav"], 4)
 
 
 def test_standard_output_and_exit_status_are_the_program_s(checkout):
     done = checkout.run(PREDICT, "a.wav", "--exit_7", load_model="m")
     assert done.returncode == 7
     assert done.stdout.count("\n") == 1
-    assert "a.wav" in json.loads(done.stdout)
+    assert "a.wav" in json.loads(done.stdout)[0]
     assert done.stderr == "a log line\n"
 
 
@@ -281,8 +303,8 @@ def test_a_mistake_is_one_line_before_anything_is_installed(checkout, script, se
 
 
 def test_help_needs_no_model(checkout):
-    assert "--help" in checkout.argv(TRAIN, "--help")
-    assert "--help" in checkout.argv(PREDICT, "--help")
+    assert "--help" in checkout.given(TRAIN, "--help")[0]
+    assert "--help" in checkout.given(PREDICT, "--help")[0]
 
 
 def quickest(action: Callable[[], object]) -> float:

@@ -5,9 +5,8 @@ import os
 import pytest
 import torch
 
-from bench.random_model import write_model
 from rwkv_speech.lm import wkv
-from rwkv_speech.lm.initialise import official_sizes
+from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.lm.state import State
 
@@ -15,7 +14,7 @@ from rwkv_speech.lm.state import State
 @pytest.fixture(scope="module")
 def l4_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "l4.pth"
-    write_model(path, official_sizes(n_layer=4, n_embd=256), dtype=torch.float32, seed=3, time_state=True)
+    torch.save(random_weights(official_sizes(n_layer=4, n_embd=256), seed=3, time_state=True), path)
     return path
 
 
@@ -28,7 +27,7 @@ def l4(l4_path):
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small.pth"
     sizes = official_sizes(n_layer=2, n_embd=128, vocab_size=257)
-    write_model(path, sizes, dtype=torch.float32, seed=5, time_state=True)
+    torch.save(random_weights(sizes, seed=5, time_state=True), path)
     return RWKV6.from_file(path)
 
 

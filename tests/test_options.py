@@ -1,22 +1,27 @@
-"""The flags of train.py: the published recipe as defaults, one line for each mistake, help that is complete."""
+"""The settings of train.py: the published recipe as defaults, one line for each mistake, help that is complete."""
 
 import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.options import Options
+from rwkv_speech.options import GROUPS, Options, environment_flags, setting_fields
 
 ROOT = Path(__file__).parents[1]
+SETTINGS = {f.name: group for group, f in setting_fields()}
 
 
 def parse(line: str) -> Options:
     return Options.parse(["--load_model", "m.pth", *line.split()])
+
+
+def value(line: str, name: str) -> object:
+    return parse(line).flat()[name]
 
 
 def train_py(*arguments: str) -> subprocess.CompletedProcess:
@@ -26,13 +31,21 @@ def train_py(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def help_of() -> dict[str, str]:
-    """The help of each flag, on one line."""
+def help_by_group() -> dict[str, dict[str, str]]:
+    """Group -> flag -> its help, on one line."""
     done = train_py("--help")
     assert done.returncode == 0
-    listed = " ".join(done.stdout.partition("\noptions:")[2].split())
-    _, *parts = re.split(r"(?:^| )--(\w+) ", listed)
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    _, *parts = re.split(r"^(\w+):$", done.stdout, flags=re.MULTILINE)
+    found = {}
+    for group, listed in zip(parts[::2], parts[1::2], strict=True):
+        _, *flags = re.split(r"(?:^| )--(\w+) ", " ".join(listed.split()))
+        found[group] = dict(zip(flags[::2], flags[1::2], strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def help_of(help_by_group) -> dict[str, str]:
+    return {flag: text for group in help_by_group.values() for flag, text in group.items()}
 
 
 # --- defaults --------------------------------------------------------------------------------------------------------
@@ -60,19 +73,25 @@ def help_of() -> dict[str, str]:
         "accelerator": "auto",
         "on_bad_audio": "stop",
         "beam": 1,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "sampling_seed": 0,
         "proj_dir": "output",
     }.items(),
 )
 def test_default(flag, value):
-    assert getattr(parse(""), flag) == value
+    assert parse("").flat()[flag] == value
 
 
 @pytest.mark.parametrize(
     "flag",
-    ["encoder", "adapter", "downsample_k", "adapter_hidden", "n_layer", "n_embd", "precision", "strategy", "devices"],
+    [
+        *("encoder", "adapter", "mission", "downsample_k", "adapter_hidden", "n_layer", "n_embd"),
+        *("precision", "strategy", "devices"),
+    ],
 )
 def test_what_the_program_decides_is_none(flag):
-    assert getattr(parse(""), flag) is None
+    assert parse("").flat()[flag] is None
 
 
 @pytest.mark.parametrize(
@@ -81,6 +100,9 @@ def test_what_the_program_decides_is_none(flag):
         ("downsample_k", "5"),
         ("adapter_hidden", "2048"),
         ("encoder", "microsoft/wavlm-large"),
+        ("mission", "transcribe"),
+        ("temperature", "0.0"),
+        ("top_p", "1.0"),
         ("lr_init", "0.0001"),
         ("micro_bsz", "4"),
         ("grad_cp", "0"),
@@ -99,8 +121,18 @@ def test_help_names_the_default(help_of, flag, value):
 
 
 def test_help_holds_every_flag(help_of):
-    assert set(help_of) == {f.name for f in fields(Options)} | {"help"}
+    assert set(help_of) == {*SETTINGS, "help", "from_environment"}
     assert all(re.search("[a-z]{3}", text) for text in help_of.values())
+
+
+def test_help_lists_flags_by_group(help_by_group):
+    listed = {flag: group for group, flags in help_by_group.items() for flag in flags}
+    assert listed == {name: group or "run" for name, group in SETTINGS.items()} | {
+        "help": "options",
+        "from_environment": "run",
+    }
+    some = ("op", "load_model", "train_split", "lr_init", "beam", "devices")
+    assert [listed[name] for name in some] == ["run", "model", "data", "training", "decoding", "machine"]
 
 
 def test_help_shows_values_of_this_program_not_of_python(help_of):
@@ -123,10 +155,21 @@ def test_help_shows_values_of_this_program_not_of_python(help_of):
         ("--download", "download", True),
         ("--op predict --file_path a.wav b.wav", "file_path", ["a.wav", "b.wav"]),
         ("--proj_dir=--odd", "proj_dir", "--odd"),
+        ("--mission translate", "mission", "translate"),
+        ("--temperature 0.7 --top_p 0.9", "top_p", 0.9),
+        ("--temperature 0.7 --sampling_seed 3", "sampling_seed", 3),
+        ("--noise_dir x --noise_snr 5,20", "noise_snr", [5.0, 20.0]),
+        ("--early_stop 3 --op eval", "early_stop", 3),
     ],
 )
 def test_value(line, flag, value):
-    assert getattr(parse(line), flag) == value
+    assert parse(line).flat()[flag] == value
+
+
+def test_values_lie_in_groups():
+    options = parse("--beam 4 --lr_init 1e-3 --data x.jsonl --devices 2 --eval_bsz 3")
+    assert (options.model.load_model, options.data.data, options.training.lr_init) == ("m.pth", "x.jsonl", 1e-3)
+    assert (options.decoding.beam, options.machine.devices, options.eval_bsz) == (4, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +189,23 @@ def test_value(line, flag, value):
         ("--lr_init nan", ["--lr_init", "nan"]),
         ("--devices 0", ["--devices", "0"]),
         ("--devices ,", ["--devices"]),
+        ("--temperature -1", ["--temperature", "-1", "0 or more"]),
+        ("--temperature nan", ["--temperature", "nan"]),
+        ("--temperature 1 --top_p 0", ["--top_p", "0.0", "more than 0"]),
+        ("--temperature 1 --top_p 1.5", ["--top_p", "1.5", "at most 1"]),
+        ("--top_p 0.9", ["--top_p", "0.9", "--temperature"]),
+        ("--temperature 1 --beam 4", ["--temperature", "--beam", "4"]),
+        ("--sampling_seed -1", ["--sampling_seed", "negative"]),
+        ("--noise_snr 20,5 --noise_dir x", ["--noise_snr", "20,5", "LOW,HIGH"]),
+        ("--noise_snr 5,20", ["--noise_snr", "--noise_dir"]),
+        ("--ctc_align_steps 5", ["--ctc_align_steps", "5", "--ctc_align"]),
+        ("--early_stop 3", ["--early_stop", "3", "--valid_split"]),
+        ("--max_batch_s inf", ["--max_batch_s", "inf", "positive"]),
+        ("--max_audio_s 0.5", ["--max_audio_s", "0.5", "at least 1"]),
+        ("--cache_features x --speed_perturb", ["--cache_features", "--speed_perturb"]),
+        ("--cache_features x --noise_dir y", ["--cache_features", "--noise_dir"]),
+        ("--op eval --cache_features x", ["--cache_features", "--op train", "eval"]),
+        ("--output_dir x", ["--output_dir", "--op predict", "train"]),
         ("--op predict", ["--op predict", "--file_path"]),
         ("--op eval --file_path a.wav", ["--file_path", "--op predict", "eval"]),
         ("--accelerator cpu --devices 0,1", ["--accelerator", "cpu", "--devices"]),
@@ -166,7 +226,9 @@ def test_the_model_is_required():
 
 def test_made_in_python_they_are_checked_the_same_way():
     with pytest.raises(UserError, match="--file_path"):
-        Options(load_model="m.pth", op="predict")
+        Options.of(load_model="m.pth", op="predict")
+    with pytest.raises(UserError, match="--temperature"):
+        Options.of(load_model="m.pth", temperature=-1.0)
 
 
 @pytest.mark.parametrize("arguments", [["--load_model", "m", "--no_such_flag"], []], ids=["unknown", "no-model"])
@@ -175,3 +237,81 @@ def test_the_program_says_a_mistake_in_one_line(arguments):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"train\.py: [^\n]+\n", done.stderr)
     assert "--help" in done.stderr
+
+
+# --- flat names ------------------------------------------------------------------------------------------------------
+
+
+def test_each_name_stands_once():
+    assert set(Counter(f.name for _, f in setting_fields()).values()) == {1}
+    assert {*SETTINGS.values()} == {None, *GROUPS}
+
+
+def test_flat_and_of_are_inverse():
+    options = parse("--op predict --file_path a b --beam 4 --noise_dir x --noise_snr 5,20 --devices 0,1 --download")
+    assert set(options.flat()) == set(SETTINGS)
+    assert Options.of(**options.flat()) == options
+
+
+def test_of_takes_only_settings():
+    with pytest.raises(TypeError, match="no_such"):
+        Options.of(load_model="m.pth", no_such=1)
+    with pytest.raises(TypeError, match="n_best"):
+        Options.of(load_model="m.pth", n_best=1)
+
+
+def test_what_an_interrupted_training_may_change():
+    """What changes nothing in what is learnt: reading, evaluating, decoding, logging, and when to stop."""
+    left = parse("").flat(resume_ignored=False)
+    assert left.items() <= parse("").flat().items()
+    assert SETTINGS.keys() - left.keys() == {
+        *("num_workers", "wandb", "wkv", "on_bad_audio", "on_nonfinite"),
+        *("valid_split", "valid_steps", "early_stop", "average"),
+        *("eval_split", "eval_bsz", "perturb", "resume", "max_audio_s", "format"),
+        *(name for name, group in SETTINGS.items() if group == "decoding"),
+    }
+
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+
+def from_environment(line: str, **environment: str) -> dict[str, object]:
+    return Options.parse(["--from_environment", *line.split()], environment).flat()
+
+
+def test_the_environment_is_read_only_when_asked(monkeypatch):
+    monkeypatch.setenv("beam", "4")
+    assert value("", "beam") == 1
+    assert value("--from_environment", "beam") == 4
+
+
+def test_flags_win_over_the_environment():
+    found = from_environment(
+        "--beam 2 --op predict --file_path a b", load_model="m", beam="3", op="eval", file_path="c"
+    )
+    assert (found["load_model"], found["beam"], found["op"], found["file_path"]) == ("m", 2, "predict", ["a", "b"])
+
+
+def test_every_setting_is_taken_from_the_environment():
+    values = {name: f"the {name}" for name in SETTINGS}
+    switches = {f.name for _, f in setting_fields() if f.default is False}
+    assert {"download", "loop_guard", "resume"} <= switches
+    for op, others in {"train": {"file_path", "output_dir"}, "predict": {"cache_features"}}.items():
+        wanted = {f"--{name}" if name in switches else f"--{name}={values[name]}" for name in SETTINGS}
+        wanted -= {f"--{name}={values[name]}" for name in ("op", *others)}
+        assert set(environment_flags(op, values)) == wanted
+
+
+def test_empty_is_not_given():
+    assert from_environment("", load_model="m", beam="", download="", lr_final="") == parse("--load_model m").flat()
+
+
+@pytest.mark.parametrize(("said", "found"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_switches_in_the_environment(said, found):
+    assert from_environment("", load_model="m", download=said)["download"] is found
+
+
+def test_a_mistake_in_the_environment_is_one_line():
+    with pytest.raises(UserError, match=r"--micro_bsz.*four") as raised:
+        from_environment("", load_model="m", micro_bsz="four")
+    assert "\n" not in str(raised.value)

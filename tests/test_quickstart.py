@@ -43,8 +43,8 @@ def test_no_held_out_sentence_occurs_in_training():
 
 @pytest.fixture
 def sentences():
-    """demo/tiny/sentences.py, for small books."""
-    spec = importlib.util.spec_from_file_location("sentences", TINY / "sentences.py")
+    """demo/tiny/make/sentences.py, for small books."""
+    spec = importlib.util.spec_from_file_location("sentences", TINY / "make/sentences.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["sentences"] = module  # dataclasses look it up
     spec.loader.exec_module(module)
@@ -77,7 +77,7 @@ def test_sentences_are_reserved(sentences, tmp_path):
 
 def test_the_quickstart(tmp_path):
     mine = TINY / "corpus" / split("valid")[0]["audio"]
-    settings = {"epoch_count": "1", "ctc_align_steps": "50", "valid_steps": "80", "max_new_tokens": "40"}
+    settings = {"epoch_count": "1", "ctc_align_steps": "50", "valid_steps": "80", "max_new_tokens": "40", "beam": "2"}
     environment = os.environ | settings | {"proj_dir": str(tmp_path), "file_path": str(mine), "COLUMNS": "120"}
     command = ["sh", str(ROOT / "demo" / "demo-quickstart.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)

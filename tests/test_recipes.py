@@ -131,7 +131,7 @@ def test_the_recipe(world, librispeech, speakers, tmp_path):
     assert len(cells(again.stdout[again.stdout.index("test-clean: WER") :], "ctc-probe")) == 3
     assert {path: path.stat().st_mtime_ns for path in trained} == trained, "nothing is trained twice"
     manifests = {path: path.read_bytes() for path in (tmp_path / "a project" / "data").iterdir()}
-    for change in ({"lr_init": "1e-3"}, {"held_out": "0.6"}, {"probe_steps": "11"}):
+    for change in ({"lr_init": "1e-3"}, {"grad_clip": "0.5"}, {"held_out": "0.6"}, {"probe_steps": "11"}):
         other = run("real-speech.sh", **settings | change)
         assert other.returncode == 2, change
         assert "trained with other settings" in other.stderr.splitlines()[-1]

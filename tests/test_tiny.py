@@ -27,7 +27,7 @@ def test_it_copies_reserved_sentences(said, file):
 
 def test_what_is_mumbled_without_errors_spells_the_sentence(monkeypatch):
     """As CTC reads it: repetitions are one letter, fillers none."""
-    monkeypatch.syspath_prepend(str(TINY))
+    monkeypatch.syspath_prepend(str(TINY / "make"))
     from make_listening_model import FILLER, mumble
 
     for seed in range(20):
@@ -39,7 +39,7 @@ def test_what_is_mumbled_without_errors_spells_the_sentence(monkeypatch):
 
 
 def test_mumbling_misspells_as_much_as_it_is_told(monkeypatch):
-    monkeypatch.syspath_prepend(str(TINY))
+    monkeypatch.syspath_prepend(str(TINY / "make"))
     from make_listening_model import FILLER, mumble
 
     said = "the children went down to the river in the evening"

@@ -21,17 +21,9 @@ from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.ops import OPS
-from rwkv_speech.options import Options
+from tests.tiny import QUICK, do, last, missions
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3"]
-
-
-def do(op, world, project, *flags):
-    """Runs an operation; the later of two equal flags counts."""
-    options = Options.parse([f"--op={op}", f"--proj_dir={project}", *world.flags, *QUICK, *flags])
-    return OPS[op](options)
 
 
 def at_door(monkeypatch, capsys, *flags):
@@ -40,22 +32,6 @@ def at_door(monkeypatch, capsys, *flags):
     capsys.readouterr()
     status = door.main()
     return status, capsys.readouterr()
-
-
-def missions(project):
-    """name -> (tensors, JSON) of the mission files."""
-    paths = sorted(project.glob("*.pth"))
-    assert [path.with_suffix(".json") for path in paths] == sorted(project.glob("rwkv-adapter-*.json"))
-    return {
-        path.name: (torch.load(path, weights_only=True), json.loads(path.with_suffix(".json").read_text()))
-        for path in paths
-    }
-
-
-def last(project):
-    """The tensors of the mission file of the last step."""
-    files = missions(project)
-    return max(files.values(), key=lambda file: file[1]["step"])[0]
 
 
 def contents(folder):

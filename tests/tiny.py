@@ -1,25 +1,26 @@
-"""A whole world in small: random language model and encoder, tones with letters for transcripts. For tests of training.
+"""What tests share: a whole world in small, and operations run on it.
 
-Also makes it on disk:  python tests/tiny.py FOLDER
+The world is a random language model and encoder, and tones with letters for transcripts. Also makes it on disk:
+python tests/tiny.py FOLDER
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
+from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.random_model import write_model  # noqa: E402
-from rwkv_speech.lm.initialise import official_sizes  # noqa: E402
-from rwkv_speech.speech.audio import SAMPLE_RATE  # noqa: E402
-from rwkv_speech.speech.encoder import import_transformers  # noqa: E402
+from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.options import Options
+from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.encoder import import_transformers
 
 LETTERS = "abcdefghij"
+QUICK = ("--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3")
 
 
 def write_world(folder: Path, *, utterances: int = 24) -> list[str]:
@@ -28,7 +29,7 @@ def write_world(folder: Path, *, utterances: int = 24) -> list[str]:
     Utterance i is 0.5 to 1.2 s of tones, and its transcript a letter for each.
     """
     sizes = official_sizes(n_layer=2, n_embd=64, vocab_size=257, head_size=32)
-    write_model(folder / "model.pth", sizes, dtype=torch.float32, seed=1)
+    torch.save(random_weights(sizes, seed=1), folder / "model.pth")
     _write_encoder(folder / "encoder")
     rng = np.random.default_rng(0)
     with (folder / "train.jsonl").open("w") as manifest:
@@ -67,6 +68,29 @@ def _write_encoder(folder: Path) -> None:
     )
     transformers.WavLMModel(config).save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
+
+
+def do(op: str, world: Any, project: Path, *flags: str) -> int:
+    """Runs an operation on `world.flags`; the later of two equal flags counts."""
+    from rwkv_speech.ops import OPS
+
+    options = Options.parse([f"--op={op}", f"--proj_dir={project}", *world.flags, *QUICK, *flags])
+    return OPS[op](options)
+
+
+def missions(project: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """name -> (tensors, JSON) of the mission files."""
+    paths = sorted(project.glob("*.pth"))
+    assert [path.with_suffix(".json") for path in paths] == sorted(project.glob("rwkv-adapter-*.json"))
+    return {
+        path.name: (torch.load(path, weights_only=True), json.loads(path.with_suffix(".json").read_text()))
+        for path in paths
+    }
+
+
+def last(project: Path) -> dict[str, Tensor]:
+    """The tensors of the mission file of the last step."""
+    return max(missions(project).values(), key=lambda file: file[1]["step"])[0]
 
 
 if __name__ == "__main__":

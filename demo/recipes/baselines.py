@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech.data.row import Utterance
+from rwkv_speech.data.sample import Row
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring import EvalRecord, RecordWriter
@@ -66,18 +66,18 @@ def spell(probe: Adapter, frames: Tensor) -> str:
 
 
 @torch.no_grad()
-def whisper_texts(name: str, utterances: Sequence[Utterance]) -> list[str]:
+def whisper_texts(name: str, rows: Sequence[Row]) -> list[str]:
     """What Whisper's own decoder writes, greedily."""
     transformers = import_transformers()
     model = transformers.WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32).eval()
     extractor = transformers.AutoFeatureExtractor.from_pretrained(name)
     decode = _whisper_vocabulary(name)
     texts = []
-    for at in range(0, len(utterances), WHISPER_BATCH):
-        waveforms = [utterance.waveform().numpy() for utterance in utterances[at : at + WHISPER_BATCH]]
+    for at in range(0, len(rows), WHISPER_BATCH):
+        waveforms = [row.audio.waveform().numpy() for row in rows[at : at + WHISPER_BATCH]]
         features = extractor(waveforms, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         tokens = model.generate(features, do_sample=False, max_new_tokens=200)
-        texts += [decode(row) for row in tokens.tolist()]
+        texts += [decode(ids) for ids in tokens.tolist()]
     return texts
 
 
@@ -97,17 +97,17 @@ def _whisper_vocabulary(name: str) -> Callable[[list[int]], str]:
     return lambda tokens: english.decode([token for token in tokens if token < english.eot])
 
 
-def write(path: Path, utterances: Sequence[Utterance], texts: Sequence[str]) -> None:
+def write(path: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     with RecordWriter(temporary) as writer:
-        for utterance, text in zip(utterances, texts, strict=True):
+        for row, text in zip(rows, texts, strict=True):
             record = EvalRecord(
-                id=utterance.id,
-                reference=utterance.text,
+                id=row.id,
+                reference=row.text,
                 hypothesis=text.strip(),
-                seconds=utterance.seconds(),
-                speaker=utterance.speaker,
+                seconds=row.audio.seconds(),
+                speaker=row.speaker,
             )
             writer.write(record)
     temporary.replace(path)
@@ -134,19 +134,20 @@ def main() -> None:
             probe.load_state_dict(torch.load(args.probe, weights_only=True))
         else:
             train = load_split(args.train)
-            cache.fill(train)
-            probe = train_probe([cache.read(u)[0].half() for u in train], [u.text.lower() for u in train], args.steps)
+            cache.fill([row.audio for row in train])
+            frames = [cache.read(row.audio)[0].half() for row in train]
+            probe = train_probe(frames, [row.text.lower() for row in train], args.steps)
             torch.save(probe.state_dict(), temporary := args.probe.with_suffix(".tmp"))
             temporary.replace(args.probe)
-        cache.fill(test)
-        write(args.out / "ctc-probe.jsonl", test, [spell(probe, cache.read(u)[0]) for u in test])
+        cache.fill([row.audio for row in test])
+        write(args.out / "ctc-probe.jsonl", test, [spell(probe, cache.read(row.audio)[0]) for row in test])
     decoder = args.decoder or args.encoder
     config = import_transformers().AutoConfig.from_pretrained(decoder)
     if config.model_type == "whisper" and not (args.out / "whisper-decoder.jsonl").exists():
         write(args.out / "whisper-decoder.jsonl", test, whisper_texts(decoder, test))
 
 
-def _load(split: str) -> list[Utterance]:
+def _load(split: str) -> list[Row]:
     return load_split(None, data_dir=split) if Path(split).is_dir() else load_split(split)
 
 

@@ -6,7 +6,7 @@
 #
 # Sets speakers of data_dir aside, trains adapter and state on the others, and prints one table for the speakers set
 # aside: ours, a CTC probe on the same frames and, where the encoder is Whisper's, Whisper's own decoder. Interrupted,
-# the same command goes on. All else that training can do is a variable of demo-state-tuning.sh, here as there.
+# the same command goes on. Every other setting of train.py can be given in the environment, too.
 
 data_dir="${data_dir:-}"                     # a folder in LibriSpeech's layout: what to train on
 eval_dir="${eval_dir:-}"                     # another, to be evaluated as a whole; empty: none
@@ -43,9 +43,13 @@ export eval_bsz="${eval_bsz:-24}" beam="${beam:-8}" random_seed="${random_seed:-
 probe_steps="${probe_steps:-2000}"
 
 # Speakers set aside must stay those that the training never saw, so a trained project keeps its settings.
-settings="$data_dir $held_out $more_data $repeat $encoder $load_model $downsample_k $adapter_hidden $micro_bsz $ctc_align \
-$ctc_align_steps $spec_augment $lr_init $lr_final $state_lr_scale $weight_decay $epoch_steps $epoch_count $save_steps \
-$average $random_seed $decoder $probe_steps"
+settings="$data_dir $held_out $more_data $repeat $decoder $probe_steps $("$python" -c '
+import os
+from rwkv_speech.options import setting_fields
+for group, f in setting_fields():
+    if group in ("model", "data", "training") and not f.metadata["resume_ignored"] and os.environ.get(f.name):
+        print(f"{f.name}={os.environ[f.name]}")
+')"
 if [ -e "$proj_dir/trained" ] && [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
     fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
 fi

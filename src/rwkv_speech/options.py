@@ -6,7 +6,9 @@ The groups are plain dataclasses that the rest of the program takes apart: what 
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,15 +16,16 @@ from typing import Any, NoReturn
 from rwkv_speech.errors import UserError
 
 
-def flag(default: Any, help: str, *, resume_ignored: bool = False, **how: Any) -> Any:
+def flag(default: Any, help: str, *, op: str | None = None, resume_ignored: bool = False, **how: Any) -> Any:
     """A setting: its default, its help, and what argparse needs besides (type, choices, nargs).
 
+    op: the only operation that takes it.
     resume_ignored: an interrupted training run may go on under another value: it changes nothing in what is learnt, or
         only in what is still to come.
+    type: that of the default, if there is one, else text.
     """
-    if default is not MISSING and default is not None:
-        how.setdefault("type", type(default))
-    return field(default=default, metadata={"help": help, "argparse": how, "resume_ignored": resume_ignored})
+    how.setdefault("type", str if default in (None, MISSING) else type(default))
+    return field(default=default, metadata={"help": help, "argparse": how, "op": op, "resume_ignored": resume_ignored})
 
 
 def positive(text: str) -> int:
@@ -66,20 +69,14 @@ def device_list(text: str) -> int | list[int]:
 class ModelOptions:
     """The frozen parts, and the trained one."""
 
-    load_model: str = flag(MISSING, "RWKV-6 weight file, .pth or .safetensors", type=str)
+    load_model: str = flag(MISSING, "RWKV-6 weight file, .pth or .safetensors")
     encoder: str | None = flag(
-        None,
-        "speech encoder: Hugging Face name or local folder (default: the mission file's, or microsoft/wavlm-large)",
-        type=str,
+        None, "speech encoder: Hugging Face name or folder (default: the mission file's, or microsoft/wavlm-large)"
     )
     adapter: str | None = flag(
-        None,
-        "mission file: where training starts from; what eval and predict use (default: the newest in proj_dir)",
-        type=str,
+        None, "mission file to train on from, or that eval and predict use (default: the newest in proj_dir)"
     )
-    mission: str | None = flag(
-        None, "what is asked of the model (default: the mission file's, or transcribe)", type=str
-    )
+    mission: str | None = flag(None, "what is asked of the model (default: the mission file's, or transcribe)")
     downsample_k: int | None = flag(None, "encoder frames to a position (default: 5)", type=positive)
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
     n_layer: int | None = flag(None, "layers of the language model; the file tells, so this only checks", type=positive)
@@ -95,26 +92,20 @@ class DataOptions:
     """Where samples come from, and how they are read."""
 
     data: str = flag("librispeech", "librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset")
-    data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout", type=str)
+    data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout")
     train_split: str | None = flag(
-        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)", type=str
+        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
     )
     valid_split: str | None = flag(
-        None,
-        "split to validate on while training, several joined by + (default: no validation)",
-        type=str,
-        resume_ignored=True,
+        None, "split to validate on while training, joined by + (default: no validation)", resume_ignored=True
     )
     eval_split: str | None = flag(
         None,
         "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)",
-        type=str,
         resume_ignored=True,
     )
-    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)", type=str)
-    text_column: str | None = flag(
-        None, "column of the transcript in a Hugging Face dataset (default: guessed)", type=str
-    )
+    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)")
+    text_column: str | None = flag(None, "column of the transcript in a Hugging Face dataset (default: guessed)")
     download: bool = flag(False, "fetch the LibriSpeech splits that data_dir lacks")
     on_bad_audio: str = flag(
         "stop",
@@ -125,12 +116,10 @@ class DataOptions:
     cache_features: str | None = flag(
         None,
         "train: folder that keeps the encoder's frames, computed once and read ever after (default: none)",
-        type=str,
+        op="train",
     )
     cache_dtype: str = flag(
-        "fp16",
-        "how frames are kept: int8, with a scale for each, takes half the disk",
-        choices=("fp16", "int8"),
+        "fp16", "how frames are kept; int8, with a scale for each, halves the disk", choices=("fp16", "int8")
     )
     num_workers: int = flag(2, "processes that read audio, for each device", type=count, resume_ignored=True)
 
@@ -151,14 +140,9 @@ class TrainingOptions:
     epoch_count: int = flag(3, "epochs to train", type=positive)
     epoch_save: int = flag(1, "epochs between mission files", type=positive)
     save_steps: int = flag(1000, "optimiser steps between mission files, within an epoch; 0: none", type=count)
-    valid_steps: int = flag(
-        1000, "optimiser steps between validations, with valid_split", type=positive, resume_ignored=True
-    )
+    valid_steps: int = flag(1000, "steps between validations, with valid_split", type=positive, resume_ignored=True)
     early_stop: int = flag(
-        0,
-        "end training after so many validations without a better score; 0: never",
-        type=count,
-        resume_ignored=True,
+        0, "end training after so many validations without a better score; 0: never", type=count, resume_ignored=True
     )
     average: int = flag(
         0,
@@ -174,34 +158,26 @@ class TrainingOptions:
     )
     lr_init: float = flag(1e-4, "learning rate after the warm-up")
     lr_final: float | None = flag(
-        None, "learning rate at the end, reached exponentially (default: lr_init, a constant rate)", type=float
+        None, "learning rate at the end, reached exponentially (default: lr_init)", type=float
     )
     warmup_steps: int = flag(100, "optimiser steps from 0.2 of the learning rate to all of it", type=count)
     state_lr_scale: float = flag(1.0, "learning rate of the initial state, as a multiple of the adapter's")
-    ctc_align: float = flag(
-        0.0, "weight of a CTC loss between the adapter's outputs and the frozen embeddings; 0: none"
-    )
-    ctc_align_steps: int = flag(
-        0, "first optimiser steps that train by that loss alone, without the language model", type=count
-    )
+    ctc_align: float = flag(0.0, "weight of a CTC loss between adapter outputs and frozen embeddings; 0: none")
+    ctc_align_steps: int = flag(0, "first optimiser steps by that loss alone, without the language model", type=count)
     beta1: float = flag(0.9, "AdamW's beta1")
     beta2: float = flag(0.99, "AdamW's beta2")
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     weight_decay: float = flag(0.0, "AdamW's weight decay, on the adapter's matrices")
     grad_clip: float = flag(1.0, "norm that gradients are clipped to; 0: not at all")
     grad_cp: int = flag(0, "1: recompute each layer in the backward pass, for less memory", choices=(0, 1))
-    random_seed: int = flag(
-        42, "seed of the adapter's initial weights, of the data order and of augmentation", type=count
-    )
+    random_seed: int = flag(42, "seed of the adapter's initial weights, data order and augmentation", type=count)
     speed_perturb: bool = flag(False, "train: each sample at 0.9, 1.0 or 1.1 speed, drawn anew in each epoch")
     spec_augment: bool = flag(False, "train: mask stretches of time and bands of channels of the encoder's frames")
-    noise_dir: str | None = flag(
-        None, "train: add noise, from the audio files of this folder (default: none)", type=str
-    )
+    noise_dir: str | None = flag(None, "train: add noise, from the audio files of this folder (default: none)")
     noise_snr: list[float] | None = flag(
         None, "lowest and highest level of speech above that noise, in dB, as LOW,HIGH (default: 5,20)", type=decibels
     )
-    wandb: str | None = flag(None, "Weights & Biases project to log to (default: none)", type=str, resume_ignored=True)
+    wandb: str | None = flag(None, "Weights & Biases project to log to (default: none)", resume_ignored=True)
 
     def __post_init__(self) -> None:
         for name, rate in (("lr_init", self.lr_init), ("lr_final", self.lr_final)):
@@ -228,7 +204,7 @@ class DecodingOptions:
 
     beam: int = flag(1, "beams; 1 is greedy", type=positive, resume_ignored=True)
     temperature: float = flag(
-        0.0, "draw tokens at random, from logits divided by this; 0: take the likeliest", resume_ignored=True
+        0.0, "draw tokens from logits divided by this; 0: take the likeliest", resume_ignored=True
     )
     top_p: float = flag(
         1.0,
@@ -283,9 +259,7 @@ class MachineOptions:
     )
     num_nodes: int = flag(1, "machines", type=positive)
     strategy: str | None = flag(
-        None,
-        "Lightning's name for how devices share the work (default: deepspeed_stage_1 on several GPUs, else auto)",
-        type=str,
+        None, "Lightning's name for how devices share the work (default: deepspeed_stage_1 on several GPUs, else auto)"
     )
 
     def __post_init__(self) -> None:
@@ -307,33 +281,40 @@ class Options:
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     eval_bsz: int = flag(8, "eval, predict: utterances decoded together", type=positive, resume_ignored=True)
-    perturb: bool = flag(False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB")
+    perturb: bool = flag(
+        False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB", resume_ignored=True
+    )
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped", resume_ignored=True)
-    file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", type=str, nargs="+")
-    max_audio_s: float = flag(30.0, "predict: seconds; longer audio is cut in pauses of speech and joined again")
+    file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
+    max_audio_s: float = flag(
+        30.0, "predict: seconds; longer audio is cut in pauses of speech and joined again", resume_ignored=True
+    )
     format: str = flag(
-        "text", "predict: lines of text, or with times: JSON lines, subtitles", choices=("text", "json", "srt", "vtt")
+        "text",
+        "predict: lines of text, or with times: JSON lines, subtitles",
+        choices=("text", "json", "srt", "vtt"),
+        resume_ignored=True,
     )
     output_dir: str | None = flag(
-        None, "predict: folder for a transcript file for each audio file (default: all to standard output)", type=str
+        None,
+        "predict: folder for a transcript file for each audio file (default: all to standard output)",
+        op="predict",
     )
 
     def __post_init__(self) -> None:
         """Checks what concerns several groups; each group has checked itself."""
-        if self.training.early_stop and not self.data.valid_split:
+        given = self.flat()
+        for _, f in setting_fields():
+            if given[f.name] and not goes_with(f, self.op):
+                raise UserError(f"--{f.name} goes with --op {f.metadata['op']}, not {self.op}")
+        if self.op == "train" and self.training.early_stop and not self.data.valid_split:
             raise UserError(
                 f"--early_stop {self.training.early_stop} counts validations: name a split for them by --valid_split"
             )
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
-        if self.op != "predict" and self.file_path:
-            raise UserError(f"--file_path goes with --op predict, not {self.op}")
-        if self.op != "predict" and self.output_dir:
-            raise UserError(f"--output_dir goes with --op predict, not {self.op}; --proj_dir is where this one writes")
         if not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
-        if self.op != "train" and self.data.cache_features:
-            raise UserError(f"--cache_features goes with --op train, not {self.op}")
         if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
             changer = "--speed_perturb" if self.training.speed_perturb else "--noise_dir"
             raise UserError(
@@ -342,14 +323,15 @@ class Options:
             )
 
     @classmethod
-    def parse(cls, arguments: Sequence[str] | None = None) -> "Options":
-        """Options from the command line.
+    def parse(cls, arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> "Options":
+        """Options from the command line and, if `--from_environment` is on it, from variables; flags win over these.
 
         Raises:
             UserError: an unknown flag, a value that a flag doesn't take, or flags that contradict each other.
         """
         parser = _Parser(
             prog="train.py",
+            usage="train.py --load_model FILE [flags]",
             description="Speech for a frozen RWKV-6 language model: train an adapter and an initial state, use them.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
@@ -358,16 +340,20 @@ class Options:
         for group, f in setting_fields():
             if group not in groups:
                 groups[group] = parser.add_argument_group(group)
-            how = dict(f.metadata["argparse"])
-            if f.default is False:
-                how = {"action": "store_true"}
-            if f.default is MISSING:
-                how["required"] = True
+            how = {"action": "store_true"} if f.default is False else dict(f.metadata["argparse"])
             said = any(f.default is value for value in (None, False, MISSING))  # then the help says it in words
             how["default"] = argparse.SUPPRESS if said else f.default
             groups[group].add_argument(f"--{f.name}", help=f.metadata["help"], **how)
-        values = vars(parser.parse_args(arguments))
-        return cls.of(**values)
+        text = "take settings also from environment variables of their names, as the launchers do; flags win"
+        groups[None].add_argument("--from_environment", help=text, action="store_true", default=argparse.SUPPRESS)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        found = parser.parse_args(arguments)
+        if "from_environment" in found:
+            found = parser.parse_args([*environment_flags(found.op, environment), *arguments])
+            del found.from_environment
+        if "load_model" not in found:
+            parser.error("--load_model is required")
+        return cls.of(**vars(found))
 
     @classmethod
     def of(cls, **settings: Any) -> "Options":
@@ -414,6 +400,27 @@ def setting_fields() -> Iterator[tuple[str | None, Field]]:
             yield None, f
     for group, kind in GROUPS.items():
         yield from ((group, f) for f in fields(kind) if f.metadata)
+
+
+def goes_with(setting: Field, op: str) -> bool:
+    return setting.metadata["op"] in (None, op)
+
+
+def environment_flags(op: str, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The flags of an operation for which there are environment variables of the same names.
+
+    An empty variable is as good as none, and so is a switch of 0. The operation itself isn't taken from `op`.
+    """
+    flags = []
+    for _, f in setting_fields():
+        value = environment.get(f.name)
+        if not value or f.name == "op" or not goes_with(f, op):
+            continue
+        if f.default is not False:
+            flags.append(f"--{f.name}={value}")
+        elif value != "0":
+            flags.append(f"--{f.name}")
+    return flags
 
 
 class _Parser(argparse.ArgumentParser):

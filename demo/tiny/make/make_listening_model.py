@@ -1,6 +1,6 @@
 """Teaches the tiny language model to read what a bad ear spells: the second course, after `make_language_model.py`.
 
-    python demo/tiny/make_listening_model.py --text FOLDER
+    python demo/tiny/make/make_listening_model.py --text FOLDER
 
 goes on from that script's last checkpoint and writes demo/tiny/rwkv6-tiny-listening.pth (bf16). An adapter that has
 heard an hour of speech misspells a third of the letters; a language model that has only copied from clean spelling
@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from make_language_model import (
     END,
     FILLER,
-    HERE,
     IGNORED,
     SEPARATOR_ID,
     SIZES,
+    TINY,
     WRONG,
     Documents,
     copying_errors,
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument(
         "--first", type=Path, default=Path("output/tiny/language-model.ckpt"), help="of the first course"
     )
-    parser.add_argument("--out", type=Path, default=HERE / "rwkv6-tiny-listening.pth")
+    parser.add_argument("--out", type=Path, default=TINY / "rwkv6-tiny-listening.pth")
     parser.add_argument("--checkpoint", type=Path, default=Path("output/tiny/listening-model.ckpt"))
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=32, help="documents to a step")

@@ -1,6 +1,6 @@
 """Synthesises sentences of the books as a slow reader says them: more training data for the recipe on recorded speech.
 
-    python demo/tiny/make_more_speech.py --text BOOKS --out FOLDER
+    python demo/tiny/make/make_more_speech.py --text BOOKS --out FOLDER
 
 writes `FOLDER/manifest.jsonl` and a FLAC file for each of its sentences, with the voices of `make_corpus.py` and two
 more. Interrupted, the same command goes on behind the last sentence.

@@ -1,6 +1,6 @@
 """Short sentences out of plain-text books, and which of the tiny parts may see which.
 
-`python demo/tiny/sentences.py --text FOLDER` prints how many there are of each kind, and some of them.
+`python demo/tiny/make/sentences.py --text FOLDER` prints how many there are of each kind, and some of them.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Pretrains the tiny speech encoder: a small WavLM that spells what it hears, by CTC, from made-up speech.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 demo/tiny/make_encoder.py --scratch FOLDER --work WORK
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 demo/tiny/make/make_encoder.py --scratch FOLDER --work WORK
 
 `FOLDER` is what `make_corpus.py --scratch` wrote. The spelling head is dropped: the encoder's last layer is one linear
 step away from letters, which is what an adapter needs of it. `WORK` gets a log and, every few hundred steps, a
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
 from rwkv_speech.speech.encoder import SpeechEncoder, frame_count, import_transformers, quiet, shortest_input
 
-HERE = Path(__file__).parent
+TINY = Path(__file__).parents[1]
 SEED = 1
 ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # the first one is CTC's blank
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="utterances, by make_corpus.py --scratch")
     parser.add_argument("--work", type=Path, required=True, help="folder of the log and the checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the whole run (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "wavlm-tiny")
+    parser.add_argument("--out", type=Path, default=TINY / "wavlm-tiny")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     handlers = [logging.StreamHandler(), logging.FileHandler(options.work / "log.txt")]
@@ -103,7 +103,7 @@ def train(scratch: Path, checkpoint: Path, steps: int, out: Path) -> None:
         optimiser.load_state_dict(saved["optimiser"])
         step = saved["step"]
         log.info("goes on after step %d", step)
-    validation = read_manifest(HERE / "corpus" / "valid.jsonl")
+    validation = read_manifest(TINY / "corpus" / "valid.jsonl")
     speech = SpeechDataset(scratch)
     while step < steps:
         began, first, audio, losses = time.monotonic(), step, 0, []

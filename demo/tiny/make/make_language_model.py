@@ -1,6 +1,6 @@
 """Pretrains the tiny language model: a byte-level RWKV-6 on books, and on copying what came before "#".
 
-`python demo/tiny/make_language_model.py --text FOLDER` writes demo/tiny/rwkv6-tiny.pth (bf16). A frozen model can
+`python demo/tiny/make/make_language_model.py --text FOLDER` writes demo/tiny/rwkv6-tiny.pth (bf16). A frozen model can
 transcribe through an adapter only if it can repeat, after "#", what it was told before: large models have learnt that
 from the web, a tiny one is taught it here. Documents, each ended by token 0:
 
@@ -36,7 +36,7 @@ from rwkv_speech.lm.initialise import fresh_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.lm.weights import ModelSizes
 
-HERE = Path(__file__).parent
+TINY = Path(__file__).parents[1]
 SIZES = ModelSizes(n_layer=4, n_embd=256, n_head=4, head_size=64, dim_ffn=640, dim_mix=32, dim_decay=32, vocab_size=257)
 END, FILLER, SEPARATOR_ID = 0, 1, 36  # end of text; byte 0, which no text has; "#"
 LONGEST = 44  # characters of a source, as of the corpus's sentences
@@ -233,7 +233,7 @@ def steps(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="folder of .txt files: books in English")
-    parser.add_argument("--out", default=str(HERE / "rwkv6-tiny.pth"))
+    parser.add_argument("--out", default=str(TINY / "rwkv6-tiny.pth"))
     parser.add_argument("--checkpoint", default="output/tiny/language-model.ckpt")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32, help="documents to a step")

@@ -1,6 +1,6 @@
 """Synthesises the tiny corpus, and the larger one that the tiny speech encoder is pretrained on.
 
-    python demo/tiny/make_corpus.py --text BOOKS --scratch FOLDER
+    python demo/tiny/make/make_corpus.py --text BOOKS --scratch FOLDER
 
 - `demo/tiny/corpus/{train,valid,test}.jsonl` with 16 kHz Ogg/Opus files: the sentences that `sentences.py` reserves.
 - `FOLDER/*.npy` with `FOLDER/*.json`: utterances of other sentences, a thousand to a pair of files, each sentence once
@@ -32,7 +32,7 @@ import soxr
 from sentences import read_sentences
 
 RATE = 16_000  # Hz
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parents[1] / "corpus"
 SEED = 1
 
 HIBARI_PART = 0.5  # of the utterances; the rest is shared by flite's voices

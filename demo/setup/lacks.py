@@ -1,6 +1,6 @@
 """Prints what the environment of the Python that runs it lacks for this project; nothing where it has everything.
 
-    python demo/lacks.py [extra]
+    python demo/setup/lacks.py [extra]
 
 It reads requirements.txt and pyproject.toml and asks the installed packages' metadata, without importing any: a
 fraction of a second. The project itself counts as there when `import rwkv_speech` finds the one of this folder.
@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def lacking(extra: str) -> list[str]:
