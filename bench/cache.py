@@ -25,10 +25,11 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rwkv_speech.data.row import Utterance
+
 from bench.random_model import write_model
 from bench.timing import seconds
 from rwkv_speech.data.batches import Batch, SpeechDataset, loader
-from rwkv_speech.data.row import Utterance
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes
 from rwkv_speech.model import SpeechRWKV

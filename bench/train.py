@@ -35,8 +35,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.timing import seconds
 from rwkv_speech.learning import Optimisation
+
+from bench.timing import seconds
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from rwkv_speech.learning import Alignment
 
 from rwkv_speech import alignment
 from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum
-from rwkv_speech.learning import Alignment
 from rwkv_speech.lm.rwkv6 import RWKV6
 from tests.tiny import do, last
 

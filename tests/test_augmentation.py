@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rwkv_speech.data.row import Utterance
 
 from rwkv_speech import ops
 from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader
-from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options

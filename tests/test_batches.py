@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rwkv_speech.data.row import BadSample, Utterance
 from torch.utils.data import SequentialSampler
 
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch, SharedBatches, SpeechDataset, loader
-from rwkv_speech.data.row import BadSample, Utterance
 from rwkv_speech.errors import UserError
 
 

@@ -10,12 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import soundfile
 import torch
+from rwkv_speech.data.row import Utterance
 
 from rwkv_speech.data import durations
 from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
-from rwkv_speech.data.row import Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech import identity as stamps
 from rwkv_speech.speech.augmentation import SPEEDS, WaveformAugmentation

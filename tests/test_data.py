@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from rwkv_speech.data.row import DatasetRow, Utterance
 
-from rwkv_speech.data import hub as huggingface, librispeech
+from rwkv_speech.data import hub as huggingface
+from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.row import DatasetRow, Utterance
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError

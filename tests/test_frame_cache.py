@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rwkv_speech.data.row import DatasetRow, Utterance
 from torch import Tensor
 
 from rwkv_speech import ops
@@ -21,7 +22,6 @@ from rwkv_speech.data.batches import SpeechDataset, loader
 from rwkv_speech.data.hub import read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.row import DatasetRow, Utterance
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
