@@ -25,17 +25,17 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rwkv_speech.data.row import Utterance
-
 from bench.random_model import write_model
 from bench.timing import seconds
 from rwkv_speech.data.batches import Batch, SpeechDataset, loader
+from rwkv_speech.data.sample import Row
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.encoder import import_transformers
 from rwkv_speech.speech.frame_cache import FrameCache
+from rwkv_speech.speech.recording import Recording
 
 SECONDS = (6, 12, 15, 8, 14, 10)
 WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
@@ -50,26 +50,27 @@ def write_encoder(folder: Path) -> None:
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
 
 
-def write_speech(folder: Path) -> list[Utterance]:
+def write_speech(folder: Path) -> list[Row]:
     """Recordings with 2.5 words a second."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    utterances = []
+    rows = []
     for number, length in enumerate(SECONDS):
         path = folder / f"{number}.flac"
         soundfile.write(path, 0.1 * rng.standard_normal(length * SAMPLE_RATE), SAMPLE_RATE)
         text = " ".join(rng.choice(WORDS, size=int(2.5 * length)))
-        utterances.append(Utterance(str(number), text, path, float(length)))
-    return utterances
+        rows.append(Row(str(number), text, Recording(path, duration=float(length))))
+    return rows
 
 
-def batches(utterances: list[Utterance], features: FrameCache | None = None) -> DataLoader[Batch]:
-    return loader(SpeechDataset(utterances, features=features), batch_size=BATCH, shuffle=False)
+def batches(model: SpeechRWKV, rows: list[Row], cache: FrameCache | None = None) -> DataLoader[Batch]:
+    extract = model.speech_encoder.extract
+    dataset = SpeechDataset(rows, sample_of=model.mission.sample, renderer=model.renderer, extract=extract, cache=cache)
+    return loader(dataset, batch_size=BATCH, shuffle=False)
 
 
 def loss(model: SpeechRWKV, batch: Batch) -> torch.Tensor:
-    total, count = model.loss_sum(batch.audio, batch.texts)
-    return total / count
+    return model.loss_sum(batch) / batch.tokens
 
 
 def main() -> None:
@@ -83,16 +84,16 @@ def main() -> None:
         folder = Path(temporary)
         write_model(folder / "model.pth", official_sizes(n_layer=12, n_embd=768), dtype=torch.float32, seed=0)
         write_encoder(folder / "encoder")
-        utterances = write_speech(folder / "speech")
+        rows = write_speech(folder / "speech")
         torch.manual_seed(0)
         model = SpeechRWKV.from_pretrained(folder / "model.pth", encoder=str(folder / "encoder"))
         cache = FrameCache(folder / "cache", storage=args.cache_dtype)
         cache.encoder(str(folder / "encoder"))
         start = time.perf_counter()
-        cache.fill(utterances)
+        cache.fill([row.audio for row in rows])
         filling = time.perf_counter() - start
 
-        uncached, cached = batches(utterances), batches(utterances, cache)
+        uncached, cached = batches(model, rows), batches(model, rows, cache)
         with torch.no_grad():
             difference = max(
                 abs(loss(model, ours) / loss(model, theirs) - 1).item()
@@ -103,17 +104,16 @@ def main() -> None:
 
         optimizer = torch.optim.AdamW(model.trainable_state_dict().values(), lr=1e-4)
         spent = {"encoder": 0.0, "epochs": 0.0}
-        begun = 0.0
 
-        def before(*_: object) -> None:
-            nonlocal begun
+        encode = model.speech_encoder.encode
+
+        def timed_encode(*inputs: object) -> torch.Tensor:
             begun = time.perf_counter()
-
-        def after(*_: object) -> None:
+            frames = encode(*inputs)
             spent["encoder"] += time.perf_counter() - begun
+            return frames
 
-        model.speech_encoder.register_forward_pre_hook(before)
-        model.speech_encoder.register_forward_hook(after)
+        model.speech_encoder.encode = timed_encode
 
         def epoch(kind: DataLoader[Batch]) -> None:
             start = time.perf_counter()

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.train import WIDTH, WORDS, WORDS_EACH, random_speech_model
+from bench.train import WIDTH, WORDS, WORDS_EACH, batch_of, random_speech_model
 from rwkv_speech.engine.overview import BLOCK_VALUES
 
 N_LAYER, N_EMBD = 12, 1024
@@ -50,7 +50,7 @@ def measure(positions: int, checkpointing: bool) -> int:
     optimizer = torch.optim.AdamW(model.trainable_state_dict().values())
 
     def step(positions: int) -> None:
-        model.loss_sum([torch.randn((positions - transcript) * K, WIDTH).half()], [text])[0].backward()
+        model.loss_sum(batch_of(model, [torch.randn((positions - transcript) * K, WIDTH).half()], [text])).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 

@@ -23,6 +23,7 @@ python bench/train.py [--rounds 3]
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from collections import defaultdict
@@ -35,15 +36,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rwkv_speech.learning import Optimisation
-
 from bench.timing import seconds
+from rwkv_speech.data.batches import Batch, Collate, Item
+from rwkv_speech.data.sample import one_round
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.encoder import shortest_input
 from rwkv_speech.speech.frame_cache import AbsentEncoder
 
 WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
@@ -76,20 +80,28 @@ def random_batch(model: SpeechRWKV) -> tuple[list[Tensor], list[str]]:
     return frames, [" ".join(rng.choice(WORDS, WORDS_EACH)) for _ in SECONDS]
 
 
-def product_flops(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> int:
+def batch_of(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> Batch:
+    """The batch of frames that are cached, as a loader's workers make it."""
+    items = []
+    for i, (x, text) in enumerate(zip(frames, texts, strict=True)):
+        samples = shortest_input(CONVOLUTIONS) + (len(x) - 1) * math.prod(stride for _, stride in CONVOLUTIONS)
+        rendered = model.renderer(one_round(str(i), [torch.empty(samples)], text), [samples])
+        items.append(Item(str(i), i, text, rendered, [samples], [x], []))
+    return Collate(model.adapter.group_count, is_frames=True)(items)
+
+
+def product_flops(model: SpeechRWKV, batch: Batch) -> int:
     """Floating-point operations of the matrix products of a step, two for each multiplication; padding counts."""
     s = model.language_model.sizes
     C, D, E = s.n_embd, s.dim_mix, s.dim_decay
-    tokens = [len(model.tokenizer.encode(text)) + 1 for text in texts]  # with "#" in, with the end of text out
-    groups = [model.adapter.group_count(len(x)) for x in frames]
-    positions = len(texts) * max(map(sum, zip(groups, tokens, strict=True)))
+    groups, positions = batch.group_counts, batch.ids.numel()
     # W_r, W_k, W_v, W_g, W_o and the channel mix's W_r; its other two; the low-rank interpolations and decays.
     block = 6 * C * C + 2 * C * s.dim_ffn + 2 * C * 5 * D + 2 * C * E
     first, second = (model.adapter.layers[i].weight.numel() for i in (0, 2))
     return 2 * (
         2 * s.n_layer * positions * block
-        + 2 * sum(tokens) * C * s.vocab_size
-        + len(texts) * max(groups) * (2 * first + 3 * second)  # frames take no gradient, the hidden units do
+        + 2 * batch.tokens * C * s.vocab_size
+        + len(groups) * max(groups) * (2 * first + 3 * second)  # frames take no gradient, the hidden units do
     )
 
 
@@ -104,11 +116,11 @@ def largest_difference(model: SpeechRWKV, frames: list[Tensor], texts: list[str]
     """Between the batch and its utterances one by one with the operator in plain torch: of the loss or a gradient."""
     results = []
     for backend, parts in (
-        ("auto", [(frames, texts)]),
-        ("torch", [([x], [t]) for x, t in zip(frames, texts, strict=True)]),
+        ("auto", [batch_of(model, frames, texts)]),
+        ("torch", [batch_of(model, [x], [t]) for x, t in zip(frames, texts, strict=True)]),
     ):
         wkv.set_backend(backend)
-        totals = [model.loss_sum(*part)[0] for part in parts]
+        totals = [model.loss_sum(part) for part in parts]
         sum(totals).backward()
         results.append({"loss": sum(totals).detach()} | gradients(model))
     wkv.set_backend("auto")
@@ -152,21 +164,21 @@ def main() -> None:
     difference = largest_difference(model, frames, texts)
     if difference > TOLERANCE:
         raise SystemExit(f"the loss or a gradient of the batch is off by {difference:.1e}; nothing was timed")
-    flops = product_flops(model, frames, texts)
+    batch = batch_of(model, frames, texts)
+    flops = product_flops(model, batch)
     with FlopCounterMode(display=False) as counter:
-        model.loss_sum(frames, texts)[0].backward()
+        model.loss_sum(batch).backward()
     if flops != counter.get_total_flops():
         raise SystemExit(f"{flops} operations by formula, {counter.get_total_flops()} by torch's counter")
 
-    model.optimisation = Optimisation(total_steps=1000)
-    optimizer = model.configure_optimizers()["optimizer"]
+    optimizer = TrainingModule(model, TrainingOptions(), total_steps=1000).configure_optimizers()["optimizer"]
     watch = Stopwatch(model)
 
     def step() -> None:
         watch.start()
-        total, count = model.loss_sum(frames, texts)
+        total = model.loss_sum(batch)
         watch.lap("loss")
-        (total / count).backward()
+        (total / batch.tokens).backward()
         watch.lap("adapter")
         torch.nn.utils.clip_grad_norm_(model.trainable_state_dict().values(), 1.0)
         optimizer.step()
