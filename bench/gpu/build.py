@@ -43,7 +43,7 @@ def build(run: Run) -> None:
 
 def warm(run: Run) -> None:
     """What is compiled at first use (fla's kernels, blocks by torch.compile), so that no timed part waits for it."""
-    for name in run.size(("wkv", "decode", "step"), ("wkv",)):
+    for name in run.size(("wkv", "decode", "step"), ()):
         if not missing(name):
             module, function, _ = PARTS[name]
             getattr(import_module(f"bench.gpu.{module}"), function)(run)

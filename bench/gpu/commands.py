@@ -30,10 +30,7 @@ def train(run: Run) -> None:
 
     def start(name: str, *more: str) -> Popen:
         command = [sys.executable, run.program / "train.py", f"--proj_dir={projects[name]}", *flags, *more]
-        return run.start(command, log(name))
-
-    def log(name: str) -> Path:
-        return projects[name].with_suffix(".txt")
+        return run.start(command, projects[name].with_suffix(".txt"))
 
     def saved(name: str) -> list[int]:
         return [int(path.stem.split("-")[2]) for path in projects[name].glob("rwkv-adapter-*.pth")]
@@ -58,7 +55,7 @@ def train(run: Run) -> None:
     reached = max(saved("killed"), default=0)
     running["killed"] = start("killed")
     for name, process in running.items():
-        run.section(f"training, {name}", lambda: run.finish(process, log(name)))  # noqa: B023
+        run.section(f"training, {name}", lambda: run.finish(process))  # noqa: B023
 
     def resumed() -> None:
         off = difference("killed")
@@ -67,10 +64,13 @@ def train(run: Run) -> None:
             how["two undisturbed runs differ by"] = difference("again")
         run.record(f"{steps} steps, SIGKILL, resumed: bit-exact", ok=off == 0 if reached < steps else None, **how)
 
-    run.section("resumed", resumed)
-    if "deepspeed" in running:
+    def as_plain() -> None:
         off = difference("deepspeed")
         run.record("DeepSpeed stage 1, one process, as plain", ok=off <= 1e-5, **{"largest difference": off})
+
+    run.section("resumed", resumed)
+    if "deepspeed" in running:
+        run.section("DeepSpeed", as_plain)
     elif not run.dry:
         run.record("DeepSpeed stage 1", needs="deepspeed")
 
@@ -90,9 +90,9 @@ def launchers(run: Run) -> Path:
 
 
 def use(run: Run) -> None:
-    """The quick-start, then evaluation and prediction of what it trained, on the device and on the CPU."""
+    """The launchers: evaluation, prediction (also on the CPU), the quick-start."""
     root, tiny = launchers(run), run.program / "demo" / "tiny"
-    project, log = run.folder("project"), run.folder("") / "log.txt"
+    project = run.folder("project")
     paths = sorted((tiny / "corpus" / "test").iterdir())[: run.size(20, 2)]
     corpus = tiny / "corpus" / "test.jsonl"
     if run.dry:
@@ -103,44 +103,41 @@ def use(run: Run) -> None:
 
     settings = {"wkv": run.wkv, "load_model": tiny / "rwkv6-tiny.pth", "encoder": tiny / "wavlm-tiny"}
 
-    def launch(script: str, *arguments: object, **more: object) -> str:
-        """Runs a launcher; what it printed."""
-        output = run.folder("") / "output.txt"
+    def launch(script: str, *arguments: object, output: Path | None = None, **more: object) -> Popen:
         env = {name: str(value) for name, value in (settings | more).items()}
-        with output.open("w") as file:
-            run.finish(run.start(["sh", root / "demo" / script, *arguments], log, file, **env), log)
-        return output.read_text()
-
-    def quickstart() -> None:
-        begin = time.perf_counter()
-        launch("demo-quickstart.sh", proj_dir=project, accelerator=run.accelerator)
-        folders = {"before": project / "untrained", "after": project}
-        found = {name: error_rate(folder) for name, folder in folders.items()}
-        run.record("quick-start", ok=found["after"] < 0.2, seconds=round(time.perf_counter() - begin, 1), **found)
-
-    if not run.dry:
-        run.section("quick-start", quickstart)
-    if not any(project.glob("rwkv-adapter-*.pth")):
-        command = [sys.executable, root / "demo" / "quickstart.py", *tiny_flags(run)[:2], f"--folder={project}"]
-        command += ["untrained", "--downsample_k=1", "--adapter_hidden=64", "--random_seed=1"]
-        run.finish(run.start(command, log), log)
-    how = {"proj_dir": project, "downsample_k": 1, "precision": "fp32", "max_new_tokens": run.size(100, 10)}
+        return run.start(["sh", root / "demo" / script, *arguments], project.with_name(f"{script}.txt"), output, **env)
 
     def evaluate() -> None:
-        launch("demo-state-tuning.sh", OP="eval", eval_split=corpus, accelerator=run.accelerator, **how)
+        run.finish(launch("demo-state-tuning.sh", OP="eval", eval_split=corpus, **machine, **how))
         run.record("evaluation", ok=True, wer=error_rate(project))
 
     def predict() -> None:
-        texts = [
-            launch("demo-predict.sh", *paths, accelerator=kind, **how).splitlines()
-            for kind in dict.fromkeys([run.accelerator, "cpu"])
-        ]
+        texts = []
+        for kind in (run.accelerator, "cpu")[: run.size(2, 1)]:
+            output = project.with_name(f"{kind}.txt")
+            run.finish(launch("demo-predict.sh", *paths, output=output, accelerator=kind, **how))
+            texts.append(output.read_text().splitlines())
         equal = sum(a == b for a, b in zip(texts[0], texts[-1], strict=True))
         ok = equal == len(texts[0]) == len(paths)
         run.record("prediction, fp32, as on the CPU", ok=ok, equal=f"{equal} of {len(paths)}", first=texts[0][0])
 
+    def quickstart() -> None:
+        run.finish(learning)
+        folders = {"before": learnt / "untrained", "after": learnt}
+        found = {name: error_rate(folder) for name, folder in folders.items()}
+        run.record("quick-start", ok=found["after"] < 0.2, seconds=round(time.perf_counter() - begin, 1), **found)
+
+    machine, learnt, begin = {"accelerator": run.accelerator}, run.folder("quickstart"), time.perf_counter()
+    if not run.dry:
+        learning = launch("demo-quickstart.sh", proj_dir=learnt, **machine)  # beside what follows
+    command = [sys.executable, root / "demo" / "quickstart.py", *tiny_flags(run)[:2], f"--folder={project}"]
+    command += ["untrained", "--downsample_k=1", "--adapter_hidden=64", "--random_seed=1"]
+    run.section("a mission file", lambda: run.finish(run.start(command, project.with_name("mission.txt"))))
+    how = {"proj_dir": project, "downsample_k": 1, "precision": "fp32", "max_new_tokens": run.size(100, 10)}
     run.section("evaluation", evaluate)
     run.section("prediction", predict)
+    if not run.dry:
+        run.section("quick-start", quickstart)
 
 
 def error_rate(project: Path) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,16 +90,20 @@ class Run:
         if not self.dry:
             torch.cuda.synchronize()
 
-    def start(self, command: Sequence[object], log: Path, output: IO | None = None, **env: str) -> subprocess.Popen:
-        """A process of the program; what it says goes to the end of `log`, its standard output to `output` if given."""
-        with log.open("a") as file:
-            how = {"cwd": self.work, "env": os.environ | env, "stdout": output or file, "stderr": file}
-            return subprocess.Popen([*map(str, command)], **how)
+    def start(self, command: Sequence[object], log: Path, output: Path | None = None, **env: str) -> subprocess.Popen:
+        """A process of the program; what it says goes to `log`, its standard output to `output` if that is given."""
+        with log.open("a") as file, (output or log).open("a") as out:
+            how = {"cwd": self.work, "env": os.environ | env, "stdout": out, "stderr": file}
+            process = subprocess.Popen([*map(str, command)], **how)
+        process.log = log
+        return process
 
-    def finish(self, process: subprocess.Popen, log: Path) -> None:
+    def finish(self, process: subprocess.Popen) -> None:
+        """Waits for it. Raises RuntimeError: it failed; with the last line that it said."""
         if process.wait():
-            print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
-            raise RuntimeError((log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1])
+            said = process.log.read_text(errors="replace")
+            print(said[-4000:], file=sys.stderr)
+            raise RuntimeError((said.strip().splitlines() or ["no output"])[-1])
 
 
 def interleaved(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -59,16 +60,26 @@ def check(run: Run) -> None:
     """Values and gradients against fp64; torch's own checks of an operator; the same result twice."""
     torch.set_num_threads(1)
     run.record("backend", name=run.backend)
+    for what, do in (
+        ("values and gradients against fp64", against_fp64),
+        ("opcheck", opcheck),
+        ("the same result six times", repeats),
+        ("against chunks of products", against_chunks),
+    ):
+        run.section(what, lambda: do(run, what))  # noqa: B023
+
+
+def against_fp64(run: Run, what: str) -> None:
     worst = {"cases": 0, "wrong": 0, "fp32": 0.0, "bf16": 0.0, "fp16": 0.0}
 
     def case(B: int, T: int, H: int, N: int, dtype: str, shared: bool, lengths: bool, on_device: bool = False) -> None:
         of = torch.tensor([max(1, T - 5 * b - T // 3) for b in range(B)]) if lengths else None
         inputs = make_inputs(B, T, H, N, dtype=dtype, shared=shared)
         grads = torch.randn(B, T, H, N).to(DTYPES[dtype]), torch.randn(B, H, N, N)
-        there = [[x.to(run.device) for x in inputs], of if of is None else of.to(run.device)]
-        grads_there = tuple(g.to(run.device) for g in grads)
-        want = both(reference, *there, grads_there) if on_device else both(reference, inputs, of, grads)
-        got = both(wkv.wkv6, *there, grads_there)
+        there = ([x.to(run.device) for x in inputs], None if of is None else of.to(run.device))
+        there += (tuple(g.to(run.device) for g in grads),)
+        want = both(reference, *(there if on_device else (inputs, of, grads)))
+        got = both(wkv.wkv6, *there)
         errors = {name: relative_error(got[name], want[name]) for name in NAMES}
         ok = all(error <= BOUNDS[dtype] for error in errors.values())  # a NaN is not <= either
         largest = max(errors, key=errors.get)
@@ -86,23 +97,26 @@ def check(run: Run) -> None:
         case(B, T, H, 64, dtype, True, T < 300)
     for dtype in ("fp32", "bf16"):  # as many blocks as a real batch has
         case(*run.size((4, 256, 40, 64), (2, 20, 4, 64)), dtype, True, False, on_device=True)
-    run.record("values and gradients against fp64", ok=not worst["wrong"], **worst)
+    run.record(what, ok=not worst["wrong"], **worst)
 
+
+def opcheck(run: Run, what: str) -> None:
     inputs = [x.to(run.device).requires_grad_() for x in make_inputs(2, 40, 2, 32, dtype="fp32", shared=True)]
     for lengths in (None, torch.tensor([40, 7], device=run.device)):
         torch.library.opcheck(torch.ops.rwkv_speech.wkv6.default, (*inputs, lengths, True))
-    run.record("opcheck", ok=True)
+    run.record(what, ok=True)
 
+
+def repeats(run: Run, what: str) -> None:
     B, T, H, N = run.size((4, 256, 40, 64), (2, 30, 2, 64))
     inputs = make_inputs(B, T, H, N, dtype="bf16", shared=True, device=run.device)
-    grads = torch.randn(B, T, H, N, device=run.device).bfloat16(), torch.randn(B, H, N, N, device=run.device)
+    grads = torch.randn_like(inputs[0]), torch.randn(B, H, N, N, device=run.device)
     first = both(wkv.wkv6, inputs, None, grads)
     again = [both(wkv.wkv6, inputs, None, grads) for _ in range(5)]
-    run.record("the same result six times", ok=all(torch.equal(x[name], first[name]) for x in again for name in NAMES))
-    run.section("as plain torch, long", lambda: long_sequences(run))
+    run.record(what, ok=all(torch.equal(x[name], first[name]) for x in again for name in NAMES))
 
 
-def long_sequences(run: Run) -> None:
+def against_chunks(run: Run, what: str) -> None:
     """The largest shape that is timed, against the chunks of products in fp32."""
     B, T, H, N = run.size((8, 4096, 64, 64), (2, 100, 2, 64))
     inputs = make_inputs(B, T, H, N, dtype="bf16", shared=False, device=run.device)
@@ -113,7 +127,7 @@ def long_sequences(run: Run) -> None:
     wkv.set_backend(run.wkv)
     errors = {name: relative_error(got[name], want[name]) for name in NAMES}
     ok = all(error <= BOUNDS["bf16"] for error in errors.values())
-    run.record(f"against chunks of products, B{B}-T{T}-H{H}", ok=ok, error=max(errors.values()))
+    run.record(what, ok=ok, shape=f"B{B}-T{T}-H{H}", error=max(errors.values()))
 
 
 def sanitize(run: Run) -> None:
@@ -160,71 +174,83 @@ def loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tu
 
 
 def measure(run: Run) -> None:
-    """Times, each beside the others in the same rounds."""
+    """Times, each beside the others in the same rounds; first without fla, whose kernels take long to be tuned."""
     shapes = run.size([(4, 256, 40), (4, 1500, 40), (8, 4096, 64)], [(2, 20, 2), (2, 40, 2)])
-    for B, T, H in shapes:
-        run.section(f"B{B} T{T} H{H}", lambda: measure_shape(run, B, T, H))  # noqa: B023
+    for against in (against_loop, against_fla):
+        for B, T, H in shapes:
+            torch.manual_seed(T)
+            inputs = make_inputs(B, T, H, 64, dtype="bf16", shared=False, device=run.device)
+            g_final = torch.randn(B, H, 64, 64, device=run.device)
+            problem = Problem([x.requires_grad_() for x in inputs], torch.randn_like(inputs[0]), g_final)
+            run.section(f"B{B} T{T} H{H}", lambda: against(run, problem, f"B{B} T{T} H{H} bf16"))  # noqa: B023
 
 
-def measure_shape(run: Run, B: int, T: int, H: int) -> None:
-    N, dtype = 64, "bf16"
-    inputs = make_inputs(B, T, H, N, dtype=dtype, shared=False, device=run.device)
-    gy, g_final = torch.randn_like(inputs[0]), torch.randn(B, H, N, N, device=run.device)
-    leaves = [x.requires_grad_() for x in inputs]
+@dataclass
+class Problem:
+    """Inputs, and the gradients of both outputs."""
 
-    def train(operator: Callable, leaves: Inputs, g_final: Tensor = g_final) -> tuple[Tensor, ...]:
-        y, final = operator(*leaves)
-        return torch.autograd.grad((y, final), leaves, (gy.to(y.dtype), g_final.to(final.dtype)))
+    inputs: Inputs
+    gy: Tensor
+    g_final: Tensor
 
-    def forward(operator: Callable, leaves: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, operator: Callable) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return operator(*leaves)
+            return operator(*self.inputs)
 
+    def both(self, operator: Callable) -> tuple[Tensor, ...]:
+        y, final = operator(*self.inputs)
+        gradients = self.gy.to(y.dtype), self.g_final.to(final.dtype)
+        return (y, final, *torch.autograd.grad((y, final), self.inputs, gradients))
+
+
+def against_loop(run: Run, problem: Problem, what: str) -> None:
+    """Beside the plain loop, what docs/wkv-cuda.md reckons, and the memory's bandwidth."""
+    limits, r, state = Limits(run), problem.inputs[0], problem.inputs[5]
+    ours = {"forward": lambda: problem.forward(wkv.wkv6), "both": lambda: problem.both(wkv.wkv6)}
+    slow = {"forward": lambda: problem.forward(loop)}
+    if r.shape[1] < 4096:  # more than that would not fit in memory
+        slow["both"] = lambda: problem.both(loop)
+    times = interleaved(run, ours | limits.things, rounds=run.size(10, 1), queued=True)
+    t, of_loop = medians(times), medians(interleaved(run, slow, rounds=1)) if not run.warm else {}
+    found = {f"{pass_}, us": round(t[pass_] * 1e6, 1) for pass_ in ours}
+    found |= {f"loop/ours, {pass_}": round(seconds / t[pass_], 1) for pass_, seconds in of_loop.items()}
+    for pass_, reckoned in zip(ours, RECKONED.get(r.shape[:3], ()), strict=False):
+        found[f"measured/reckoned, {pass_}"] = round(t[pass_] * 1e6 / reckoned, 2)
+    # r, k, v, w are read and y is written once, a state comes in and goes out. Small tensors stay in the cache: of them
+    # the time says nothing about the memory.
+    if r.nbytes > 2**27 or run.dry:
+        size = 5 * r.nbytes + 2 * state.nbytes
+        found["share of bandwidth, forward"] = round(size / limits.of(times)[1] / t["forward"], 3)
+    run.record(what, backend=run.backend, **found)
+
+
+def against_fla(run: Run, problem: Problem, what: str) -> None:
+    """Beside the kernels of flash-linear-attention, after checking that both compute the same."""
+    fla = fla_kernels(run)
+    if not fla:
+        return
+    r, k, v, w, u, state = (x.detach() for x in problem.inputs)
+    rate = -torch.exp(w.float())  # what fla takes for w; it keeps states as [key, value]
+    theirs = [x.requires_grad_() for x in (r, k, v, rate, u, state.mT.contiguous())]
+    other = Problem(theirs, problem.gy, problem.g_final.mT.contiguous())
+    want, got = problem.both(wkv.wkv6), list(other.both(fla))
+    got[1], got[5], got[7] = got[1].mT, got[5] * rate, got[7].mT
+    errors = {name: relative_error(*pair) for name, *pair in zip(NAMES, got, want, strict=True)}
+    agree = all(error <= AGREEMENT for error in errors.values())
+    run.record(f"{what}, fla agrees", ok=agree, detail=agree, **errors)
+    if not agree:
+        return
+    del want, got
+    other.inputs[3] = rate.detach().to(r.dtype).requires_grad_()  # as many bytes as ours
     things = {
-        "ours, forward": lambda: forward(wkv.wkv6, leaves),
-        "ours, both": lambda: train(wkv.wkv6, leaves),
+        "ours, forward": lambda: problem.forward(wkv.wkv6),
+        "fla, forward": lambda: other.forward(fla),
+        "ours, both": lambda: problem.both(wkv.wkv6),
+        "fla, both": lambda: other.both(fla),
     }
-    if fla := fla_kernels(run):
-        rate = -torch.exp(leaves[3].detach().float())  # what fla takes for w; it keeps states as [key, value]
-        theirs = [*(x.detach() for x in leaves[:3]), rate, leaves[4].detach(), leaves[5].detach().mT.contiguous()]
-        theirs = [x.requires_grad_() for x in theirs]
-        got, want = train(wkv.wkv6, leaves), list(train(fla, theirs, g_final.mT))
-        want[3], want[5] = want[3] * rate, want[5].mT
-        outputs = zip(forward(wkv.wkv6, leaves), forward(fla, theirs), strict=True)
-        (y, other_y), (final, other_final) = outputs
-        pairs = [(y, other_y), (final, other_final.mT), *zip(got, want, strict=True)]
-        errors = {name: relative_error(*pair) for name, pair in zip(NAMES, pairs, strict=True)}
-        agree = all(error <= AGREEMENT for error in errors.values())
-        run.record(f"B{B} T{T} H{H}, ours and fla agree", ok=agree, detail=agree, **errors)
-        del got, want, outputs, y, other_y, final, other_final, pairs
-        if agree:
-            theirs[3] = rate.to(theirs[0].dtype).requires_grad_()  # as many bytes as ours
-            things["fla, forward"] = lambda: forward(fla, theirs)
-            things["fla, both"] = lambda: train(fla, theirs, g_final.mT)
-    slow = {"loop, forward": lambda: forward(loop, leaves)}
-    if B * T * H <= 4 * 1500 * 40:  # more would not fit in memory
-        slow["loop, both"] = lambda: train(loop, leaves)
-
-    rounds = 1 if run.warm else run.size(10, 1)
-    limits = Limits(run)
-    times = interleaved(run, things | limits.things, rounds=rounds, queued=True)
-    if not run.warm:
-        times |= interleaved(run, slow, rounds=1)
-    t = medians(times)
-    _, memory = limits.of(times)
-    # r, k, v, w are read and y is written once; a state comes in and goes out.
-    size = 5 * leaves[0].nbytes + 2 * leaves[5].nbytes
-    found = {f"{name}, us": round(seconds * 1e6, 1) for name, seconds in t.items() if "limit" not in name}
-    for pass_ in ("forward", "both"):
-        for other in ("fla", "loop"):
-            if f"{other}, {pass_}" in t:
-                found[f"{other}/ours, {pass_}"] = round(t[f"{other}, {pass_}"] / t[f"ours, {pass_}"], 2)
-    for pass_, reckoned in zip(("forward", "both"), RECKONED.get((B, T, H), ()), strict=False):
-        found[f"measured/reckoned, {pass_}"] = round(t[f"ours, {pass_}"] * 1e6 / reckoned, 2)
-    # What small tensors leave in the cache is not read again from memory, so that this is no share of a limit there.
-    if leaves[0].nbytes > 2**27 or run.dry:
-        found["share of bandwidth, forward"] = round(size / memory / t["ours, forward"], 3)
-    run.record(f"B{B} T{T} H{H} bf16", backend=run.backend, **found)
+    t = medians(interleaved(run, things, rounds=run.size(10, 1), queued=True))
+    ratios = {f"fla/ours, {pass_}": round(t[f"fla, {pass_}"] / t[f"ours, {pass_}"], 2) for pass_ in ("forward", "both")}
+    run.record(f"{what}, beside fla", **{f"{name}, us": round(x * 1e6, 1) for name, x in t.items()}, **ratios)
 
 
 def fla_kernels(run: Run) -> Callable | None:
