@@ -28,7 +28,9 @@ def test_every_part_runs_on_a_cpu(tmp_path):
         command, cwd=tmp_path, env=os.environ | {"python": sys.executable}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()[-5000:]
-    assert statuses(out) == dict.fromkeys(PARTS.keys() - {"sanitized"}, "done")
+    assert statuses(out) == dict.fromkeys(
+        (name for name in PARTS if not name.startswith(("warm-", "sanitized"))), "done"
+    )
     checks = [line for line in read(out) if line.get("ok") is not None]
     assert len(checks) > 25
     assert all(line["ok"] for line in checks)
@@ -37,7 +39,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
 
 
 def test_a_part_that_hangs_costs_only_its_own_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(drive, "PHASES", ({"operator": 0.5}, {"wkv": 60}))
+    monkeypatch.setattr(drive, "PHASES", ({"operator": 0.1}, {"wkv": 60}))
     monkeypatch.setattr(drive, "LEAST", 0.0)
     assert drive.main(["--dry", "--out", str(tmp_path)]) == 1
     assert statuses(tmp_path) == {"operator": "timed out", "wkv": "done"}
@@ -45,9 +47,9 @@ def test_a_part_that_hangs_costs_only_its_own_time(tmp_path, monkeypatch, capsys
 
 
 def test_no_part_begins_when_the_time_is_over(tmp_path, capsys):
-    assert drive.main(["--dry", "--out", str(tmp_path), "--seconds", "5"]) == 0
+    assert drive.main(["--dry", "--out", str(tmp_path), "--seconds", "3"]) == 0
     assert set(statuses(tmp_path).values()) == {"skipped"}
-    assert "5 s are over" in capsys.readouterr().out
+    assert "3 s are over" in capsys.readouterr().out
 
 
 def test_a_share_above_one_is_an_error_of_the_benchmark(tmp_path):

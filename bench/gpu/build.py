@@ -1,4 +1,4 @@
-"""What comes first: the machine in one line, the operator's extensions, and what is compiled at first use."""
+"""What comes first: the machine in one line, and the operator's extensions."""
 
 import os
 import platform
@@ -6,13 +6,11 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from bench.gpu.common import Run
-from bench.gpu.run import PARTS, missing
 from rwkv_speech.lm import extension
 
 NO_GPU = 3  # exit status
@@ -39,14 +37,6 @@ def build(run: Run) -> None:
             run.record("CUDA extension", ok=False, error=str(error), nvcc=shutil.which("nvcc") or "not on the PATH")
     for_cpu.wait()
     run.record("operator", backend=run.backend, seconds=round(time.perf_counter() - start, 1))
-
-
-def warm(run: Run) -> None:
-    """What is compiled at first use (fla's kernels, blocks by torch.compile), so that no timed part waits for it."""
-    for name in run.size(("wkv", "decode", "step"), ()):
-        if not missing(name):
-            module, function, _ = PARTS[name]
-            getattr(import_module(f"bench.gpu.{module}"), function)(run)
 
 
 def _version(name: str) -> str:

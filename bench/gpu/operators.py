@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -174,15 +175,23 @@ def loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tu
 
 
 def measure(run: Run) -> None:
-    """Times, each beside the others in the same rounds; first without fla, whose kernels take long to be tuned."""
-    shapes = run.size([(4, 256, 40), (4, 1500, 40), (8, 4096, 64)], [(2, 20, 2), (2, 40, 2)])
-    for against in (against_loop, against_fla):
-        for B, T, H in shapes:
-            torch.manual_seed(T)
-            inputs = make_inputs(B, T, H, 64, dtype="bf16", shared=False, device=run.device)
-            g_final = torch.randn(B, H, 64, 64, device=run.device)
-            problem = Problem([x.requires_grad_() for x in inputs], torch.randn_like(inputs[0]), g_final)
-            run.section(f"B{B} T{T} H{H}", lambda: against(run, problem, f"B{B} T{T} H{H} bf16"))  # noqa: B023
+    """The operator beside the plain loop, what docs/wkv-cuda.md reckons, and the memory's bandwidth."""
+    for_each_shape(run, against_loop)
+
+
+def measure_fla(run: Run) -> None:
+    """The operator beside the kernels of flash-linear-attention, after checking that both compute the same."""
+    fla = fla_kernels(run)
+    if fla:
+        for_each_shape(run, partial(against_fla, fla=fla))
+
+
+def for_each_shape(run: Run, against: Callable) -> None:
+    for B, T, H in run.size([(4, 256, 40), (4, 1500, 40), (8, 4096, 64)], [(2, 20, 2), (2, 40, 2)]):
+        inputs = make_inputs(B, T, H, 64, dtype="bf16", shared=False, device=run.device)
+        g_final = torch.randn(B, H, 64, 64, device=run.device)
+        problem = Problem([x.requires_grad_() for x in inputs], torch.randn_like(inputs[0]), g_final)
+        run.section(f"B{B} T{T} H{H}", lambda: against(run, problem, f"B{B} T{T} H{H} bf16"))  # noqa: B023
 
 
 @dataclass
@@ -204,14 +213,13 @@ class Problem:
 
 
 def against_loop(run: Run, problem: Problem, what: str) -> None:
-    """Beside the plain loop, what docs/wkv-cuda.md reckons, and the memory's bandwidth."""
     limits, r, state = Limits(run), problem.inputs[0], problem.inputs[5]
     ours = {"forward": lambda: problem.forward(wkv.wkv6), "both": lambda: problem.both(wkv.wkv6)}
     slow = {"forward": lambda: problem.forward(loop)}
     if r.shape[1] < 4096:  # more than that would not fit in memory
         slow["both"] = lambda: problem.both(loop)
     times = interleaved(run, ours | limits.things, rounds=run.size(10, 1), queued=True)
-    t, of_loop = medians(times), medians(interleaved(run, slow, rounds=1)) if not run.warm else {}
+    t, of_loop = medians(times), medians(interleaved(run, slow, rounds=1))
     found = {f"{pass_}, us": round(t[pass_] * 1e6, 1) for pass_ in ours}
     found |= {f"loop/ours, {pass_}": round(seconds / t[pass_], 1) for pass_, seconds in of_loop.items()}
     for pass_, reckoned in zip(ours, RECKONED.get(r.shape[:3], ()), strict=False):
@@ -224,11 +232,7 @@ def against_loop(run: Run, problem: Problem, what: str) -> None:
     run.record(what, backend=run.backend, **found)
 
 
-def against_fla(run: Run, problem: Problem, what: str) -> None:
-    """Beside the kernels of flash-linear-attention, after checking that both compute the same."""
-    fla = fla_kernels(run)
-    if not fla:
-        return
+def against_fla(run: Run, problem: Problem, what: str, *, fla: Callable) -> None:
     r, k, v, w, u, state = (x.detach() for x in problem.inputs)
     rate = -torch.exp(w.float())  # what fla takes for w; it keeps states as [key, value]
     theirs = [x.requires_grad_() for x in (r, k, v, rate, u, state.mT.contiguous())]
@@ -248,7 +252,7 @@ def against_fla(run: Run, problem: Problem, what: str) -> None:
         "ours, both": lambda: problem.both(wkv.wkv6),
         "fla, both": lambda: other.both(fla),
     }
-    t = medians(interleaved(run, things, rounds=run.size(10, 1), queued=True))
+    t = medians(interleaved(run, things, rounds=1 if run.warm else run.size(10, 1), queued=True))
     ratios = {f"fla/ours, {pass_}": round(t[f"fla, {pass_}"] / t[f"ours, {pass_}"], 2) for pass_ in ("forward", "both")}
     run.record(f"{what}, beside fla", **{f"{name}, us": round(x * 1e6, 1) for name, x in t.items()}, **ratios)
 

@@ -13,15 +13,16 @@ PARTS = {
     "build": ("build", "build", ()),
     "operator": ("operators", "check", ()),
     "sanitizer": ("operators", "sanitize", ()),
-    "sanitized": ("operators", "sanitized", ()),  # what the sanitizer runs
     "whole": ("whole", "compare", SPEECH),
     "training": ("commands", "train", TRAINING),
     "commands": ("commands", "use", TRAINING),
-    "warm": ("build", "warm", ()),
     "wkv": ("operators", "measure", ()),
     "step": ("large", "train", SPEECH),
     "decode": ("large", "decode", ()),
+    "fla": ("operators", "measure_fla", ()),
+    "sanitized": ("operators", "sanitized", ()),  # what the sanitizer runs
 }
+PARTS |= {f"warm-{name}": PARTS[name] for name in ("step", "decode", "fla")}
 
 
 def missing(part: str) -> list[str]:
@@ -48,7 +49,7 @@ def main() -> None:
 
     wkv.set_backend(args.wkv)
     module, function, _ = PARTS[args.part]
-    warm = args.part == "warm"
+    warm = args.part.startswith("warm-")
     run = Run(args.part, args.dry, warm, args.results, args.work, args.program, args.wkv)
     getattr(import_module(f"bench.gpu.{module}"), function)(run)
 
