@@ -1,5 +1,6 @@
 """What the parts share: the device and its CPU stand-in, results, times, profiles, models of random weights."""
 
+import gc
 import json
 import os
 import subprocess
@@ -82,6 +83,7 @@ class Run:
             traceback.print_exc()
             text = (str(error).strip() or repr(error)).splitlines()[0][:300]
             self.record(what, ok=False, error=f"{type(error).__name__}: {text}")
+        gc.collect()  # what is measured next finds the memory free
         if not self.dry:
             torch.cuda.empty_cache()
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.common import (
     Limits,
@@ -77,7 +78,7 @@ def train(run: Run) -> None:
         run.record(f"memory, grad_cp={grad_cp}", gb=round(peak / 1e9, 2), **{"README's table": said})
 
     step()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         model.loss(waveforms, texts).backward()
     flops = counter.get_total_flops()
     optimizer.zero_grad()

@@ -139,10 +139,9 @@ def sanitize(run: Run) -> None:
         run.record("compute-sanitizer", reason="not installed here")
         return
     inner = [sys.executable, "-m", "bench.gpu.run", "sanitized", "--results", run.results, "--work", run.work]
-    inner += ["--program", run.program, *["--dry"] * run.dry]
-    tools = {"memcheck": [], "racecheck": []} if not run.dry else {"without": []}
+    inner += ["--program", run.program, "--wkv", run.wkv, *["--dry"] * run.dry]
     running = {}
-    for name in tools:
+    for name in run.size(("memcheck", "racecheck"), ("without",)):
         command = inner if run.dry else [tool, "--tool", name, "--error-exitcode", "9", *inner]
         env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a tensor's neighbour is memory, too
         running[name] = subprocess.Popen(
