@@ -1,4 +1,4 @@
-// Binds the kernels of wkv6.cu to torch: what a Backend of rwkv_speech.rwkv6.wkv needs, as torch.ops.rwkv_speech_cuda.
+// Binds the kernels of wkv6.cu to torch: what a Backend of rwkv_speech.lm.wkv needs, as torch.ops.rwkv_speech_cuda.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

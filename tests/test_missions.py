@@ -17,6 +17,8 @@ from rwkv_speech.data.sample import Message, Row
 from rwkv_speech.errors import UserError
 from rwkv_speech.missions import MISSIONS, get_mission
 from rwkv_speech.missions.mission import Mission
+from rwkv_speech.ops import OPS
+from rwkv_speech.options import Options
 from rwkv_speech.scoring import (
     EvalRecord,
     ExactScores,
@@ -27,7 +29,10 @@ from rwkv_speech.scoring import (
     summary,
     write_report,
 )
+from rwkv_speech.speech.audio import load_audio
 from rwkv_speech.speech.recording import Recording
+from rwkv_speech.trained import newest_mission_file
+from tests.tiny import do, missions
 
 ROW = Row("r1", "guten tag", Recording(Path("a.wav")), speaker="ann", language="de")
 
@@ -42,7 +47,7 @@ class Animal(Mission):
         return ExactScores(records)
 
     def sample(self, row):
-        if not row.text:
+        if row.text == "":
             raise ValueError("no 'text': the name of the animal")
         return super().sample(row)
 
@@ -241,3 +246,42 @@ def test_a_report_of_one_new_mission_knows_nothing_of_words(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>Accuracy: zoo</title>" in page
     assert not re.search("WER|word error", page)
+
+
+# --- through the program -------------------------------------------------------------------------------------------
+
+
+def test_a_mission_is_trained_evaluated_and_used_by_its_name(world, tmp_path, monkeypatch, capsys):
+    """A class and its line in the registry are all that it takes: here for training, evaluation and prediction."""
+    monkeypatch.setitem(MISSIONS, Animal.name, Animal())
+    animals = ("cat", "dog", "a hen")
+    audio = [str(path) for path, _ in world.utterances[:12]]
+    lines = [{"audio": path, "text": animals[i % 3], "id": f"u{i}"} for i, path in enumerate(audio)]
+    manifest = tmp_path / "animals.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--data={manifest}", "--mission=animal", "--epoch_count=1", "--valid_steps=2"]
+    assert do("train", world, tmp_path, *flags, f"--valid_split={manifest}", "--early_stop=9") == 0
+    info = max((info for _, info in missions(tmp_path).values()), key=lambda info: info["step"])
+    assert (info["mission"], info["answers"]) == ("animal", sorted(animals))
+    assert 0 <= info["accuracy"] <= 1
+    assert "valid_accuracy" in (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+
+    # From here on the mission file tells.
+    assert do("eval", world, tmp_path, f"--data={manifest}") == 0
+    found = read_records(tmp_path / "eval/all.jsonl")
+    assert {record.hypothesis for record in found} <= set(animals), "an answer is always one of the set"
+    right = sum(record.hypothesis == record.reference for record in found) / 12
+    split = json.loads((tmp_path / "eval/summary.json").read_text())["splits"]["all"]
+    assert split["mission"] == "animal"
+    assert split["metrics"][0]["value"] == pytest.approx(right)
+    assert f"Accuracy {right:.2%}".replace("%", " %") in capsys.readouterr().out
+    assert "Accuracy" in (tmp_path / "eval/report.html").read_text()
+
+    world_flags = [flag for flag in world.flags if not flag.startswith("--data")]
+    flags = ["--op=predict", f"--proj_dir={tmp_path}", *world_flags, "--format=json", "--file_path", *audio]
+    assert OPS["predict"](Options.parse(flags)) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [x["text"] for x in printed] == [record.hypothesis for record in found]
+    model = world.speech_rwkv(adapter=newest_mission_file(tmp_path))
+    losses = {x: model.loss([load_audio(audio[0])], [x]).item() * (len(x) + 1) for x in animals}
+    assert printed[0]["text"] == min(losses, key=losses.get), "the likeliest answer, by the loss of each"

@@ -130,7 +130,7 @@ def use(run: Run) -> None:
     machine, learnt, begin = {"accelerator": run.accelerator}, run.folder("quickstart"), time.perf_counter()
     if not run.dry:
         learning = launch("demo-quickstart.sh", proj_dir=learnt, **machine)  # beside what follows
-    command = [sys.executable, root / "demo" / "quickstart.py", *tiny_flags(run)[:2], f"--folder={project}"]
+    command = [sys.executable, root / "demo" / "tiny" / "quickstart.py", *tiny_flags(run)[:2], f"--folder={project}"]
     command += ["untrained", "--downsample_k=1", "--adapter_hidden=64", "--random_seed=1"]
     run.section("a mission file", lambda: run.finish(run.start(command, project.with_name("mission.txt"))))
     how = {"proj_dir": project, "downsample_k": 1, "precision": "fp32", "max_new_tokens": run.size(100, 10)}

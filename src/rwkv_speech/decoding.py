@@ -221,6 +221,23 @@ def score_answers(
     return scores.view(len(hidden), len(answers))
 
 
+@torch.inference_mode()
+def choose(model: RWKV6, embeddings: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> list[DecodingResult]:
+    """The likeliest of a set of answers after each prompt, and all others as its alternatives.
+
+    embeddings, lengths: as for `decode`; answers: as for `score_answers`.
+    """
+    hidden, state = model(embeddings, None, lengths)
+    results = []
+    for scores in score_answers(model, last(hidden, lengths), state, answers).tolist():
+        ranked = sorted(zip(scores, answers, strict=True), key=lambda x: -x[0])
+        best, *others = (
+            DecodingResult(tokens=list(tokens), score=score, finished=True, loop=False) for score, tokens in ranked
+        )
+        results.append(replace(best, alternatives=tuple(others)))
+    return results
+
+
 def _candidates(
     log_probs: Tensor, running: Sequence["_Search"], options: DecodingOptions
 ) -> list[tuple[list[float], list[int]]]:

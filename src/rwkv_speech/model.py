@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample, one_round
-from rwkv_speech.decoding import DecodingResult, decode
+from rwkv_speech.decoding import DecodingResult, choose, decode
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions import get_mission
@@ -44,6 +44,7 @@ class SpeechRWKV(nn.Module):
     """See the module's text. Only `adapter` and the language model's `time_state`s take gradients.
 
     mission: what is asked of the model, one of `rwkv_speech.missions`.
+    answers: the texts that an answer is chosen from; None: free text.
     renderer: makes sequences of samples.
     """
 
@@ -60,6 +61,7 @@ class SpeechRWKV(nn.Module):
         self.speech_encoder = speech_encoder
         self.adapter = adapter
         self.mission = get_mission(mission)
+        self.answers: list[str] | None = None
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.renderer = Renderer(
             self.tokenizer, frame_count=speech_encoder.frame_count, group_count=adapter.group_count
@@ -121,6 +123,7 @@ class SpeechRWKV(nn.Module):
         model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
         if file:
             model.load_mission_file(file)
+            model.answers = info.get("answers")
         return model
 
     @property
@@ -142,6 +145,7 @@ class SpeechRWKV(nn.Module):
         sizes = self.language_model.sizes
         return {
             "mission": self.mission.name,
+            **({"answers": self.answers} if self.answers else {}),
             "encoder": self.speech_encoder.name,
             "encoder_width": self.speech_encoder.width,
             "downsample_k": self.adapter.downsample_k,
@@ -150,7 +154,7 @@ class SpeechRWKV(nn.Module):
             "n_embd": sizes.n_embd,
             "head_size": sizes.head_size,
             "vocab_size": sizes.vocab_size,
-            "versions": {name: metadata.version(name) for name in ("rwkv-speech", "torch", "transformers")},
+            "versions": {name: _version(name) for name in ("rwkv-speech", "torch", "transformers")},
         } | more
 
     @torch.no_grad()
@@ -227,12 +231,18 @@ class SpeechRWKV(nn.Module):
         options: DecodingOptions = DecodingOptions(),
         audio_embeds: Tensor | None = None,
     ) -> list[DecodingResult]:
-        """The answer to each sample of a batch, after its prompt; the arguments are those of `loss_sum`."""
+        """The answer to each sample of a batch, after its prompt; batch and audio_embeds as for `loss_sum`.
+
+        Where answers are chosen from a set, `options` have no say.
+        """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
+        x = self.embed(batch, audio_embeds)
+        if self.answers:
+            return choose(self.language_model, x, batch.prompt_lengths, [*map(self.tokenizer.encode, self.answers)])
         limits = [options.max_new_tokens or self.mission.max_new_tokens(seconds) for seconds in batch.seconds]
         return decode(
             self.language_model,
-            self.embed(batch, audio_embeds),
+            x,
             batch.prompt_lengths,
             max_new_tokens=limits,
             options=options,
@@ -293,7 +303,7 @@ class SpeechRWKV(nn.Module):
         """
 
         def decode_waveforms(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
-            samples = [self.mission.sample(Row(str(i), "", waveform)) for i, waveform in enumerate(waveforms)]
+            samples = [self.mission.sample(Row(str(i), None, waveform)) for i, waveform in enumerate(waveforms)]
             results = self.decode(self.prepare(samples).to(self.device), options)
             return [self._alternatives(result) for result in results]
 
@@ -305,3 +315,11 @@ class SpeechRWKV(nn.Module):
         for x in (result, *result.alternatives):
             scores.setdefault(self.text(x), x.average_log_prob)
         return [Alternative(text=text, average_log_prob=score) for text, score in scores.items()]
+
+
+def _version(package: str) -> str | None:
+    """None where it runs from its folder without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

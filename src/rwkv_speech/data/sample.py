@@ -23,13 +23,13 @@ class Row:
     """What a data source tells of one recording.
 
     id: name of the row, unique within its split; used in hypotheses and reports.
-    text: what belongs to the recording, as training and scoring use it: its transcript, say.
+    text: what belongs to the recording, as training and scoring use it: its transcript, say; None where it isn't known.
     audio: the recording, or its waveform.
     speaker, language, mission: where the source tells them.
     """
 
     id: str
-    text: str
+    text: str | None
     audio: Audio
     speaker: str | None = None
     language: str | None = None

@@ -79,6 +79,7 @@ def fit_to_machine(options: MachineOptions) -> Machine:
     precision = options.precision or ("bf16" if accelerator == "gpu" else "fp32")
     strategy = options.strategy or (_several(precision) if several_gpus else "auto")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # of convolutions; torch's default is True
     name = torch.cuda.get_device_name() if accelerator == "gpu" else platform.machine()
     log.info("computing on %d x %s (%s), %s, strategy %s", processes, accelerator.upper(), name, precision, strategy)
     return Machine(accelerator, devices, options.num_nodes, strategy, precision)

@@ -54,6 +54,7 @@ def train(options: Options) -> int:
     cache = FrameCache(data.cache_features, storage=data.cache_dtype) if data.cache_features else None
     model = load_model(options.model, options.model.adapter, device, machine, cache)
     model.language_model.checkpointing = bool(training.grad_cp)
+    model.answers = model.mission.answers(rows) or model.answers
     mission_files = MissionFiles(
         options.project,
         run,
