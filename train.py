@@ -1,4 +1,4 @@
-"""The door: read the flags, then do what they ask."""
+"""The entry point: read the flags, then do what they ask."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from rwkv_speech.options import Options
 
 def main() -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    # Of several processes the first one tells, the others only warn.
+    # Of several processes the first one logs, the others only warn.
     others = any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     logging.getLogger("rwkv_speech").setLevel(logging.WARNING if others else logging.INFO)
     try:

@@ -18,20 +18,20 @@ from rwkv_speech.transcription import FORMATS, Alternative, Segment, Transcript,
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
-def passage(start: float, end: float, text: str) -> Segment:
+def segment(start: float, end: float, text: str) -> Segment:
     return Segment(start=start, end=end, text=text, average_log_prob=-0.25)
 
 
 TALK = Transcript(
     name="talk.flac",
-    passages=(
-        passage(0.064, 29.824, "so, café\n\nand & so"),
-        passage(31.0, 59.9995, ""),
-        passage(3599.9996, 3661.5, "1 <b> --> 2"),
-        passage(360_000.25, 360_001.0, "the end"),
+    segments=(
+        segment(0.064, 29.824, "so, café\n\nand & so"),
+        segment(31.0, 59.9995, ""),
+        segment(3599.9996, 3661.5, "1 <b> --> 2"),
+        segment(360_000.25, 360_001.0, "the end"),
     ),
 )
-SILENCE = Transcript(name="silence.wav", passages=())
+SILENCE = Transcript(name="silence.wav", segments=())
 
 EXPECTED = {
     "text": "so, café and & so 1 <b> --> 2 the end\n",
@@ -76,21 +76,21 @@ def test_json_is_one_line_that_holds_everything():
     content = json.loads(line)
     assert content["name"] == "talk.flac"
     assert content["text"] == "so, café\n\nand & so 1 <b> --> 2 the end"
-    assert content["passages"][0] == {
+    assert content["segments"][0] == {
         "start": 0.064,
         "end": 29.824,
         "text": "so, café\n\nand & so",
         "average_log_prob": -0.25,
         "alternatives": [],
     }
-    assert len(content["passages"]) == 4
+    assert len(content["segments"]) == 4
 
 
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
         ("text", "\n"),
-        ("json", '{"name": "silence.wav", "text": "", "passages": []}\n'),
+        ("json", '{"name": "silence.wav", "text": "", "segments": []}\n'),
         ("srt", ""),
         ("vtt", "WEBVTT\n"),
     ],
@@ -156,7 +156,7 @@ def test_batches_reach_across_recordings_which_keep_their_order(halves, tmp_path
     assert [str(x).partition(":")[0] for x in found if isinstance(x, AudioError)] == [str(bad), str(bad), "audio 5"]
     other = Alternative(text="other", average_log_prob=-99.0)
     expected = Segment(start=0.5, end=1.0, text="2", average_log_prob=-2.0, alternatives=(other,))
-    assert found[1].passages[1] == expected
+    assert found[1].segments[1] == expected
     assert sum(namer.batches) == 7
     assert set(namer.batches[:-1]) <= {batch_size}
 
@@ -243,10 +243,10 @@ def test_a_long_file_is_what_its_segments_are_one_by_one(voiced, world, flags, p
     assert status == 0
     whole, other = map(json.loads, out.splitlines())
     assert (whole["name"], other["name"]) == (str(long_file), str(short))
-    assert [p["text"] for p in whole["passages"]] == texts
-    assert [(p["start"], p["end"]) for p in whole["passages"]] == [(round(s.start, 3), round(s.end, 3)) for s in found]
-    assert all(p["average_log_prob"] < 0 for p in whole["passages"])
-    assert len(other["passages"]) == 1
+    assert [p["text"] for p in whole["segments"]] == texts
+    assert [(p["start"], p["end"]) for p in whole["segments"]] == [(round(s.start, 3), round(s.end, 3)) for s in found]
+    assert all(p["average_log_prob"] < 0 for p in whole["segments"])
+    assert len(other["segments"]) == 1
 
     assert model.transcribe([short, long_file], max_audio_s=2.0, max_new_tokens=8) == [other["text"], whole["text"]]
 
@@ -256,12 +256,12 @@ def test_a_beam_search_tells_what_else_may_have_been_said(world, predict):
     _, line, _ = predict("--beam=4", "--file_path", path)
     status, out, _ = predict("--beam=4", "--format=json", "--file_path", path)
     assert status == 0
-    (passage,) = json.loads(out)["passages"]
-    texts = [passage["text"], *(reading["text"] for reading in passage["alternatives"])]
+    (segment,) = json.loads(out)["segments"]
+    texts = [segment["text"], *(reading["text"] for reading in segment["alternatives"])]
     assert texts[0] == json.loads(out)["text"]
     assert " ".join(texts[0].split()) + "\n" == line
     assert 1 < len(texts) == len(set(texts)) <= 4
-    scores = [reading["average_log_prob"] for reading in (passage, *passage["alternatives"])]
+    scores = [reading["average_log_prob"] for reading in (segment, *segment["alternatives"])]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] < 0
 

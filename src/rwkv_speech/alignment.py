@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SCALE = 12.0  # cosines lie within one of zero; so scaled they can tell a token with probability near one
+SCALE = 12.0  # cosines lie within one of zero; so scaled they can give a token a probability near one
 BLANK = 1  # token of the byte 0, which no transcript holds
 ROWS = 256  # positions whose logits over the whole vocabulary are held at once
 

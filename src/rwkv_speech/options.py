@@ -79,8 +79,8 @@ class ModelOptions:
     mission: str | None = flag(None, "what is asked of the model (default: the mission file's, or transcribe)")
     downsample_k: int | None = flag(None, "encoder frames to a position (default: 5)", type=positive)
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
-    n_layer: int | None = flag(None, "layers of the language model; the file tells, so this only checks", type=positive)
-    n_embd: int | None = flag(None, "width of the language model; the file tells, so this only checks", type=positive)
+    n_layer: int | None = flag(None, "layers of the language model: a check, since the file has them", type=positive)
+    n_embd: int | None = flag(None, "width of the language model: a check, since the file has it", type=positive)
     train_type: str = flag("state", "what is trained beside the adapter: the initial state", choices=("state",))
     wkv: str = flag(
         "auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"), resume_ignored=True

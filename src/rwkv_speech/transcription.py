@@ -41,15 +41,15 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """The transcript of a recording; without passages where nobody speaks."""
+    """The transcript of a recording; without segments where there is no speech."""
 
     name: str
     """The recording's path, or whatever else it is called."""
-    passages: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
-        return " ".join(passage.text for passage in self.passages if passage.text)
+        return " ".join(segment.text for segment in self.segments if segment.text)
 
 
 DecodeFn = Callable[[Sequence[Tensor]], Sequence[Sequence[Alternative]]]
@@ -70,13 +70,13 @@ def transcripts(
         batch_size: segments in a batch; only the last has fewer.
         max_seconds: the longest segment; longer recordings are cut in pauses, see `segments.cut`.
     """
-    passages: list[Segment] = []
+    segments: list[Segment] = []
     for piece in _decoded(_cut_all(audio, max_seconds), decode, batch_size):
         if isinstance(piece, Segment):
-            passages.append(piece)
+            segments.append(piece)
         else:
-            yield piece.error or Transcript(name=piece.name, passages=tuple(passages))
-            passages = []
+            yield piece.error or Transcript(name=piece.name, segments=tuple(segments))
+            segments = []
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size
     """The same, with what is said in the segments in their place."""
 
     def decoded() -> Iterator[Segment | _End]:
-        said = iter(decode([segment.waveform for segment in batch]) if batch else [])
+        answers = iter(decode([segment.waveform for segment in batch]) if batch else [])
         for piece in waiting:
             if isinstance(piece, _End):
                 yield piece
             else:
-                best, *others = next(said)
+                best, *others = next(answers)
                 yield Segment(
                     start=round(piece.start, 3),
                     end=round(piece.end, 3),
@@ -135,23 +135,23 @@ def as_text(transcript: Transcript) -> str:
 
 
 def as_json(transcript: Transcript) -> str:
-    """One object on one line: `name`, `text`, and `passages` with the fields of `Segment`."""
-    content = {"name": transcript.name, "text": transcript.text, "passages": [asdict(p) for p in transcript.passages]}
+    """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
+    content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:
-    """SubRip: numbered cues with times like 00:01:02,345; passages without text have none."""
-    cues = [(_times(passage, ","), _line(passage.text)) for passage in transcript.passages if passage.text]
+    """SubRip: numbered cues with times like 00:01:02,345; segments without text have none."""
+    cues = [(_times(segment, ","), _line(segment.text)) for segment in transcript.segments if segment.text]
     return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(cues, 1))
 
 
 def as_vtt(transcript: Transcript) -> str:
     """WebVTT (https://www.w3.org/TR/webvtt1/): times like 00:01:02.345, `&`, `<` and `>` escaped."""
     cues = [
-        f"{_times(passage, '.')}\n{escape(_line(passage.text), quote=False)}\n"
-        for passage in transcript.passages
-        if passage.text
+        f"{_times(segment, '.')}\n{escape(_line(segment.text), quote=False)}\n"
+        for segment in transcript.segments
+        if segment.text
     ]
     return "\n".join(["WEBVTT\n", *cues])
 
@@ -180,8 +180,8 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _times(passage: Segment, point: str) -> str:
-    return f"{_clock(passage.start, point)} --> {_clock(passage.end, point)}"
+def _times(segment: Segment, point: str) -> str:
+    return f"{_clock(segment.start, point)} --> {_clock(segment.end, point)}"
 
 
 def _clock(seconds: float, point: str) -> str:

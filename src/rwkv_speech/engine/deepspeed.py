@@ -102,7 +102,7 @@ def gathered(trainer: pl.Trainer, parameters: list[nn.Parameter]) -> Iterator[No
 
 
 class _Precision(DeepSpeedPrecision):
-    """Leaves types alone: those of weights and activations are the model's own affair."""
+    """Leaves types alone: the model sets those of weights and activations."""
 
     def backward(self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided by the micro-batches of a step already.

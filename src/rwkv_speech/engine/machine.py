@@ -103,7 +103,7 @@ _GRACE = 3.0  # seconds from there, at most, to its end
 
 
 def make_fabric(machine: Machine) -> Fabric:
-    """The processes of this run, not yet launched; `device` already tells where this one computes."""
+    """The processes of this run, not yet launched; `device` is already where this one computes."""
     for name in ("lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return Fabric(
@@ -118,8 +118,8 @@ def make_fabric(machine: Machine) -> Fabric:
 def launched(fabric: Fabric) -> Iterator[None]:
     """The block runs in all processes: the first one, where it gets here, starts the others.
 
-    Those run the program from its beginning, so that what is wrong before the block is told by one process only. Where
-    something goes wrong in the block, none is left waiting for the one that met it, and that one alone tells.
+    Those run the program from its beginning, so that what is wrong before the block is reported by one process only. Where
+    something goes wrong in the block, none is left waiting for the one that met it, and that one alone reports it.
     """
     fabric.launch()
     try:
@@ -128,10 +128,10 @@ def launched(fabric: Fabric) -> Iterator[None]:
             torch.distributed.destroy_process_group()
     except BaseException as error:
         others: list[subprocess.Popen] = getattr(fabric.strategy.launcher, "procs", [])
-        told = not isinstance(error, UserError | KeyboardInterrupt) and _one_said_why(others)
+        reported = not isinstance(error, UserError | KeyboardInterrupt) and _one_said_why(others)
         for process in others:
             process.kill()
-        if told:  # and what went wrong here is only that it can't be reached
+        if reported:  # and what went wrong here is only that it can't be reached
             raise SystemExit(_SAID_WHY) from None
         raise
 

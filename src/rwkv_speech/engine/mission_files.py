@@ -128,14 +128,14 @@ class MissionFiles(Callback):
         self.written = [name for name in written if name in keep]
 
     def _path(self, step: str) -> Path:
-        """A name that is this run's, or nobody's: whoever deletes `checkpoints/` starts from run 1 again."""
+        """A name that is free, or this run's own: without `checkpoints/` the numbers of runs start again from 1."""
         ours = f"-run{self.run.number}"
         suffixes = chain(("", ours), (f"{ours}-{i}" for i in count(2)))
         paths = (self.folder / f"rwkv-adapter-{step}{suffix}.pth" for suffix in suffixes)
         return next(path for path in paths if self._ours(path))
 
     def _ours(self, path: Path) -> bool:
-        """Whether this run may write there: nobody did, or this run before it was interrupted."""
+        """Whether this run may write there: no file is there, or this run wrote it before it was interrupted."""
         beside = path.with_suffix(".json")
         if not beside.exists():
             return not path.exists()

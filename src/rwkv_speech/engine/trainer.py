@@ -45,7 +45,7 @@ def make_trainer(
         devices=machine.devices,
         num_nodes=machine.num_nodes,
         strategy=_strategy(machine.strategy),
-        # Types of weights and activations are the model's own affair; fp16 also needs its gradients scaled.
+        # The model sets the types of weights and activations; fp16 also needs its gradients scaled.
         precision="16-mixed" if machine.precision == "fp16" else None,
         max_epochs=options.training.epoch_count,
         accumulate_grad_batches=options.training.accumulate_grad_batches,

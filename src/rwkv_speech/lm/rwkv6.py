@@ -2,7 +2,7 @@
 
 Notable:
 - One code path for training, prefill and single tokens: vectors and a state in, vectors and the new state out.
-- Logits are a call of their own, so nobody pays for positions that they don't need.
+- Logits are a call of their own, computed only at the positions that need them.
 - Right-padded batches: with `lengths`, each sample gets the outputs and the final state that it gets alone.
 - The five token-shift interpolations are one low-rank product, not five.
 - Weights take no gradient; what can be trained is the initial state, `blocks[l].att.time_state`.

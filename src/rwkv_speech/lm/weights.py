@@ -108,7 +108,7 @@ def expected_shapes(sizes: ModelSizes, *, time_state: bool = False) -> dict[str,
 
 
 def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
-    """Tells the sizes from the tensors and checks every one of them; only shapes and dtypes are looked at.
+    """Infers the sizes from the tensors and checks every one of them; only shapes and dtypes are looked at.
 
     Each size is what most of the tensors that have it agree on, so that one misshapen tensor is named as such
     instead of condemning all others. Shapes may lack or add leading 1s, as (C,) for (1, 1, C).
@@ -117,7 +117,7 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
         WeightsError: the tensors are no RWKV-6 (it says which generation they look like), or some are
             missing, misshapen, no floating-point numbers or unknown: one message with all of them. Unknown
             tensors are an error because variations of RWKV-6 show in nothing else (a mixture of experts, an
-            added attention): without them the model would run, and compute what nobody has trained.
+            added attention): without them the model would run, and compute something that was never trained.
     """
     _check_generation(tensors)
     layers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if match]
