@@ -2,6 +2,7 @@
 
 #include "linear_cpu.h"
 #include "wkv6_cpu.h"
+#include "wkv7_cpu.h"
 
 TORCH_LIBRARY(rwkv_speech_cpu, m) {
   m.def(
@@ -10,6 +11,12 @@ TORCH_LIBRARY(rwkv_speech_cpu, m) {
   m.def(
       "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor chunk_states, Tensor? lengths, Tensor gy,"
       " Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor state, Tensor? lengths,"
+      " bool save_states) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "wkv7_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor chunk_states, Tensor? lengths,"
+      " Tensor gy, Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("few_rows_linear(Tensor x, Tensor weight) -> Tensor");
   m.def("few_rows_matmul(Tensor x, Tensor matrix) -> Tensor");
 }
@@ -17,6 +24,8 @@ TORCH_LIBRARY(rwkv_speech_cpu, m) {
 TORCH_LIBRARY_IMPL(rwkv_speech_cpu, CPU, m) {
   m.impl("wkv6_forward", wkv6_forward_cpu);
   m.impl("wkv6_backward", wkv6_backward_cpu);
+  m.impl("wkv7_forward", wkv7_forward_cpu);
+  m.impl("wkv7_backward", wkv7_backward_cpu);
   m.impl("few_rows_linear", few_rows_linear_cpu);
   m.impl("few_rows_matmul", few_rows_matmul_cpu);
 }

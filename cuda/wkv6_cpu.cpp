@@ -33,8 +33,6 @@
 #include "wkv6_cpu.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <memory>
@@ -43,15 +41,8 @@
 
 namespace {
 
-constexpr int BLOCK = 16;  // steps; must divide CHUNK and be a power of two
-
-struct Sizes {
-  int64_t B, T, H;
-  bool shared_state;
-  const int64_t* lengths;  // null: every sample has T steps
-
-  int64_t steps(int64_t b) const { return lengths ? lengths[b] : T; }
-};
+constexpr int64_t CHUNK = 32;  // steps between the states that the forward pass keeps for the backward pass
+constexpr int BLOCK = 16;      // steps; must divide CHUNK and be a power of two
 
 template <int N>
 struct alignas(64) Block {
@@ -313,69 +304,42 @@ void backward(const Sizes& n, const scalar_t* r, const scalar_t* k, const scalar
   });
 }
 
-template <typename Body>
-void with_head_size(int64_t N, Body body) {
-  switch (N) {
-    case 32: return body(std::integral_constant<int, 32>{});
-    case 64: return body(std::integral_constant<int, 64>{});
-    case 128: return body(std::integral_constant<int, 128>{});
-    default: TORCH_CHECK(false, "wkv6: head size ", N, " is not one of 32, 64, 128");
-  }
-}
-
-Sizes sizes_of(const at::Tensor& r, bool shared_state, const c10::optional<at::Tensor>& lengths) {
-  return {r.size(0), r.size(1), r.size(2), shared_state, lengths ? lengths->data_ptr<int64_t>() : nullptr};
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv6_forward_cpu(const at::Tensor& r, const at::Tensor& k,
                                                                 const at::Tensor& v, const at::Tensor& w,
                                                                 const at::Tensor& u, const at::Tensor& state,
-                                                                const c10::optional<at::Tensor>& lengths,
-                                                                bool save_states) {
+                                                                const Lengths& lengths, bool save_states) {
   const auto n = sizes_of(r, state.dim() == 3, lengths);
   const int64_t N = r.size(3), chunks = (n.T + CHUNK - 1) / CHUNK;
-  const auto allocate = [&](at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return lengths ? at::zeros(sizes, options) : at::empty(sizes, options);  // steps beyond a length are not visited
-  };
-  const auto y = allocate(r.sizes(), r.options());
+  const auto y = allocate(r.sizes(), r.options(), lengths);
   const auto final_state = at::empty({n.B, n.H, N, N}, state.options());
-  const auto chunk_states = allocate({save_states ? n.B : 0, n.H, chunks, N, N}, state.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, r.scalar_type(), "wkv6_forward_cpu", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      with_head_size(N, [&](auto size) {
-        forward<scalar_t, size.value>(n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(),
-                                      w.data_ptr<scalar_t>(), u.data_ptr<float>(), state.data_ptr<float>(),
-                                      y.data_ptr<scalar_t>(), final_state.data_ptr<float>(),
-                                      save_states ? chunk_states.data_ptr<float>() : nullptr);
-      });
-    }
+  const auto chunk_states = allocate({save_states ? n.B : 0, n.H, chunks, N, N}, state.options(), lengths);
+  with_type_and_head_size(r, [&](auto number, auto size) {
+    using scalar_t = decltype(number);
+    forward<scalar_t, size.value>(n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(),
+                                  w.data_ptr<scalar_t>(), u.data_ptr<float>(), state.data_ptr<float>(),
+                                  y.data_ptr<scalar_t>(), final_state.data_ptr<float>(),
+                                  save_states ? chunk_states.data_ptr<float>() : nullptr);
   });
   return {y, final_state, chunk_states};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv6_backward_cpu(
     const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
-    const at::Tensor& chunk_states, const c10::optional<at::Tensor>& lengths, const at::Tensor& gy,
-    const at::Tensor& g_final) {
+    const at::Tensor& chunk_states, const Lengths& lengths, const at::Tensor& gy, const at::Tensor& g_final) {
   const auto n = sizes_of(r, false, lengths);
   const int64_t N = r.size(3);
-  const auto like = [&](const at::Tensor& x) {
-    return lengths ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
-  };
+  const auto like = [&](const at::Tensor& x) { return allocate(x.sizes(), x.options(), lengths); };
   const auto gr = like(r), gk = like(k), gv = like(v), gw = like(w);
   const auto gu = at::empty({n.B, n.H, N}, u.options()), g_state = at::empty({n.B, n.H, N, N}, u.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, r.scalar_type(), "wkv6_backward_cpu", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      with_head_size(N, [&](auto size) {
-        backward<scalar_t, size.value>(
-            n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(), w.data_ptr<scalar_t>(),
-            u.data_ptr<float>(), chunk_states.data_ptr<float>(), gy.data_ptr<scalar_t>(),
-            g_final.data_ptr<float>(), gr.data_ptr<scalar_t>(), gk.data_ptr<scalar_t>(), gv.data_ptr<scalar_t>(),
-            gw.data_ptr<scalar_t>(), gu.data_ptr<float>(), g_state.data_ptr<float>());
-      });
-    }
+  with_type_and_head_size(r, [&](auto number, auto size) {
+    using scalar_t = decltype(number);
+    backward<scalar_t, size.value>(
+        n, r.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(), w.data_ptr<scalar_t>(),
+        u.data_ptr<float>(), chunk_states.data_ptr<float>(), gy.data_ptr<scalar_t>(), g_final.data_ptr<float>(),
+        gr.data_ptr<scalar_t>(), gk.data_ptr<scalar_t>(), gv.data_ptr<scalar_t>(), gw.data_ptr<scalar_t>(),
+        gu.data_ptr<float>(), g_state.data_ptr<float>());
   });
   return {gr, gk, gv, gw, gu, g_state};
 }

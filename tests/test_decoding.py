@@ -11,7 +11,8 @@ import rwkv_speech.decoding
 from rwkv_speech.decoding import generate, repeats, score_answers
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
-from rwkv_speech.lm.rwkv6 import RWKV6, last
+from rwkv_speech.lm.language_model import last
+from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.options import DecodingOptions
 
 END = 0

@@ -1,78 +1,193 @@
-"""The language model against the `rwkv` package (an independent implementation), and against itself in other shapes."""
+"""The language models against the `rwkv` package (an independent implementation), against fp64, and in other shapes."""
 
+import math
 import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from rwkv_speech.lm import wkv
+from rwkv_speech.lm import load, wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
-from rwkv_speech.lm.state import State
+from rwkv_speech.lm.rwkv7 import RWKV7
+from rwkv_speech.lm.state import LayerState, State
+from rwkv_speech.lm.weights import WeightsError
+
+VOCABULARY = 300
 
 
-@pytest.fixture(scope="module")
-def l4_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "l4.pth"
-    torch.save(random_weights(official_sizes(n_layer=4, n_embd=256), seed=3, time_state=True), path)
+def sizes_of(generation, **how):
+    return official_sizes(**{"generation": generation, "n_layer": 4, "n_embd": 256, "vocab_size": VOCABULARY} | how)
+
+
+# The second RWKV-7 has another ffn width, smaller heads, and what some files have in the first layer.
+MODELS = {
+    "rwkv6": sizes_of(6),
+    "rwkv7": sizes_of(7),
+    "rwkv7-N32": replace(sizes_of(7, head_size=32), dim_ffn=896),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def l4_path(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / f"{request.param}.pth"
+    torch.save(random_weights(MODELS[request.param], seed=3, time_state=True), path)
+    if request.param == "rwkv7-N32":
+        extra = {f"blocks.0.att.v{i}": torch.full((1, 1, 7), torch.nan) for i in range(3)}
+        torch.save(torch.load(path, weights_only=True) | extra, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def l4(l4_path):
-    return RWKV6.from_file(l4_path)
+    return load(l4_path)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+@pytest.fixture(scope="module", params=[6, 7], ids=["rwkv6", "rwkv7"])
+def small(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small.pth"
-    sizes = official_sizes(n_layer=2, n_embd=128, vocab_size=257)
-    torch.save(random_weights(sizes, seed=5, time_state=True), path)
-    return RWKV6.from_file(path)
+    torch.save(random_weights(sizes_of(request.param, n_layer=2, n_embd=128), seed=5, time_state=True), path)
+    return load(path)
 
 
 def relative_error(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
+PACKAGE = """
+import sys, torch
+from rwkv.model import RWKV
+path, data = sys.argv[1:]
+tokens, states = torch.load(data)
+model = RWKV(model=path, strategy="cpu fp32")
+torch.save([model.forward(tokens, state, full_output=True) for state in states], data)
+"""
+
+
 @pytest.fixture(scope="module")
-def package(l4_path):
-    """The rwkv package's own reading of the file: logits of all tokens, and the state after them."""
-    with pytest.MonkeyPatch.context() as env:
-        for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0"), ("RWKV_V7_ON", "0")):
-            env.setitem(os.environ, name, value)
-        from rwkv.model import RWKV
+def package(l4_path, l4):
+    """What the rwkv package makes of the file, from three initial states: logits of all tokens, and the state after.
 
-        model = RWKV(model=str(l4_path.with_suffix("")), strategy="cpu fp32", verbose=False)
-    tokens = torch.randint(1, 65530, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    logits, state = [], None
-    for token in tokens:
-        out, state = model.forward([token], state)
-        logits.append(out)
-    return torch.tensor(tokens), torch.stack(logits), state
+    It runs in a process of its own, as it takes the generation from the environment when it is imported.
+    """
+    tokens = torch.randint(1, VOCABULARY, (300,), generator=torch.Generator().manual_seed(1))
+    tuned = l4.initial_state(1)
+    zero = tuned.map(torch.zeros_like)
+    g = torch.Generator().manual_seed(2)
+    full = tuned.map(lambda x: torch.randn(x.shape, generator=g))
+    states = {"zero": zero, "tuned": tuned, "full": full}
+    key_first = l4.generation == 6  # theirs are [key, value] for RWKV-6, [value, key] for RWKV-7
+
+    def theirs(layer):
+        return [layer.att_shift[0], layer.wkv.mT.contiguous() if key_first else layer.wkv, layer.ffn_shift[0]]
+
+    data = l4_path.with_suffix(".data")
+    torch.save((tokens.tolist(), [[x for layer in s.layers for x in theirs(layer)] for s in states.values()]), data)
+    environment = os.environ | {"RWKV_V7_ON": str(int(l4.generation == 7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    command = [sys.executable, "-c", PACKAGE, str(l4_path.with_suffix("")), str(data)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    results = {}
+    for name, (logits, after) in zip(states, torch.load(data), strict=True):
+        layers = [LayerState(b.mT if key_first else b, a, c) for a, b, c in zip(*[iter(after)] * 3, strict=True)]
+        results[name] = (tokens, states[name], logits, layers)
+    return results
 
 
+@pytest.mark.parametrize("start", ["zero", "tuned", "full"])
 @pytest.mark.parametrize("spans", [[300], [1, 7, 92, 3, 64, 133], [1] * 300], ids=["one-pass", "odd-passes", "steps"])
-def test_logits_and_states_equal_the_rwkv_packages(l4, package, spans):
-    tokens, want, want_state = package
+def test_logits_and_states_equal_the_rwkv_packages(l4, package, spans, start):
+    tokens, state, want, want_layers = package[start]
     assert sum(spans) == len(tokens)
-    state, hidden = None, []
+    hidden = []
     for part in tokens.split(spans):
-        h, state = l4(part[None], state)
+        h, state = l4(part[None], None if start == "tuned" and not hidden else state)
         hidden.append(h[0])
     assert relative_error(l4.logits(torch.cat(hidden)), want) <= 1e-4
-    for i, layer in enumerate(state.layers):
-        assert relative_error(layer.att_shift[0], want_state[3 * i]) <= 1e-4
-        assert relative_error(layer.wkv[0].mT, want_state[3 * i + 1]) <= 1e-4  # theirs is [key, value]
-        assert relative_error(layer.ffn_shift[0], want_state[3 * i + 2]) <= 1e-4
+    for layer, want_layer in zip(state.layers, want_layers, strict=True):
+        for got, wanted in zip(layer, want_layer, strict=True):
+            assert relative_error(got[0], wanted) <= 1e-4
+
+
+def naive_rwkv7(tensors, sizes, x, states):
+    """Logits of one sequence x (T, C) from the formulas, a loop over time in every layer, in fp64."""
+    z = {name: tensor.double().squeeze() for name, tensor in tensors.items()}
+    H, N, C = sizes.n_head, sizes.head_size, sizes.n_embd
+
+    def norm(x, name, eps=1e-5):
+        return F.layer_norm(x, x.shape[-1:], z[f"{name}.weight"], z[f"{name}.bias"], eps)
+
+    x, first = norm(x, "blocks.0.ln0"), None
+    for layer, S in enumerate(states):
+        att, ffn = f"blocks.{layer}.att.", f"blocks.{layer}.ffn."
+        p, outs, v_all = norm(x, f"blocks.{layer}.ln1"), [], []
+        for t in range(len(p)):
+            change = (p[t - 1] if t else 0) - p[t]
+            x_r, x_w, x_k, x_v, x_a, x_g = (p[t] + change * z[att + f"x_{n}"] for n in "rwkvag")
+            r, k, v = (z[att + f"{n}.weight"] @ y for n, y in {"receptance": x_r, "key": x_k, "value": x_v}.items())
+            decay = z[att + "w0"] + torch.tanh(x_w @ z[att + "w1"]) @ z[att + "w2"]
+            d = torch.exp(-math.exp(-0.5) * torch.sigmoid(decay))
+            if layer:
+                v = v + (first[t] - v) * torch.sigmoid(z[att + "v0"] + x_v @ z[att + "v1"] @ z[att + "v2"])
+            a = torch.sigmoid(z[att + "a0"] + x_a @ z[att + "a1"] @ z[att + "a2"])
+            g = torch.sigmoid(x_g @ z[att + "g1"]) @ z[att + "g2"]
+            kk = (k * z[att + "k_k"]).view(H, N)
+            kk = kk / kk.norm(dim=-1, keepdim=True)
+            r, d, k, v_h, a = (y.view(H, N) for y in (r, d, k * (1 + (a - 1) * z[att + "k_a"]), v, a))
+            S = S * d[:, None] - (S @ kk[..., None]) @ (kk * a)[:, None] + v_h[..., None] @ k[:, None]
+            y = (S @ r[..., None])[..., 0]
+            y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 64e-5).sqrt()
+            y = y.reshape(C) * z[att + "ln_x.weight"] + z[att + "ln_x.bias"]
+            y = y + ((r * k * z[att + "r_k"]).sum(-1, keepdim=True) * v_h).reshape(C)
+            outs.append(z[att + "output.weight"] @ (y * g))
+            v_all.append(v)
+        first = first or v_all
+        x = x + torch.stack(outs)
+        p = norm(x, f"blocks.{layer}.ln2")
+        mixed = p + (torch.cat([0 * p[:1], p[:-1]]) - p) * z[ffn + "x_k"]
+        x = x + torch.relu(mixed @ z[ffn + "key.weight"].T) ** 2 @ z[ffn + "value.weight"].T
+    return norm(x, "ln_out") @ z["head.weight"].T
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_gradients_of_rwkv7_equal_those_of_a_naive_fp64_model(tmp_path, checkpointing):
+    sizes = sizes_of(7, n_layer=3, n_embd=128, head_size=32)
+    torch.save(random_weights(sizes, seed=7, time_state=True), tmp_path / "model.pth")
+    model = RWKV7.from_file(tmp_path / "model.pth")
+    model.checkpointing = checkpointing
+    lengths = [21, 6]
+    x = torch.randn(2, 21, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    states = [state.requires_grad_() for state in model.time_states]
+    hidden, _ = model(x, lengths=torch.tensor(lengths))
+    losses = [model.logits(hidden[b, :n]).log_softmax(-1)[:, 5].sum() for b, n in enumerate(lengths)]
+    got = torch.autograd.grad(sum(losses), (x, *states))
+
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "time_state" not in name}
+    x, *states = (y.detach().double().requires_grad_() for y in (x, *states))
+    naive = [naive_rwkv7(tensors, sizes, x[b, :n], states).log_softmax(-1)[:, 5].sum() for b, n in enumerate(lengths)]
+    want = torch.autograd.grad(sum(naive), (x, *states))
+    for loss, exact in zip(losses, naive, strict=True):
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    for g, exact in zip(got, want, strict=True):
+        assert relative_error(g, exact) <= 1e-4
+    assert not got[0][1, 6:].any()
+
+
+def test_a_file_of_the_other_generation_is_refused(l4_path, l4):
+    wrong = RWKV6 if l4.generation == 7 else RWKV7
+    with pytest.raises(WeightsError, match=f"holds an RWKV-{l4.generation}; expected an RWKV-{wrong.generation}"):
+        wrong.from_file(l4_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_stays_near_fp32(l4_path, l4, dtype):
-    half = RWKV6.from_file(l4_path, dtype=dtype)
+    half = load(l4_path, dtype=dtype)
     assert half.dtype == dtype
     assert half.blocks[0].att.time_state.dtype == torch.float32
-    tokens = torch.randint(1, 65530, (1, 40), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(1, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(2))
     got, want = (model.logits(model(tokens)[0]).float() for model in (half, l4))
     assert relative_error(got, want) <= (0.05 if dtype == torch.bfloat16 else 0.01)
 

@@ -1,4 +1,4 @@
-"""Reading RWKV-6 files: sizes from tensors, every kind of broken file, memory mapping, and new weights."""
+"""Reading files of RWKV-6 and RWKV-7: sizes from tensors, every kind of broken file, memory mapping, new weights."""
 
 import os
 import re
@@ -14,6 +14,19 @@ from rwkv_speech.lm.weights import ModelSizes, WeightsError, expected_shapes, in
 
 # Every size differs from every other, so that none can be taken for another.
 SIZES = ModelSizes(n_layer=4, n_embd=96, n_head=3, head_size=32, dim_ffn=224, dim_mix=10, dim_decay=20, vocab_size=300)
+SIZES7 = ModelSizes(
+    generation=7,
+    n_layer=4,
+    n_embd=96,
+    n_head=3,
+    head_size=32,
+    dim_ffn=224,
+    dim_decay=10,
+    dim_rate=20,
+    dim_value=30,
+    dim_gate=40,
+    vocab_size=300,
+)
 LARGE_SIZES = official_sizes(n_layer=1, n_embd=256, vocab_size=65536)  # 140 MB
 
 
@@ -38,10 +51,11 @@ def message_of(path: Path) -> str:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_reads_sizes_and_tensors_as_written(tmp_path, suffix, dtype):
-    tensors = random_weights(SIZES, seed=1, dtype=dtype, time_state=True)
+@pytest.mark.parametrize("of", [SIZES, SIZES7], ids=["rwkv6", "rwkv7"])
+def test_reads_sizes_and_tensors_as_written(tmp_path, of, suffix, dtype):
+    tensors = random_weights(of, seed=1, dtype=dtype, time_state=True)
     sizes, read = read_weights(save(tensors, tmp_path / f"model{suffix}"))
-    assert sizes == SIZES
+    assert sizes == of
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == dtype
@@ -75,14 +89,50 @@ def test_names_and_shapes_are_those_of_the_official_code():
     assert not any("time_state" in name for name in shapes)
 
 
+def test_names_and_shapes_of_rwkv7_are_those_of_the_official_code():
+    shapes = expected_shapes(SIZES7)
+    in_block = {
+        "att.x_a": (1, 1, 96),
+        "att.w1": (96, 10),
+        "att.w2": (10, 96),
+        "att.a0": (1, 1, 96),
+        "att.a1": (96, 20),
+        "att.v1": (96, 30),
+        "att.v2": (30, 96),
+        "att.g2": (40, 96),
+        "att.k_k": (1, 1, 96),
+        "att.r_k": (3, 32),
+        "att.output.weight": (96, 96),
+        "ffn.x_k": (1, 1, 96),
+        "ffn.key.weight": (224, 96),
+        "ffn.value.weight": (96, 224),
+    }
+    for name, shape in in_block.items():
+        assert shapes[f"blocks.3.{name}"] == shape
+    # 6 outside the blocks; in each 6 of norms, 7 token shifts, w, a, v of 3 and g of 2, k_k, k_a, r_k, and 6 matrices.
+    assert len(shapes) == 6 + 4 * (6 + 7 + 11 + 3 + 6) - 3  # no v0, v1, v2 in the first
+    assert "blocks.0.att.v1" not in shapes
+
+
 @pytest.mark.parametrize(
-    ("n_layer", "n_embd", "billions"),
-    [(24, 2048, 1.6), (32, 2560, 3.1), (32, 4096, 7.6), (61, 4096, 14.1)],
-    ids=["1B6", "3B", "7B", "14B"],
+    ("generation", "n_layer", "n_embd", "billions"),
+    [
+        (6, 24, 2048, 1.6),
+        (6, 32, 2560, 3.1),
+        (6, 32, 4096, 7.6),
+        (6, 61, 4096, 14.1),
+        (7, 12, 768, 0.191),
+        (7, 24, 1024, 0.4508),
+        (7, 24, 2048, 1.527),
+        (7, 32, 2560, 2.948),
+        (7, 32, 4096, 7.199),
+        (7, 61, 4096, 13.27),
+    ],
 )
-def test_parameter_counts_of_the_official_models(n_layer, n_embd, billions):
+def test_parameter_counts_of_the_official_models(generation, n_layer, n_embd, billions):
     """The counts that the model cards of the official files state."""
-    assert official_sizes(n_layer=n_layer, n_embd=n_embd).n_params / 1e9 == pytest.approx(billions, abs=0.06)
+    n_params = official_sizes(generation=generation, n_layer=n_layer, n_embd=n_embd).n_params
+    assert n_params / 1e9 == pytest.approx(billions, abs=0.06 if generation == 6 else 1e-3 * billions)
 
 
 def test_rwkv_package_reads_our_files(tmp_path):
@@ -183,38 +233,55 @@ def test_heads_must_make_the_width(tensors):
         infer_sizes(tensors)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 96), (96, 7), (5,)])
+def test_what_the_first_layer_of_an_rwkv7_has_too_much_is_left_out(tmp_path, shape):
+    tensors = random_weights(SIZES7, seed=1)
+    extra = {f"blocks.0.att.v{i}": torch.zeros(shape) for i in range(3)}
+    sizes, read = read_weights(save(tensors | extra, tmp_path / "model.pth"))
+    assert sizes == SIZES7
+    assert read.keys() == tensors.keys()
+
+
+def test_errors_of_an_rwkv7(tmp_path):
+    tensors = random_weights(SIZES7, seed=1)
+    for layer in range(1, 4):
+        del tensors[f"blocks.{layer}.att.v1"]
+    del tensors["blocks.0.att.g1"]
+    tensors["blocks.2.att.a1"] = torch.zeros(96, 7)
+    tensors["blocks.1.att.gate.weight"] = torch.zeros(96, 96)
+    message = message_of(save(tensors, tmp_path / "model.pth"))
+    assert "not the tensors of a whole RWKV-7 (x070) with 4 layers" in message
+    assert "missing: blocks.0.att.g1, " in message
+    assert "blocks.1.att.v1" in message
+    assert "blocks.2.att.a1 is (96, 7), expected (96, 20)" in message
+    assert "unknown: blocks.1.att.gate.weight" in message
+
+
 # The tensors of the time mix as each generation's own code names them (BlinkDL/RWKV-LM: v4neo, v5, v7).
 RWKV4 = ["time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r", "key.weight", "output.weight"]
 RWKV5_0 = [*RWKV4, "ln_x.weight", "ln_x.bias"]
 RWKV5_2 = ["time_decay", "time_faaaa", "time_mix_k", "time_mix_g", "gate.weight", "ln_x.weight", "ln_x.bias"]
-RWKV7 = [
-    "x_r",
-    "x_w",
-    "x_k",
-    "x_v",
-    "x_a",
-    "x_g",
-    "w0",
-    "w1",
-    "w2",
-    "a0",
-    "r_k",
-    "k_k",
-    "key.weight",
-    "ln_x.weight",
-]
+RWKV7A = ["ffn.s_emb.weight", "ffn.s_emb_x.weight", "ffn.s0", "ffn.s1", "ffn.s2"]
+RWKV7B = [*RWKV7A, "qkv.k1", "qkv.qq.weight", "qkv.x_q"]
 
 
 @pytest.mark.parametrize(
     ("generation", "names"),
-    [(4, RWKV4), (5, RWKV5_0), (5, RWKV5_2), (7, RWKV7)],
-    ids=["v4", "v5.0", "v5.2", "v7"],
+    [("4", RWKV4), ("5", RWKV5_0), ("5", RWKV5_2)],
+    ids=["v4", "v5.0", "v5.2"],
 )
 def test_other_generations_are_named(tmp_path, generation, names):
     tensors = {f"blocks.{layer}.att.{name}": torch.zeros(8) for layer in range(2) for name in names}
     tensors["emb.weight"] = tensors["head.weight"] = torch.zeros(10, 8)
     message = message_of(save(tensors, tmp_path / "model.pth"))
-    assert f"look like RWKV-{generation}; expected RWKV-6" in message
+    assert f"look like RWKV-{generation}; expected RWKV-6 (x060) or RWKV-7 (x070)" in message
+
+
+@pytest.mark.parametrize(("generation", "names"), [("7a", RWKV7A), ("7b", RWKV7B)])
+def test_variations_of_rwkv7_are_named(tmp_path, generation, names):
+    tensors = random_weights(SIZES7, seed=1)
+    tensors |= {f"blocks.{layer}.{name}": torch.zeros(8) for layer in range(4) for name in names}
+    assert f"look like RWKV-{generation}; expected RWKV-6" in message_of(save(tensors, tmp_path / "model.pth"))
 
 
 def test_no_rwkv_at_all(tmp_path):
@@ -298,25 +365,65 @@ def test_unreadable_file(tmp_path, tensors, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [fresh_weights, random_weights], ids=["fresh", "random"])
-def test_new_weights_have_the_official_form_and_follow_the_seed(make):
-    weights = make(SIZES, seed=3, dtype=torch.bfloat16)
-    assert infer_sizes(weights) == SIZES
-    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected_shapes(SIZES)
+@pytest.mark.parametrize("sizes", [SIZES, SIZES7], ids=["rwkv6", "rwkv7"])
+def test_new_weights_have_the_official_form_and_follow_the_seed(make, sizes):
+    weights = make(sizes, seed=3, dtype=torch.bfloat16)
+    assert infer_sizes(weights) == sizes
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected_shapes(sizes)
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
-    again, other = make(SIZES, seed=3, dtype=torch.bfloat16), make(SIZES, seed=4, dtype=torch.bfloat16)
+    again, other = make(sizes, seed=3, dtype=torch.bfloat16), make(sizes, seed=4, dtype=torch.bfloat16)
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
     assert not torch.equal(other["emb.weight"], weights["emb.weight"])
 
 
-def test_random_weights_are_random_everywhere():
-    weights = random_weights(official_sizes(n_layer=2, n_embd=256, vocab_size=300), seed=1, time_state=True)
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_a_model_of_the_official_rule_is_read_back(n_layer):
+    sizes = official_sizes(generation=7, n_layer=n_layer, n_embd=128, vocab_size=257)
+    assert infer_sizes(fresh_weights(sizes, seed=0)) == sizes
+
+
+@pytest.mark.parametrize("generation", [6, 7])
+def test_random_weights_are_random_everywhere(generation):
+    sizes = official_sizes(generation=generation, n_layer=2, n_embd=256, vocab_size=300)
+    weights = random_weights(sizes, seed=1, time_state=True)
     for name, tensor in weights.items():
         assert tensor.std() > 1e-3, name
         assert (tensor != 0).float().mean() > 0.99, name
-    decay = torch.exp(-torch.exp(weights["blocks.1.att.time_decay"]))
-    assert decay.min() < 0.1
+    if generation == 6:
+        decay = torch.exp(-torch.exp(weights["blocks.1.att.time_decay"]))
+        assert decay.min() < 0.1
+    else:
+        decay = torch.exp(-torch.exp(torch.tensor(-0.5)) * torch.sigmoid(weights["blocks.1.att.w0"]))
+        assert decay.min() < 0.57
     assert decay.max() > 0.99
-    assert decay.std() > 0.2
+    assert decay.std() > 0.1
+
+
+def test_fresh_weights_of_rwkv7_by_hand():
+    """Values worked by hand from the official scheme, for 4 blocks of width 96 and heads of 32."""
+    weights = fresh_weights(SIZES7, seed=1)
+
+    def value(name: str, index: int) -> float:
+        return weights[name].flatten()[index].item()
+
+    assert value("blocks.0.att.x_r", 24) == pytest.approx(1 - 0.25**0.2)
+    assert value("blocks.2.att.x_w", 24) == pytest.approx(1 - 0.25**0.45)
+    assert value("blocks.1.att.x_v", 48) == pytest.approx(1 - 0.5**0.525)
+    assert value("blocks.2.ffn.x_k", 24) == pytest.approx(1 - 0.25 ** (1 / 16))
+    assert value("blocks.0.att.w0", 0) == pytest.approx(-5.5 - 2.5)
+    assert value("blocks.0.att.w0", 95) == pytest.approx(0.5 + 2.5)
+    assert value("blocks.3.att.w0", 19) == pytest.approx(-5.5 + 6 * 0.2**2 + 2.5 * (7 / 31) ** 2)  # 19/95; 2*19/31-1
+    assert value("blocks.1.att.a0", 0) == pytest.approx(-0.19 - 0.3 - 0.2)
+    assert value("blocks.1.att.v0", 95) == pytest.approx(0.73 - 0.2)
+    assert value("blocks.1.att.k_k", 0) == pytest.approx(0.71 + 0.05)
+    assert value("blocks.1.att.k_a", 5) == pytest.approx(1.02)
+    assert value("blocks.1.att.r_k", 5) == pytest.approx(-0.04)
+    assert value("blocks.0.att.ln_x.weight", 0) == pytest.approx(0.25**0.7)
+    for name in ("att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1", "att.g1", "ln1.bias"):
+        assert not weights[f"blocks.1.{name}"].any(), name
+    for name in ("w2", "a2", "v2", "g2"):
+        factor = weights[f"blocks.1.att.{name}"]
+        torch.testing.assert_close(factor @ factor.T, 0.01 * torch.eye(len(factor)), atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_fresh_weights_by_hand():

@@ -1,41 +1,12 @@
-"""Every backend of the WKV operator against the fp64 loops of the reference: values and all six gradients."""
+"""Every backend of both WKV operators against the fp64 loops of the references: values and all gradients."""
 
 import pytest
 import torch
-from torch import Tensor
+from wkv_cases import CASES, relative_error, values_and_gradients
 
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.wkv6 import wkv6_reference
-
-NAMES = ("y", "final_state", "gr", "gk", "gv", "gw", "gu", "g_state")
-
-
-def make_inputs(B, T, H, N, *, dtype=torch.float32, shared=False, seed=0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g)
-
-    r, k, v = (normal(B, T, H, N).to(dtype) for _ in range(3))
-    # Decays from "forgets at once" (w = 3) to "remembers for good" (w = -7), as trained models have them.
-    w = (torch.rand(B, T, H, N, generator=g) * 10 - 7).to(dtype)
-    state = normal(H, N, N) if shared else normal(B, H, N, N)
-    return [x.requires_grad_() for x in (r, k, v, w, normal(H, N), state)]
-
-
-def values_and_gradients(operator, inputs, lengths, *, seed=1) -> dict[str, Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y, final_state = operator(*inputs, lengths)
-    g = torch.Generator().manual_seed(seed)
-    gy, g_final = (torch.randn(x.shape, generator=g) for x in (y, final_state))
-    loss = (y.double() * gy.to(y.device)).sum() + (final_state.double() * g_final.to(y.device)).sum()
-    grads = torch.autograd.grad(loss, inputs)
-    return dict(zip(NAMES, (y, final_state, *grads), strict=True))
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return ((got.double().cpu() - want.double()).norm() / want.double().norm()).item()
-
+from rwkv_speech.lm.wkv7 import wkv7_reference
 
 SHAPES = {
     "B1-T1-H1-N64": (1, 1, 1, 64),
@@ -48,8 +19,19 @@ SHAPES = {
 }
 
 
+def _skip_unless_built(case, name):
+    if name == "cpu" and "cpu" not in case.operator.saved_every:
+        pytest.skip("no C++ form yet")
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
 @pytest.fixture(params=["cpu", "torch"])
-def backend(request):
+def backend(request, case):
+    _skip_unless_built(case, request.param)
     wkv.set_backend(request.param)
     yield request.param
     wkv.set_backend("auto")
@@ -59,20 +41,20 @@ def backend(request):
 @pytest.mark.parametrize("shared", [False, True], ids=["own-state", "shared-state"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_matches_the_reference(backend, shape, dtype, shared, with_lengths):
+def test_matches_the_reference(backend, case, shape, dtype, shared, with_lengths):
     B, T, _, _ = shape
-    inputs = make_inputs(*shape, dtype=dtype, shared=shared)
+    inputs = case.inputs(*shape, dtype=dtype, shared=shared)
     lengths = torch.tensor([max(1, T - 5 * b - T // 3) for b in range(B)]) if with_lengths else None
-    got = values_and_gradients(wkv.wkv6, inputs, lengths)
-    want = values_and_gradients(wkv6_reference, inputs, lengths)
+    got = values_and_gradients(case.run, inputs, lengths)
+    want = values_and_gradients(case.reference, inputs, lengths)
     bound = 1e-5 if dtype == torch.float32 else 1e-2
-    errors = {name: relative_error(got[name], want[name]) for name in NAMES}
+    errors = {name: relative_error(x, y) for name, x, y in zip(case.names, got, want, strict=True)}
     assert all(error <= bound for error in errors.values()), errors
-    assert got["y"].dtype == dtype
-    assert got["final_state"].dtype == torch.float32
+    assert got[0].dtype == dtype
+    assert got[1].dtype == torch.float32
 
 
-def test_reference_by_hand():
+def test_wkv6_reference_by_hand():
     # One head of two channels over two steps, worked out on paper. d = exp(-exp(w)) = 1/2 for w = ln ln 2.
     half = torch.tensor(2.0).log().log()
     r = torch.tensor([[1.0, 2.0], [1.0, 1.0]]).view(1, 2, 1, 2)
@@ -87,27 +69,43 @@ def test_reference_by_hand():
     torch.testing.assert_close(final[0, 0], torch.tensor([[3.0, 4.0], [5.0, 8.0]]).double())
 
 
-def test_a_carried_state_continues_the_sequence(backend):
-    inputs = make_inputs(2, 50, 2, 64)
-    r, k, v, w, u, state = (x.detach() for x in inputs)
-    whole, final = wkv.wkv6(r, k, v, w, u, state)
+def test_wkv7_reference_by_hand():
+    # One head of two channels over two steps. d = exp(-exp(-1/2) sigmoid(w)) = 3/4 for w = logit(exp(1/2) ln(4/3)).
+    w = torch.logit(torch.tensor(0.5).exp() * torch.tensor(4 / 3).log())
+    r = torch.tensor([[1.0, 2.0], [1.0, 1.0]]).view(1, 2, 1, 2)
+    k = torch.tensor([[1.0, 0.0], [0.0, 3.0]]).view(1, 2, 1, 2)
+    v = torch.tensor([[5.0, 7.0], [1.0, 2.0]]).view(1, 2, 1, 2)
+    a = torch.tensor([[-1.0, 0.0], [0.0, -1.0]]).view(1, 2, 1, 2)
+    b = torch.tensor([[0.5, 1.0], [0.0, 0.25]]).view(1, 2, 1, 2)
+    state = torch.tensor([[[4.0, 8.0], [12.0, 16.0]]])  # [value, key]
+    y, final = wkv7_reference(r, w.expand(1, 2, 1, 2), k, v, a, b, state)
+    # S <- 3/4 S + (S a) b^T + v k^T, then y = S r.
+    # Step 1: S a = (-4, -12), S = [[3, 6], [9, 12]] + [[-2, -4], [-6, -12]] + [[5, 0], [7, 0]] = [[6, 2], [10, 0]].
+    # Step 2: S a = (-2, 0), S = [[4.5, 1.5], [7.5, 0]] + [[0, -0.5], [0, 0]] + [[0, 3], [0, 6]] = [[4.5, 4], [7.5, 6]].
+    torch.testing.assert_close(y[0, :, 0], torch.tensor([[10.0, 10.0], [8.5, 13.5]]).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(final[0, 0], torch.tensor([[4.5, 4.0], [7.5, 6.0]]).double(), rtol=1e-6, atol=0)
+
+
+def test_a_carried_state_continues_the_sequence(backend, case):
+    *inputs, state = (x.detach() for x in case.inputs(2, 50, 2, 64))
+    n = len(case.operator.steps)
+    whole, final = case.run(*inputs, state)
     parts = []
     for span in (slice(0, 1), slice(1, 34), slice(34, 50)):
-        y, state = wkv.wkv6(r[:, span], k[:, span], v[:, span], w[:, span], u, state)
+        y, state = case.run(*(x[:, span] for x in inputs[:n]), *inputs[n:], state)
         parts.append(y)
     assert relative_error(torch.cat(parts, 1), whole) <= 1e-5
     assert relative_error(state, final) <= 1e-5
 
 
-def test_strong_and_weak_decays_stay_finite(backend):
-    r, k, v, w, u, state = (x.detach() for x in make_inputs(1, 64, 1, 64))
-    for value in (-30.0, 6.0):  # a decay of 1 in fp32, and one of 0
-        inputs = [r, k, v, torch.full_like(w, value), u, state]
-        got = values_and_gradients(wkv.wkv6, inputs, None)
-        want = values_and_gradients(wkv6_reference, inputs, None)
-        for name in NAMES:
-            error = (got[name].double() - want[name].double()).abs().max()
-            assert error <= 1e-4 * max(1.0, want[name].abs().max()), name
+@pytest.mark.parametrize("T", [1, 2, 17, 129])
+def test_strongest_and_weakest_decays(backend, case, T):
+    for value in (case.weakest, case.strongest):
+        inputs = case.inputs(1, T, 1, 64)
+        inputs[case.operator.inputs.index("w")] = torch.full((1, T, 1, 64), value)
+        got, want = (values_and_gradients(f, inputs, None) for f in (case.run, case.reference))
+        for name, x, y in zip(case.names, got, want, strict=True):
+            assert (x.double() - y.double()).norm() <= 1e-5 * max(1.0, y.norm().item()), (name, value)
 
 
 @pytest.mark.parametrize("w", [-3.0, 0.0, 1.0, 2.0, 3.0, 4.0])
@@ -115,10 +113,10 @@ def test_gradient_of_the_decay_holds_at_every_strength(w):
     # Where d = exp(-exp(w)) is small (2e-24 at w = 4) its gradient is a small number among large ones. It is compared
     # channel by channel, so that no channel hides behind another, one of them with a decay much weaker than the rest.
     wkv.set_backend("cpu")
-    inputs = [x.detach() for x in make_inputs(2, 70, 1, 64)]
+    inputs = [x.detach() for x in CASES["wkv6"].inputs(2, 70, 1, 64)]
     inputs[3] = torch.full_like(inputs[3], w)
     inputs[3][..., 5] = -4.0
-    got, want = (values_and_gradients(f, inputs, None)["gw"].double() for f in (wkv.wkv6, wkv6_reference))
+    got, want = (values_and_gradients(f, inputs, None)[5].double() for f in (wkv.wkv6, wkv6_reference))
     wkv.set_backend("auto")
     errors = (got - want).flatten(0, 2).norm(dim=0) / want.flatten(0, 2).norm(dim=0)
     assert errors.max() <= 1e-5, errors
@@ -127,37 +125,40 @@ def test_gradient_of_the_decay_holds_at_every_strength(w):
 @pytest.mark.parametrize("w", [float("-inf"), 30.0, 100.0], ids=["never-forgets", "d-is-0", "exp-w-overflows"])
 def test_decays_beyond_fp32_give_finite_gradients(w):
     wkv.set_backend("cpu")
-    inputs = [x.detach() for x in make_inputs(1, 40, 1, 32)]
+    inputs = [x.detach() for x in CASES["wkv6"].inputs(1, 40, 1, 32)]
     inputs[3] = torch.full_like(inputs[3], w)
     got = values_and_gradients(wkv.wkv6, inputs, None)
     wkv.set_backend("auto")
-    assert all(x.isfinite().all() for x in got.values())
-    assert not got["gw"].any()  # a decay of exactly 1 or 0 does not move
+    assert all(x.isfinite().all() for x in got)
+    assert not got[5].any()  # a decay of exactly 1 or 0 does not move
 
 
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
-def test_opcheck(backend, with_lengths):
-    inputs = make_inputs(2, 40, 2, 32, shared=True)
+def test_opcheck(backend, case, with_lengths):
+    inputs = case.inputs(2, 40, 2, 32, shared=True)
     lengths = torch.tensor([40, 7]) if with_lengths else None
-    torch.library.opcheck(torch.ops.rwkv_speech.wkv6.default, (*inputs, lengths, True))
+    operator = getattr(torch.ops.rwkv_speech, case.operator.name)
+    torch.library.opcheck(operator.default, (*inputs, lengths, True))
 
 
-def test_compiled_equals_eager(backend):
-    inputs = make_inputs(2, 33, 2, 32, shared=True)
+def test_compiled_equals_eager(backend, case):
+    inputs = case.inputs(2, 33, 2, 32, shared=True)
 
     def scaled(*args):
-        y, final_state = wkv.wkv6(*args[:-1], args[-1])
+        y, final_state = case.run(*args[:-1], args[-1])
         return y * 2, final_state
 
     compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
     got, want = (values_and_gradients(f, inputs, torch.tensor([33, 5])) for f in (compiled, scaled))
-    for name in NAMES:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
-def test_memory_of_backward_grows_slowly_with_time():
+def test_memory_of_backward_grows_slowly_with_time(case):
+    _skip_unless_built(case, "cpu")
     # What forward leaves behind beside its inputs: one state every 32 steps, 1/32 of what autograd of a loop keeps.
-    saved = torch.ops.rwkv_speech.wkv6(*make_inputs(1, 320, 1, 64), None, True)[2]
+    operator = getattr(torch.ops.rwkv_speech, case.operator.name)
+    saved = operator(*case.inputs(1, 320, 1, 64), None, True)[2]
     assert saved.numel() == 10 * 64 * 64
 
 
@@ -166,27 +167,34 @@ def test_memory_of_backward_grows_slowly_with_time():
     [
         (lambda x: x.__setitem__(1, x[1][:, :3]), r"one shape \(B, T, H, N\)"),
         (lambda x: x.__setitem__(2, x[2].bfloat16()), "share one dtype"),
-        (lambda x: x.__setitem__(4, x[4][:, :16]), r"u must be \(H, N\) = \(2, 32\), not \(2, 16\)"),
-        (lambda x: x.__setitem__(5, x[5][:1]), "state must be"),
-        (lambda x: [x.__setitem__(i, x[i][..., :16]) for i in range(4)], "head size must be one of"),
+        (lambda x: x.__setitem__(-1, x[-1][:1]), "state must be"),
+        (lambda x: [x.__setitem__(i, x[i][..., :16]) for i in range(len(x))], "head size must be one of"),
     ],
-    ids=["shapes", "dtypes", "u", "state", "head-size"],
+    ids=["shapes", "dtypes", "state", "head-size"],
 )
-def test_misfitting_inputs_are_named(change, message):
-    inputs = [x.detach() for x in make_inputs(2, 4, 2, 32)]
+def test_misfitting_inputs_are_named(case, change, message):
+    inputs = [x.detach() for x in case.inputs(2, 4, 2, 32)]
     change(inputs)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{case.operator.name}: .*{message}"):
+        case.run(*inputs)
+
+
+def test_a_misfitting_bonus_is_named():
+    inputs = [x.detach() for x in CASES["wkv6"].inputs(2, 4, 2, 32)]
+    inputs[4] = inputs[4][:, :16]
+    with pytest.raises(ValueError, match=r"wkv6: u must be \(H, N\) = \(2, 32\), not \(2, 16\)"):
         wkv.wkv6(*inputs)
 
 
-def test_threads_change_nothing():
+def test_threads_change_nothing(case):
+    _skip_unless_built(case, "cpu")
     wkv.set_backend("cpu")
-    inputs, before = make_inputs(3, 70, 5, 64), torch.get_num_threads()
+    inputs, before = case.inputs(3, 70, 5, 64), torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(values_and_gradients(wkv.wkv6, inputs, torch.tensor([70, 1, 33])))
+        results.append(values_and_gradients(case.run, inputs, torch.tensor([70, 1, 33])))
     torch.set_num_threads(before)
     wkv.set_backend("auto")
-    for name in NAMES:
-        assert all(torch.equal(result[name], results[0][name]) for result in results), name
+    for result in results:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))

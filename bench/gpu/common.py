@@ -21,7 +21,8 @@ from torch.autograd import DeviceType
 
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes
-from rwkv_speech.lm.rwkv6 import RWKV6, Block
+from rwkv_speech.lm.language_model import Block
+from rwkv_speech.lm.rwkv6 import RWKV6
 
 _PLAIN_FORWARD = Block.forward
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.lm.rwkv6 import RWKV6, last
+from rwkv_speech.lm.language_model import LanguageModel, last
 from rwkv_speech.lm.state import State
 from rwkv_speech.lm.tokenizer import END_OF_TEXT
 from rwkv_speech.options import DecodingOptions
@@ -67,7 +67,7 @@ class DecodingResult:
 
 
 def decode(
-    model: RWKV6,
+    model: LanguageModel,
     embeddings: Tensor,
     lengths: Tensor,
     state: State | None = None,
@@ -127,7 +127,7 @@ def decode(
 
 @torch.inference_mode()
 def generate(
-    model: RWKV6,
+    model: LanguageModel,
     hidden: Tensor,
     state: State,
     *,
@@ -183,7 +183,7 @@ def generate(
 
 @torch.inference_mode()
 def score_answers(
-    model: RWKV6, hidden: Tensor, state: State, answers: Sequence[Sequence[int]], *, end: int = END_OF_TEXT
+    model: LanguageModel, hidden: Tensor, state: State, answers: Sequence[Sequence[int]], *, end: int = END_OF_TEXT
 ) -> Tensor:
     """How likely each of a set of answers is, after each of B prompts.
 
@@ -222,7 +222,9 @@ def score_answers(
 
 
 @torch.inference_mode()
-def choose(model: RWKV6, embeddings: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]) -> list[DecodingResult]:
+def choose(
+    model: LanguageModel, embeddings: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]
+) -> list[DecodingResult]:
     """The likeliest of a set of answers after each prompt, and all others as its alternatives.
 
     embeddings, lengths: as for `decode`; answers: as for `score_answers`.
@@ -334,7 +336,7 @@ class _Search:
         best, *others = self._ranked()[: self._options.n_best]
         return replace(best, alternatives=tuple(others))
 
-    def keep_states(self, model: RWKV6, state: State, first_row: int) -> None:
+    def keep_states(self, model: LanguageModel, state: State, first_row: int) -> None:
         """Gives the hypotheses that ended in this step their states; `state` has a row for each live one before it."""
         for place, parent, token in self._ended:
             kept = state.select(torch.tensor([first_row + parent], device=state.layers[0].att_shift.device))

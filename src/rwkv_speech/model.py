@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rwkv_speech import lm
 from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample, one_round
 from rwkv_speech.decoding import DecodingResult, choose, decode
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions import get_mission
 from rwkv_speech.options import DecodingOptions
@@ -50,7 +51,7 @@ class SpeechRWKV(nn.Module):
 
     def __init__(
         self,
-        language_model: RWKV6,
+        language_model: LanguageModel,
         speech_encoder: SpeechEncoder | AbsentEncoder,
         adapter: Adapter,
         *,
@@ -86,7 +87,7 @@ class SpeechRWKV(nn.Module):
         """Loads the frozen parts, and the trained ones from a mission file.
 
         Args:
-            load_model: an RWKV-6 weight file, .pth or .safetensors.
+            load_model: an RWKV-6 or RWKV-7 weight file, .pth or .safetensors.
             encoder: a Hugging Face name or folder; None is the one that the mission file names, or WavLM-large.
             adapter: a mission file; None starts from torch's initialisation of the adapter and the model's own
                 initial state (zero, unless its file holds one).
@@ -105,7 +106,7 @@ class SpeechRWKV(nn.Module):
         named = info.get("encoder")
         if encoder and named and encoder != named:
             log.warning("%s was trained with the encoder %s, not %s", file.path, named, encoder)
-        language_model = RWKV6.from_file(load_model, device=device, dtype=dtype)
+        language_model = lm.load(load_model, device=device, dtype=dtype)
         with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
             speech_encoder = load_encoder(
                 encoder or named or DEFAULT_ENCODER, device=device, dtype=language_model.dtype
@@ -150,6 +151,7 @@ class SpeechRWKV(nn.Module):
             "encoder_width": self.speech_encoder.width,
             "downsample_k": self.adapter.downsample_k,
             "adapter_hidden": self.adapter.layers[0].out_features,
+            "generation": sizes.generation,
             "n_layer": sizes.n_layer,
             "n_embd": sizes.n_embd,
             "head_size": sizes.head_size,

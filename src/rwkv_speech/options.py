@@ -69,7 +69,7 @@ def device_list(text: str) -> int | list[int]:
 class ModelOptions:
     """The frozen parts, and the trained one."""
 
-    load_model: str = flag(MISSING, "RWKV-6 weight file, .pth or .safetensors")
+    load_model: str = flag(MISSING, "RWKV-6 or RWKV-7 weight file, .pth or .safetensors")
     encoder: str | None = flag(
         None, "speech encoder: Hugging Face name or folder (default: the mission file's, or microsoft/wavlm-large)"
     )
@@ -332,7 +332,7 @@ class Options:
         parser = _Parser(
             prog="train.py",
             usage="train.py --load_model FILE [flags]",
-            description="Speech for a frozen RWKV-6 language model: train an adapter and an initial state, use them.",
+            description="Speech for a frozen RWKV language model: train an adapter and an initial state, use them.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import PARTIAL, writing
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
@@ -47,11 +47,11 @@ class TrainedTensor:
     decay: bool
 
 
-def trained_tensors(language_model: RWKV6, adapter: Adapter) -> dict[str, TrainedTensor]:
+def trained_tensors(language_model: LanguageModel, adapter: Adapter) -> dict[str, TrainedTensor]:
     """Everything that is trained, under its name in a mission file."""
     states = {
-        STATE.format(i): TrainedTensor(block.att.time_state, "state", decay=False)
-        for i, block in enumerate(language_model.blocks)
+        STATE.format(i): TrainedTensor(state, "state", decay=False)
+        for i, state in enumerate(language_model.time_states)
     }
     return states | {
         f"{ADAPTER}{name}": TrainedTensor(x, "adapter", decay=x.dim() > 1)
@@ -174,7 +174,7 @@ def newest_mission_file(folder: Path) -> Path:
 
 def check_fit(
     mission: MissionFile,
-    model: RWKV6,
+    model: LanguageModel,
     encoder: SpeechEncoder | AbsentEncoder,
     downsample_k: int | None,
     hidden: int | None,
@@ -190,6 +190,9 @@ def check_fit(
     state_shape = (sizes.n_head, sizes.head_size, sizes.head_size)
     of_model = f"language model is {sizes.n_layer} x {sizes.n_embd}"
     problems = []
+    trained_with = mission.info.get("generation", sizes.generation)
+    if trained_with != sizes.generation:
+        problems.append(f"states for an RWKV-{trained_with}, but the language model is an RWKV-{sizes.generation}")
     state = tuple(mission.tensors[STATE.format(0)].shape)
     if mission.n_layer != sizes.n_layer or state != state_shape:
         problems.append(f"states of {mission.n_layer} layers x {state}, but the {of_model}, states {state_shape}")

@@ -46,7 +46,10 @@ def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterance
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     table = Table(show_header=False)
     for row in (
-        ("language model", f"RWKV-6 {sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}"),
+        (
+            "language model",
+            f"RWKV-{sizes.generation} {sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}",
+        ),
         ("speech encoder", f"{encoder.name}, width {encoder.width}"),
         ("adapter", f"{adapter.downsample_k} frames to a position, {adapter.layers[0].out_features} hidden units"),
         ("trained", f"{count[True]:,} parameters"),

@@ -1,0 +1,31 @@
+"""Frozen RWKV language models, of generation 6 and 7 behind one interface."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from rwkv_speech.lm.language_model import LanguageModel
+
+
+def load(
+    path: str | Path, *, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
+) -> "LanguageModel":
+    """Reads a .pth or .safetensors file of an RWKV-6 or RWKV-7; its tensors decide which of them it is.
+
+    Args:
+        path: an official file, or one in its form; a `time_state` in it becomes the initial state.
+        device: where the weights go.
+        dtype: fp32, bf16 or fp16; None keeps that of the file's embedding.
+
+    Raises:
+        WeightsError: the file can't be read, or holds no complete RWKV-6 or RWKV-7.
+    """
+    from rwkv_speech.lm.rwkv6 import RWKV6
+    from rwkv_speech.lm.rwkv7 import RWKV7
+    from rwkv_speech.lm.weights import read_weights
+
+    sizes, tensors = read_weights(path)
+    model = {6: RWKV6, 7: RWKV7}[sizes.generation]
+    return model.from_tensors(sizes, tensors, device=device, dtype=dtype)

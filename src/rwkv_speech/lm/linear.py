@@ -1,5 +1,7 @@
 """The product with a frozen weight matrix, for many rows and for the few of a decoding step."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,12 @@ def bmm(x: Tensor, matrix: Tensor) -> Tensor:
     if _few(x, x.shape[0] * x.shape[2]):
         return torch.ops.rwkv_speech_cpu.few_rows_matmul(x, matrix)
     return torch.bmm(x, matrix)
+
+
+def low_rank(x: Tensor, first: Tensor, second: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """between(x @ first) @ second for x (B, T, C), first (C, D), second (D, O) -> (B, T, O)."""
+    low = bmm(x.reshape(1, -1, x.shape[-1]), first[None])
+    return bmm(between(low) if between else low, second[None]).view(*x.shape[:-1], -1)
 
 
 def _few(x: Tensor, row: int) -> bool:

@@ -1,7 +1,7 @@
-"""RWKV-6 ("x060") weight files: which tensors they hold, what size the model is, and reading them in place.
+"""Weight files of RWKV-6 ("x060") and RWKV-7 ("x070"): which tensors they hold, the model's size, reading in place.
 
-One table of names and shapes, written in symbols, serves for everything: telling the sizes from the tensors,
-checking the tensors, and (`initialise`) making new ones.
+One table of names and shapes for each generation, written in symbols, serves for everything: telling the sizes from
+the tensors, checking the tensors, and (`initialise`) making new ones.
 """
 
 import pickle
@@ -18,7 +18,12 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError
 
-# C width, V vocabulary, H heads, N head size, F ffn width, D and E ranks of token-shift and decay products.
+# The sizes that symbols stand for in the tables below, as fields of ModelSizes. Those of both generations, then ranks.
+_SYMBOLS = {"C": "n_embd", "V": "vocab_size", "H": "n_head", "N": "head_size", "F": "dim_ffn"}
+_RANKS = {
+    6: {"D": "dim_mix", "E": "dim_decay"},
+    7: {"W": "dim_decay", "A": "dim_rate", "L": "dim_value", "G": "dim_gate"},
+}
 _OUTER_SHAPES = {
     "emb.weight": "V C",
     "blocks.0.ln0.weight": "C",
@@ -27,43 +32,75 @@ _OUTER_SHAPES = {
     "ln_out.bias": "C",
     "head.weight": "V C",
 }
+_NORM_SHAPES = {f"{norm}.{part}": "C" for norm in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")}
 _BLOCK_SHAPES = {
-    **{f"{norm}.{part}": "C" for norm in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")},
-    **{f"att.time_maa_{part}": "1 1 C" for part in "xwkvrg"},
-    "att.time_maa_w1": "C 5D",
-    "att.time_maa_w2": "5 D C",
-    "att.time_decay": "1 1 C",
-    "att.time_decay_w1": "C E",
-    "att.time_decay_w2": "E C",
-    "att.time_faaaa": "H N",
-    **{f"att.{matrix}.weight": "C C" for matrix in ("receptance", "key", "value", "gate", "output")},
-    "ffn.time_maa_k": "1 1 C",
-    "ffn.time_maa_r": "1 1 C",
-    "ffn.key.weight": "F C",
-    "ffn.receptance.weight": "C C",
-    "ffn.value.weight": "C F",
+    6: {
+        **_NORM_SHAPES,
+        **{f"att.time_maa_{part}": "1 1 C" for part in "xwkvrg"},
+        "att.time_maa_w1": "C 5D",
+        "att.time_maa_w2": "5 D C",
+        "att.time_decay": "1 1 C",
+        "att.time_decay_w1": "C E",
+        "att.time_decay_w2": "E C",
+        "att.time_faaaa": "H N",
+        **{f"att.{matrix}.weight": "C C" for matrix in ("receptance", "key", "value", "gate", "output")},
+        "ffn.time_maa_k": "1 1 C",
+        "ffn.time_maa_r": "1 1 C",
+        "ffn.key.weight": "F C",
+        "ffn.receptance.weight": "C C",
+        "ffn.value.weight": "C F",
+    },
+    7: {
+        **_NORM_SHAPES,
+        **{f"att.x_{part}": "1 1 C" for part in "rwkvag"},
+        "att.w0": "1 1 C",
+        "att.w1": "C W",
+        "att.w2": "W C",
+        "att.a0": "1 1 C",
+        "att.a1": "C A",
+        "att.a2": "A C",
+        "att.v0": "1 1 C",
+        "att.v1": "C L",
+        "att.v2": "L C",
+        "att.g1": "C G",
+        "att.g2": "G C",
+        "att.k_k": "1 1 C",
+        "att.k_a": "1 1 C",
+        "att.r_k": "H N",
+        **{f"att.{matrix}.weight": "C C" for matrix in ("receptance", "key", "value", "output")},
+        "ffn.x_k": "1 1 C",
+        "ffn.key.weight": "F C",
+        "ffn.value.weight": "C F",
+    },
 }
+# The first layer has no earlier layer's values to mix in. Some files have these tensors all the same, of any size.
+_UNUSED = {6: set(), 7: {f"blocks.0.att.v{i}" for i in range(3)}}
 _STATE, _STATE_SHAPE = "att.time_state", "H N N"
 
 # What only this generation (and none above it in the list) has; the names are those of BlinkDL/RWKV-LM.
 _GENERATIONS = (
-    (7, re.compile(r"\.att\.(r_k|x_r|w0|a0)$")),
-    (6, re.compile(r"\.time_maa_")),
-    (5, re.compile(r"\.att\.(ln_x\.weight|gate\.weight|time_mix_g|time_faaaa)$")),
-    (4, re.compile(r"\.att\.(time_mix_k|time_first)$")),
+    ("7b", re.compile(r"\.qkv\.")),
+    ("7a", re.compile(r"\.ffn\.(s_emb|s\d$)")),
+    ("7", re.compile(r"\.att\.(r_k|x_r|w0|a0)$")),
+    ("6", re.compile(r"\.time_maa_")),
+    ("5", re.compile(r"\.att\.(ln_x\.weight|gate\.weight|time_mix_g|time_faaaa)$")),
+    ("4", re.compile(r"\.att\.(time_mix_k|time_first)$")),
 )
+_EXPECTED = "expected RWKV-6 (x060) or RWKV-7 (x070) in the official form: take such a file, e.g. rwkv7-g1k-2.9b"
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6
 _PICKLE_MAGIC = b"\x80"  # torch.save before
 
 
 class WeightsError(UserError):
-    """A weight file that can't be read, or that holds no complete RWKV-6."""
+    """A weight file that can't be read, or that holds no complete RWKV-6 or RWKV-7."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """All that the tensors' shapes say about a model."""
+    """All that the tensors' names and shapes say about a model."""
 
+    generation: int = 6
+    """6 or 7."""
     n_layer: int
     """Blocks."""
     n_embd: int
@@ -74,12 +111,18 @@ class ModelSizes:
     """Channels N of a head."""
     dim_ffn: int
     """Hidden width F of the channel mix."""
-    dim_mix: int
-    """Rank D of each of the five low-rank token-shift products."""
-    dim_decay: int
-    """Rank E of the low-rank decay product."""
     vocab_size: int
     """Rows V of the embedding and of the head."""
+    dim_decay: int
+    """Rank of the low-rank decay product."""
+    dim_mix: int = 0
+    """RWKV-6: rank of each of the five low-rank token-shift products."""
+    dim_rate: int = 0
+    """RWKV-7: rank of the product of the learning rate, a."""
+    dim_value: int = 0
+    """RWKV-7: rank of the product that mixes in the first layer's values; 0 where there is but one layer."""
+    dim_gate: int = 0
+    """RWKV-7: rank of the gate's product."""
 
     @property
     def n_params(self) -> int:
@@ -94,16 +137,9 @@ def expected_shapes(sizes: ModelSizes, *, time_state: bool = False) -> dict[str,
         sizes: of the model.
         time_state: with the initial states, (H, N, N) in each block, which a plain file doesn't have.
     """
-    values = {
-        "C": sizes.n_embd,
-        "V": sizes.vocab_size,
-        "H": sizes.n_head,
-        "N": sizes.head_size,
-        "F": sizes.dim_ffn,
-        "D": sizes.dim_mix,
-        "E": sizes.dim_decay,
-    }
-    table = _symbolic_shapes(sizes.n_layer, time_state=time_state)
+    fields = _SYMBOLS | _RANKS[sizes.generation]
+    values = {symbol: getattr(sizes, field) for symbol, field in fields.items()}
+    table = _symbolic_shapes(sizes.generation, sizes.n_layer, time_state=time_state)
     return {name: _evaluate(symbols, values) for name, symbols in table.items()}
 
 
@@ -114,16 +150,17 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
     instead of condemning all others. Shapes may lack or add leading 1s, as (C,) for (1, 1, C).
 
     Raises:
-        WeightsError: the tensors are no RWKV-6 (it says which generation they look like), or some are
+        WeightsError: the tensors are no RWKV-6 or RWKV-7 (it says which generation they look like), or some are
             missing, misshapen, no floating-point numbers or unknown: one message with all of them. Unknown
-            tensors are an error because variations of RWKV-6 show in nothing else (a mixture of experts, an
-            added attention): without them the model would run, and compute something that was never trained.
+            tensors are an error because variations of RWKV show in nothing else (a mixture of experts, an added
+            attention): without them the model would run, and compute something that was never trained.
     """
-    _check_generation(tensors)
+    generation = _generation(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _UNUSED[generation]}
     layers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if match]
     n_layer = max(layers, default=-1) + 1
-    table = _symbolic_shapes(n_layer, time_state=_has_state(tensors))
-    values = _majority(tensors, _symbolic_shapes(n_layer, time_state=False))
+    table = _symbolic_shapes(generation, n_layer, time_state=_has_state(tensors))
+    values = _majority(tensors, _symbolic_shapes(generation, n_layer, time_state=False))
 
     missing = [(name, "") for name in table if name not in tensors]
     unknown = [(name, "") for name in tensors if name not in table]
@@ -139,28 +176,26 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
             wrong.append((name, f" holds {tensors[name].dtype}, expected floating-point numbers"))
     heads, size, width = (values.get(symbol) for symbol in "HNC")
     if heads and size and width and heads * size != width:
-        wrong.append(("time_faaaa", f" has {heads} heads of {size}, which do not make the width {width}"))
+        wrong.append(
+            (
+                "time_faaaa" if generation == 6 else "r_k",
+                f" has {heads} heads of {size}, which do not make the width {width}",
+            )
+        )
 
     kinds = {"missing": missing, "misshapen": wrong, "unknown": unknown}
     if problems := [f"{kind}: {_by_layer(found, n_layer)}" for kind, found in kinds.items() if found]:
         raise WeightsError(
-            f"not the tensors of a whole RWKV-6 (x060) with {n_layer} layers; {'; '.join(problems)}; "
-            "get the file again, or one that was not converted to another form"
+            f"not the tensors of a whole RWKV-{generation} (x0{generation}0) with {n_layer} layers; "
+            f"{'; '.join(problems)}; get the file again, or one that was not converted to another form"
         )
-    return ModelSizes(
-        n_layer=n_layer,
-        n_embd=values["C"],
-        n_head=values["H"],
-        head_size=values["N"],
-        dim_ffn=values["F"],
-        dim_mix=values["D"],
-        dim_decay=values["E"],
-        vocab_size=values["V"],
-    )
+    fields = _SYMBOLS | _RANKS[generation]
+    sizes = {field: values.get(symbol, 0) for symbol, field in fields.items()}
+    return ModelSizes(generation=generation, n_layer=n_layer, **sizes)
 
 
 def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
-    """Opens a `.pth` or `.safetensors` file of an RWKV-6 in place.
+    """Opens a `.pth` or `.safetensors` file of an RWKV-6 or RWKV-7 in place.
 
     The tensors are memory-mapped, privately: nothing is read before it is used, and changing one never
     reaches the file. Only a file in torch's form from before version 1.6 is read into memory, once.
@@ -175,7 +210,7 @@ def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
     path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise WeightsError(f"{path}: {what}; expected an RWKV-6 weight file (.pth or .safetensors)")
+        raise WeightsError(f"{path}: {what}; expected an RWKV weight file (.pth or .safetensors)")
     try:
         content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
         if not isinstance(content, dict):
@@ -224,12 +259,12 @@ def _open_torch(path: Path) -> object:
         raise WeightsError(f"is truncated or damaged ({_reason(error)}); get the file again") from None
 
 
-def _symbolic_shapes(n_layer: int, *, time_state: bool) -> dict[str, list[str]]:
-    block = {**_BLOCK_SHAPES, **({_STATE: _STATE_SHAPE} if time_state else {})}
+def _symbolic_shapes(generation: int, n_layer: int, *, time_state: bool) -> dict[str, list[str]]:
+    block = _BLOCK_SHAPES[generation] | ({_STATE: _STATE_SHAPE} if time_state else {})
     shapes = dict(_OUTER_SHAPES)
     for layer in range(n_layer):
         shapes.update({f"blocks.{layer}.{name}": symbols for name, symbols in block.items()})
-    return {name: symbols.split() for name, symbols in shapes.items()}
+    return {name: symbols.split() for name, symbols in shapes.items() if name not in _UNUSED[generation]}
 
 
 def _has_state(names: Iterable[str]) -> bool:
@@ -263,21 +298,17 @@ def _majority(tensors: Mapping[str, Tensor], table: Mapping[str, list[str]]) -> 
         if len(shape) == len(core):
             for symbol, size in zip(core, shape, strict=True):
                 votes.setdefault(symbol, Counter())[size] += 1
-    return {symbol: votes[symbol].most_common(1)[0][0] for symbol in "CVHNFDE" if symbol in votes}
+    return {symbol: votes[symbol].most_common(1)[0][0] for symbol in votes}
 
 
-def _check_generation(names: Iterable[str]) -> None:
+def _generation(names: Iterable[str]) -> int:
     names = list(names)
     looks = next((number for number, mark in _GENERATIONS if any(map(mark.search, names))), None)
     if looks is None:
-        raise WeightsError(
-            f"its tensors ({_few(names) or 'none'}) look like no RWKV of generation 4 to 7; expected RWKV-6 "
-            "in the official form (x060): take such a file, e.g. RWKV-x060-World-1B6"
-        )
-    if looks != 6:
-        raise WeightsError(
-            f"its tensors look like RWKV-{looks}; expected RWKV-6 (x060): take such a file, e.g. RWKV-x060-World-1B6"
-        )
+        raise WeightsError(f"its tensors ({_few(names) or 'none'}) look like no RWKV of generation 4 to 7; {_EXPECTED}")
+    if looks not in ("6", "7"):
+        raise WeightsError(f"its tensors look like RWKV-{looks}; {_EXPECTED}")
+    return int(looks)
 
 
 def _by_layer(problems: list[tuple[str, str]], n_layer: int) -> str:

@@ -1,4 +1,4 @@
-"""The WKV operator in plain torch, for machines without a compiler: a chunk of steps at a time as matrix products.
+"""The WKV operator of RWKV-6 in plain torch: fp64 loops to compare with, and chunks of matrix products (`chunked.py`).
 
 Within a chunk that starts from the state S, with L_t the sum of the log-decays of the chunk's steps before t,
 
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 16
+from rwkv_speech.lm.chunked import before
 
 
-class _Chunk:
+class Chunk6:
     """The factors of one chunk; every tensor (B, H, C, N), fp32."""
 
     def __init__(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
@@ -28,7 +28,7 @@ class _Chunk:
         # Each stretch of steps is summed by itself: differences of running sums would lose strong decays' digits.
         stretch = (self.log_decay[..., :, None, :] * earlier).cumsum(-3)  # (B, H, C t, C s, N): steps s+1 .. t
         self.between = torch.exp(F.pad(stretch[..., :-1, :, :], (0, 0, 0, 0, 1, 0))) * earlier  # steps s+1 .. t-1
-        self.from_start = torch.exp(_before(self.log_decay))
+        self.from_start = torch.exp(before(self.log_decay))
         self.to_end = torch.exp(stretch[..., -1, :, :])
         self.whole = torch.exp(self.log_decay.sum(-2, keepdim=True))  # (B, H, 1, N)
         step = torch.arange(C, device=r.device)
@@ -55,8 +55,8 @@ class _Chunk:
         ways = torch.einsum("bhts,bhtn,bhsn,bhtsn->bhtsn", gA, self.r, self.k, self.between)
         g_log_decay = (
             torch.einsum("bhtsn,ots->bhon", ways, self.passes)
-            + _before((self.r * gr_state).flip(-2)).flip(-2)
-            + _before(self.k * gk_state)
+            + before((self.r * gr_state).flip(-2)).flip(-2)
+            + before(self.k * gk_state)
             + (G * S).sum(-2, keepdim=True) * self.whole
         )
         return (
@@ -67,74 +67,6 @@ class _Chunk:
             (now * self.r * self.k).sum(-2),
             (gy.mT @ (self.r * self.from_start)) + G * self.whole,
         )
-
-
-def wkv6_chunked_forward(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `rwkv_speech.lm.wkv`: y, the final state, and the states before each chunk (empty unless saved)."""
-    B, T, H, N = r.shape
-    S = state.expand(B, H, N, N)
-    outputs, states = [], []
-    inputs = _inputs(r, k, v, w, lengths)
-    for t in range(0, T, CHUNK):
-        states.append(S)
-        y, S = _Chunk(*(x[:, :, t : t + CHUNK] for x in inputs), u).forward(S)
-        outputs.append(y)
-    saved = torch.stack(states, 2) if save_states else S.new_empty(0, H, len(states), N, N)
-    return torch.cat(outputs, 2).transpose(1, 2).to(r.dtype, copy=True).contiguous(), S.contiguous(), saved
-
-
-def wkv6_chunked_backward(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    chunk_states: Tensor,
-    lengths: Tensor | None,
-    gy: Tensor,
-    g_final: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of r, k, v, w (B, T, H, N), and per sample of u (B, H, N) and the state (B, H, N, N)."""
-    G, gu = g_final, torch.zeros_like(g_final[..., 0, :])
-    inputs, gy = _inputs(r, k, v, w, lengths), _steps(gy, lengths)
-    parts = []
-    for index in reversed(range(chunk_states.shape[2])):
-        span = slice(index * CHUNK, (index + 1) * CHUNK)
-        chunk = _Chunk(*(x[:, :, span] for x in inputs), u)
-        *part, gu_part, G = chunk.backward(chunk_states[:, :, index], gy[:, :, span], G)
-        parts.append(part)
-        gu = gu + gu_part
-    gr, gk, gv, gw = (torch.cat(x[::-1], 2) for x in zip(*parts, strict=True))
-    grads = (_steps(g.transpose(1, 2), lengths).transpose(1, 2).to(r.dtype).contiguous() for g in (gr, gk, gv, gw))
-    return (*grads, gu, G)
-
-
-def _before(x: Tensor) -> Tensor:
-    """Sums over the steps (dimension -2) before each step."""
-    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-
-
-def _inputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
-    # After a sample's length k = 0 and w = -inf (a decay of 1) leave its state as it is, and r = 0 its output zero.
-    return (*(_steps(x, lengths) for x in (r, k, v)), _steps(w, lengths, -torch.inf))
-
-
-def _steps(x: Tensor, lengths: Tensor | None, beyond: float = 0.0) -> Tensor:
-    """(B, T, H, N) -> (B, H, T, N) in fp32, with the value `beyond` after each sample's own length."""
-    x = x.float().transpose(1, 2)
-    if lengths is None:
-        return x
-    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]  # (B, T)
-    return torch.where(valid[:, None, :, None], x, beyond)
 
 
 def wkv6_reference(

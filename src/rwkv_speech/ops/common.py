@@ -27,7 +27,7 @@ def check_model_file(options: ModelOptions) -> None:
         UserError: there is no such file.
     """
     if not Path(options.load_model).expanduser().is_file():
-        raise UserError(f"{options.load_model}: does not exist; expected RWKV-6 weights, .pth or .safetensors")
+        raise UserError(f"{options.load_model}: does not exist; expected RWKV weights, .pth or .safetensors")
 
 
 def chosen_adapter(options: Options) -> Path:

@@ -1,0 +1,360 @@
+// The WKV operator of RWKV-7 on the CPU.
+//
+//   S[i,j] <- d_t[j] S[i,j] + u_t[i] b_t[j] + v_t[i] k_t[j]      u_t[i] = sum_j S[i,j] a_t[j]   (S before the step)
+//   y_t[i]  = sum_j S[i,j] r_t[j]                                d = exp(-exp(-1/2) sigmoid(w)),  i: value,  j: key
+//
+// Forward goes step by step: five multiplications for each number of S, fewer than blocks of matrix products take. S
+// lies as [key, value], so that u, v and y lie along the lanes; one pass over S makes the step, y_t, and u_{t+1}.
+//
+// Backward takes a block of C steps at once. With P_t = d_1 ... d_t in each channel, and rows for steps,
+//
+//   R_t = r_t P_t,  A_t = a_t P_{t-1},  K_t = k_t / P_t,  B_t = b_t / P_t;    L: lower triangle,  L-: without its diagonal
+//   U = L-(A B^T) U + L-(A K^T) V + A S^T
+//   Y = L(R K^T) V + L(R B^T) U + R S^T             S' = (S + V^T K + U^T B) diag P_C
+//
+// (no decay is below 0.545, so that 1 / P stays below 2e4 in 16 steps), and with G' = dL/dS' diag P_C, W = [K; B], X = [V; U],
+//
+//   gX = [L(R K^T)  L(R B^T)]^T gY + W G'^T;   gU <- (I - L-(A B^T))^-T gU;   gV += L-(A K^T)^T gU
+//   E = L(gY X^T),  F = L-(gU X^T);   gR = E W + gY S,  gA = F W + gU S,  gW = E^T R + F^T A + X G'
+//   G = G' + gY^T R + gU^T A
+//
+// The logarithm of a decay is part of that of P_s for every s >= t, so that its gradient is a sum over those of
+// R gR - K gK - B gB (and A gA, a step later), and at the end of the block of S' and dL/dS'.
+//
+// The forward pass leaves S before each block, as [key, value].
+#include "wkv7_cpu.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "rows_cpu.h"
+
+namespace {
+
+constexpr int BLOCK = 16;            // steps
+constexpr int FEW = 8;               // fewer steps are not worth transposing S
+constexpr float STRONGEST = 0.60653066f;  // exp(-1/2)
+
+inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
+inline vec decay(vec w) { return exp(-STRONGEST * sigmoid(w)); }
+
+// One step as its formula reads, S being [value, key]. Sixteen rows at a time, to sum their products together.
+template <typename scalar_t, int N>
+void single_step(float* S, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
+                 const scalar_t* a, const scalar_t* b, scalar_t* y) {
+  constexpr int V = N / LANES;
+  float values[N], sums_of_r[N];
+  read_rows<N>(values, v, 0, 1);
+  vec d[V];
+  for (int c = 0; c < V; ++c) d[c] = decay(load(w + c * LANES));
+  for (int i = 0; i < N; i += LANES) {
+    vec part[LANES] = {};
+    for (int l = 0; l < LANES; ++l)
+      for (int c = 0; c < V; ++c) part[l] += load(S + (i + l) * N + c * LANES) * load(a + c * LANES);
+    const vec u = sums(part);
+    for (int l = 0; l < LANES; ++l) {
+      part[l] = vec{};
+      for (int c = 0; c < V; ++c) {
+        float* s = S + (i + l) * N + c * LANES;
+        const vec next = d[c] * load(s) + u[l] * load(b + c * LANES) + values[i + l] * load(k + c * LANES);
+        store(s, next);
+        part[l] += next * load(r + c * LANES);
+      }
+    }
+    store(sums_of_r + i, sums(part));
+  }
+  write_rows<N>(y, 0, 1, sums_of_r);
+}
+
+// Inputs of some steps as floats.
+template <int N>
+struct alignas(64) Steps {
+  float r[BLOCK][N], d[BLOCK][N], k[BLOCK][N], v[BLOCK][N], a[BLOCK + 1][N], b[BLOCK][N];
+};
+
+// `rows` steps of S as [key, value]; y takes the place of v. Columns are independent: some four vectors at a time.
+template <int N>
+void advance(float* S, Steps<N>& x, int rows) {
+  constexpr int V = N < 4 * LANES ? N / LANES : 4;
+  std::fill_n(x.a[rows], N, 0.0f);
+  for (int i = 0; i < N; i += V * LANES) {
+    vec u[V] = {};
+    for (int j = 0; j < N; ++j)
+      for (int c = 0; c < V; ++c) u[c] += x.a[0][j] * load(S + j * N + i + c * LANES);
+    for (int t = 0; t < rows; ++t) {
+      vec v[V], y[V] = {}, u_next[V] = {};
+      for (int c = 0; c < V; ++c) v[c] = load(x.v[t] + i + c * LANES);
+      for (int j = 0; j < N; ++j) {
+        float* s = S + j * N + i;
+        const float d = x.d[t][j], b = x.b[t][j], k = x.k[t][j], r = x.r[t][j], a = x.a[t + 1][j];
+        for (int c = 0; c < V; ++c) {
+          const vec next = d * load(s + c * LANES) + b * u[c] + k * v[c];
+          store(s + c * LANES, next);
+          y[c] += r * next;
+          u_next[c] += a * next;
+        }
+      }
+      for (int c = 0; c < V; ++c) {
+        store(x.v[t] + i + c * LANES, y[c]);
+        u[c] = u_next[c];
+      }
+    }
+  }
+}
+
+template <typename scalar_t, int N>
+void forward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
+             const scalar_t* a, const scalar_t* b, const float* state, scalar_t* y, float* final_state,
+             float* block_states) {
+  struct Scratch {
+    Steps<N> steps;
+    alignas(64) float S[N * N];
+  };
+  const int64_t stride = n.H * N, blocks = (n.T + BLOCK - 1) / BLOCK;
+  const int64_t grain = std::max<int64_t>(1, 16 / n.T);  // a head's single step is not worth waking a thread
+  at::parallel_for(0, n.B * n.H, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Scratch> scratch(n.T < FEW ? nullptr : new Scratch);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / n.H, h = task % n.H, steps = n.steps(sample);
+      const int64_t first = sample * n.T * stride + h * N;
+      const float* initial = state + (n.shared_state ? h : task) * N * N;
+      float *last = final_state + task * N * N, *saved = block_states + task * blocks * N * N;
+      if (steps < FEW) {
+        std::copy_n(initial, N * N, last);
+        if (block_states) transpose<N>(saved, initial);
+        for (int64_t at = first; at < first + steps * stride; at += stride)
+          single_step<scalar_t, N>(last, r + at, w + at, k + at, v + at, a + at, b + at, y + at);
+        continue;
+      }
+      auto& [x, S] = *scratch;
+      transpose<N>(S, initial);
+      for (int64_t t = 0; t < steps; t += BLOCK) {
+        if (block_states) std::copy_n(S, N * N, saved + t / BLOCK * N * N);
+        const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, steps - t);
+        const int64_t ahead = std::min<int64_t>(BLOCK, steps - t - rows);
+        prefetch_rows<N, 1>(y + at, stride, rows);
+        for (const auto* p : {r, w, k, v, a, b}) prefetch_rows<N, 0>(p + at + BLOCK * stride, stride, ahead);
+        read_rows<N>(x.r[0], r + at, stride, rows);
+        read_rows<N>(x.k[0], k + at, stride, rows);
+        read_rows<N>(x.v[0], v + at, stride, rows);
+        read_rows<N>(x.a[0], a + at, stride, rows);
+        read_rows<N>(x.b[0], b + at, stride, rows);
+        for (int s = 0; s < rows; ++s)
+          for (int j = 0; j < N; j += LANES) store(x.d[s] + j, decay(load(w + at + s * stride + j)));
+        advance(S, x, rows);
+        write_rows<N>(y + at, stride, rows, x.v[0]);
+      }
+      transpose<N>(last, S);
+    }
+  });
+}
+
+// Everything about one block on its way back. Two matrices of BLOCK rows that go through the same products lie one
+// below the other. Steps beyond the sample's last are zeros with a decay of 1: they change nothing.
+template <int N>
+struct alignas(64) BackwardBlock {
+  static constexpr int C = BLOCK, D = 2 * BLOCK;
+  float RA[D][N], KB[D][N], VU[D][N], gYU[D][N];  // R and A, K and B, V and U, gY and gU
+  float gRA[D][N], gKB[D][N], gVU[D][N];
+  float sigmoids[C][N], P[C + 1][N];                // P[t]: the decays before step t
+  float seen[D][D];                               // L and L- of RA KB^T: what Y and U take of V and U
+  float EF[D][D];
+  float columns[N][D];                            // KB, then VU, transposed
+  float S_by_key[N * N], S[N * N], G_by_key[N * N];
+  float ones[N], end[N];
+
+  template <typename scalar_t>
+  void read(const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v, const scalar_t* a,
+            const scalar_t* b, const scalar_t* gy, int64_t stride, int rows) {
+    if (rows < C) {
+      for (auto* x : {RA, KB, VU, gYU}) std::fill_n(x[0], D * N, 0.0f);
+      std::fill_n(sigmoids[0], C * N, 0.0f);
+    }
+    read_rows<N>(RA[0], r, stride, rows);
+    read_rows<N>(RA[C], a, stride, rows);
+    read_rows<N>(KB[0], k, stride, rows);
+    read_rows<N>(KB[C], b, stride, rows);
+    read_rows<N>(VU[0], v, stride, rows);
+    read_rows<N>(gYU[0], gy, stride, rows);
+    for (int j = 0; j < N; j += LANES) {
+      vec before = broadcast(1.0f);
+      for (int t = 0; t < C; ++t) {
+        vec s{};
+        if (t < rows) s = sigmoid(load(w + t * stride + j));
+        const vec after = before * exp(-STRONGEST * s), inverse = 1.0f / after;
+        store(sigmoids[t] + j, s);
+        store(P[t] + j, before);
+        store(RA[t] + j, load(RA[t] + j) * after);
+        store(RA[C + t] + j, load(RA[C + t] + j) * before);
+        store(KB[t] + j, load(KB[t] + j) * inverse);
+        store(KB[C + t] + j, load(KB[C + t] + j) * inverse);
+        before = after;
+      }
+      store(P[C] + j, before);
+    }
+  }
+
+  // columns = x^T
+  void turn(const float (&x)[D][N]) {
+    for (int t = 0; t < D; t += LANES)
+      for (int j = 0; j < N; j += LANES) {
+        vec tile[LANES];
+        for (int l = 0; l < LANES; ++l) tile[l] = load(x[t + l] + j);
+        transpose_tile(tile);
+        for (int l = 0; l < LANES; ++l) store(columns[j + l] + t, tile[l]);
+      }
+  }
+
+  // Keeps what an earlier step has on a later one: in the upper half of the rows also on the same step.
+  static void cut(float (&x)[D][D]) {
+    for (int t = 0; t < C; ++t)
+      for (int s = t; s < C; ++s) {
+        x[C + t][s] = x[C + t][C + s] = 0.0f;
+        if (s > t) x[t][s] = x[t][C + s] = 0.0f;
+      }
+  }
+
+  // x[to] += seen(U's of U)[from -> to] x[from]
+  void feed(float (&x)[D][N], int from, int to, float factor) {
+    for (int j = 0; j < N; j += LANES) store(x[C + to] + j, load(x[C + to] + j) + factor * load(x[C + from] + j));
+  }
+
+  // U, from S before the block.
+  void values() {
+    turn(KB);
+    multiply<D>(seen[0], D, RA[0], N, 1, columns[0], N);
+    cut(seen);
+    multiply<N>(VU[C], C, seen[C], D, 1, VU[0], C);
+    multiply<N, true>(VU[C], C, RA[C], N, 1, S_by_key, N);
+    for (int s = 0; s < C; ++s)
+      for (int t = s + 1; t < C; ++t) feed(VU, s, t, seen[C + t][C + s]);
+  }
+
+  // All gradients, and G (dL/dS' before, dL/dS after). P[1..C] becomes the gradient of w.
+  void back(float* G) {
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < N; j += LANES) store(G + i * N + j, load(G + i * N + j) * load(P[C] + j));
+    transpose<N>(G_by_key, G);
+    multiply<N>(gVU[0], D, seen[0], 1, D, gYU[0], C);
+    multiply<N, true>(gVU[0], D, KB[0], N, 1, G_by_key, N);
+    for (int t = C - 1; t >= 0; --t)
+      for (int s = 0; s < t; ++s) feed(gVU, t, s, seen[C + t][C + s]);
+    std::copy_n(gVU[C], C * N, gYU[C]);
+    multiply<N, true>(gVU[0], C, seen[C], 1, D, gYU[C], C);
+
+    turn(VU);
+    multiply<D>(EF[0], D, gYU[0], N, 1, columns[0], N);
+    cut(EF);
+    multiply<N>(gRA[0], D, EF[0], D, 1, KB[0], D);
+    multiply<N, true>(gRA[0], D, gYU[0], N, 1, S, N);
+    multiply<N>(gKB[0], D, VU[0], N, 1, G, N);
+    for (int j = 0; j < N; j += LANES) {
+      vec sum{};
+      for (int i = 0; i < N; ++i) sum += load(G + i * N + j) * load(S + i * N + j);
+      for (int t = 0; t < D; ++t) sum += load(gKB[t] + j) * load(KB[t] + j);
+      store(end + j, sum);
+    }
+    multiply<N, true>(gKB[0], D, EF[0], 1, D, RA[0], D);
+    std::fill_n(ones, N, 1.0f);
+    decay_and_add<N, false>(G, G, ones, gYU[0], RA[0], D);
+
+    for (int j = 0; j < N; j += LANES) {
+      vec sum = load(end + j);
+      for (int t = C - 1; t >= 0; --t) {
+        const auto product = [&](const float (&x)[D][N], const float (&g)[D][N], int at) {
+          return load(x[at] + j) * load(g[at] + j);
+        };
+        sum += product(RA, gRA, t) - product(KB, gKB, t) - product(KB, gKB, C + t);
+        const vec before = load(P[t] + j), after = load(P[t + 1] + j), s = load(sigmoids[t] + j);
+        store(P[t + 1] + j, -STRONGEST * s * (1.0f - s) * sum);
+        sum += product(RA, gRA, C + t);
+        const vec inverse = 1.0f / after;
+        store(gRA[t] + j, load(gRA[t] + j) * after);
+        store(gRA[C + t] + j, load(gRA[C + t] + j) * before);
+        store(gKB[t] + j, load(gKB[t] + j) * inverse);
+        store(gKB[C + t] + j, load(gKB[C + t] + j) * inverse);
+      }
+    }
+  }
+};
+
+template <typename scalar_t, int N>
+void backward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
+              const scalar_t* a, const scalar_t* b, const float* block_states, const scalar_t* gy,
+              const float* g_final, scalar_t* gr, scalar_t* gw, scalar_t* gk, scalar_t* gv, scalar_t* ga,
+              scalar_t* gb, float* g_state) {
+  const int64_t stride = n.H * N, blocks = (n.T + BLOCK - 1) / BLOCK;
+  at::parallel_for(0, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = std::make_unique<BackwardBlock<N>>();
+    auto& x = *scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / n.H, h = task % n.H, steps = n.steps(sample);
+      const int64_t first = sample * n.T * stride + h * N;
+      float* G = g_state + task * N * N;
+      std::copy_n(g_final + task * N * N, N * N, G);
+      for (int64_t t = (steps - 1) / BLOCK * BLOCK; t >= 0; t -= BLOCK) {
+        const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, steps - t);
+        const float* saved = block_states + (task * blocks + t / BLOCK) * N * N;
+        if (t > 0) {
+          prefetch_rows<N, 0>(saved - N * N, N, N);
+          for (const auto* p : {r, w, k, v, a, b, gy}) prefetch_rows<N, 0>(p + at - BLOCK * stride, stride, BLOCK);
+        }
+        x.read(r + at, w + at, k + at, v + at, a + at, b + at, gy + at, stride, rows);
+        std::copy_n(saved, N * N, x.S_by_key);
+        transpose<N>(x.S, x.S_by_key);
+        for (const auto* p : {gr, gw, gk, gv, ga, gb}) prefetch_rows<N, 1>(p + at, stride, rows);
+        x.values();
+        x.back(G);
+        write_rows<N>(gr + at, stride, rows, x.gRA[0]);
+        write_rows<N>(gw + at, stride, rows, x.P[1]);
+        write_rows<N>(gk + at, stride, rows, x.gKB[0]);
+        write_rows<N>(gv + at, stride, rows, x.gVU[0]);
+        write_rows<N>(ga + at, stride, rows, x.gRA[BLOCK]);
+        write_rows<N>(gb + at, stride, rows, x.gKB[BLOCK]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv7_forward_cpu(const at::Tensor& r, const at::Tensor& w,
+                                                                const at::Tensor& k, const at::Tensor& v,
+                                                                const at::Tensor& a, const at::Tensor& b,
+                                                                const at::Tensor& state, const Lengths& lengths,
+                                                                bool save_states) {
+  const auto n = sizes_of(r, state.dim() == 3, lengths);
+  const int64_t N = r.size(3), blocks = (n.T + BLOCK - 1) / BLOCK;
+  const auto y = allocate(r.sizes(), r.options(), lengths);
+  const auto final_state = at::empty({n.B, n.H, N, N}, state.options());
+  const auto block_states = allocate({save_states ? n.B : 0, n.H, blocks, N, N}, state.options(), lengths);
+  with_type_and_head_size(r, [&](auto number, auto size) {
+    using scalar_t = decltype(number);
+    forward<scalar_t, size.value>(n, r.data_ptr<scalar_t>(), w.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(),
+                                  v.data_ptr<scalar_t>(), a.data_ptr<scalar_t>(), b.data_ptr<scalar_t>(),
+                                  state.data_ptr<float>(), y.data_ptr<scalar_t>(), final_state.data_ptr<float>(),
+                                  save_states ? block_states.data_ptr<float>() : nullptr);
+  });
+  return {y, final_state, block_states};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv7_backward_cpu(
+    const at::Tensor& r, const at::Tensor& w, const at::Tensor& k, const at::Tensor& v, const at::Tensor& a,
+    const at::Tensor& b, const at::Tensor& chunk_states, const Lengths& lengths, const at::Tensor& gy,
+    const at::Tensor& g_final) {
+  const auto n = sizes_of(r, false, lengths);
+  const auto like = [&](const at::Tensor& x) { return allocate(x.sizes(), x.options(), lengths); };
+  const auto gr = like(r), gw = like(w), gk = like(k), gv = like(v), ga = like(a), gb = like(b);
+  const auto g_state = at::empty(g_final.sizes(), g_final.options());
+  with_type_and_head_size(r, [&](auto number, auto size) {
+    using scalar_t = decltype(number);
+    backward<scalar_t, size.value>(
+        n, r.data_ptr<scalar_t>(), w.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(), v.data_ptr<scalar_t>(),
+        a.data_ptr<scalar_t>(), b.data_ptr<scalar_t>(), chunk_states.data_ptr<float>(), gy.data_ptr<scalar_t>(),
+        g_final.data_ptr<float>(), gr.data_ptr<scalar_t>(), gw.data_ptr<scalar_t>(), gk.data_ptr<scalar_t>(),
+        gv.data_ptr<scalar_t>(), ga.data_ptr<scalar_t>(), gb.data_ptr<scalar_t>(), g_state.data_ptr<float>());
+  });
+  return {gr, gw, gk, gv, ga, gb, g_state};
+}

@@ -1,0 +1,185 @@
+"""What both generations of the language model share: reading files, embeddings, the pass through the blocks, logits.
+
+Notable:
+- One code path for training, prefill and single tokens: vectors and a state in, vectors and the new state out.
+- Logits are a call of their own, computed only at the positions that need them.
+- Right-padded batches: with `lengths`, each sample gets the outputs and the final state that it gets alone.
+- Weights take no gradient; what can be trained is the initial state, `blocks[l].att.time_state`.
+
+A generation is a subclass, with its time mix and channel mix.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_speech.lm.linear import Linear
+from rwkv_speech.lm.state import LayerState, State
+from rwkv_speech.lm.weights import ModelSizes, WeightsError, read_weights
+
+GROUP_NORM_EPS = 64e-5  # 1e-5 times the square of the head size divisor, 8, that the models were trained with
+
+
+class Block(nn.Module):
+    """Time mix and channel mix, each normed and added to the residual stream."""
+
+    def __init__(self, sizes: ModelSizes, att: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(sizes.n_embd)
+        self.ln2 = nn.LayerNorm(sizes.n_embd)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        wkv: Tensor,
+        att_shift: Tensor,
+        ffn_shift: Tensor,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, C), what the first layer hands to all others, and the state -> the same after the block."""
+        att_input = self.ln1(x)
+        out, v_first, wkv = self.att(att_input, v_first, att_shift, wkv, lengths)
+        x = x + out
+        ffn_input = self.ln2(x)
+        x = x + self.ffn(ffn_input, ffn_shift)
+        return x, v_first, LayerState(wkv, last(att_input, lengths), last(ffn_input, lengths))
+
+
+class LanguageModel(nn.Module):
+    """A frozen RWKV: `forward` from tokens or embeddings to hidden vectors, `logits` from those to the vocabulary.
+
+    `checkpointing = True` trades the activations of a block for computing it again in the backward pass.
+    """
+
+    generation: ClassVar[int]
+    time_mix: ClassVar[type[nn.Module]]
+    """(sizes, layer); `forward(x, v_first, before, wkv, lengths)` gives the output, v_first, and the new state."""
+    channel_mix: ClassVar[type[nn.Module]]
+    """(sizes); `forward(x, before)` gives the output."""
+
+    def __init__(self, sizes: ModelSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.checkpointing = False
+        self.emb = nn.Embedding(sizes.vocab_size, sizes.n_embd)
+        self.blocks = nn.ModuleList(
+            Block(sizes, self.time_mix(sizes, layer), self.channel_mix(sizes)) for layer in range(sizes.n_layer)
+        )
+        self.blocks[0].ln0 = nn.LayerNorm(sizes.n_embd)
+        self.ln_out = nn.LayerNorm(sizes.n_embd)
+        self.head = Linear(sizes.n_embd, sizes.vocab_size)
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Self:
+        """Reads a .pth or .safetensors file; weights stay in the mapped file where neither device nor dtype change.
+
+        Args:
+            path: an official file of this generation, or one in its form; a `time_state` in it becomes the initial
+                state.
+            device: where the weights go.
+            dtype: fp32, bf16 or fp16; None keeps that of the file's embedding.
+
+        Raises:
+            WeightsError: the file can't be read, or holds no complete model of this generation.
+        """
+        sizes, tensors = read_weights(path)
+        if sizes.generation != cls.generation:
+            raise WeightsError(f"{path}: holds an RWKV-{sizes.generation}; expected an RWKV-{cls.generation}")
+        return cls.from_tensors(sizes, tensors, device=device, dtype=dtype)
+
+    @classmethod
+    def from_tensors(
+        cls, sizes: ModelSizes, tensors: dict[str, Tensor], *, device: torch.device | str, dtype: torch.dtype | None
+    ) -> Self:
+        """The model of the tensors that `read_weights` gave; for the arguments see `from_file`."""
+        with torch.device("meta"):
+            model = cls(sizes)
+        dtype = dtype or tensors["emb.weight"].dtype
+        for name, parameter in model.state_dict().items():
+            if name.endswith("time_state"):
+                state = tensors.get(name, torch.zeros(parameter.shape))
+                tensors[name] = state.to(device, torch.float32)
+            else:
+                tensors[name] = tensors[name].to(device, dtype)
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.emb.weight.dtype
+
+    @property
+    def n_layer(self) -> int:
+        return self.sizes.n_layer
+
+    @property
+    def time_states(self) -> list[nn.Parameter]:
+        """The initial state of each layer, (H, N, N) fp32, index [value, key]."""
+        return [block.att.time_state for block in self.blocks]
+
+    def initial_state(self, batch_size: int) -> State:
+        """The learned (or zero) initial state, shared by the batch; token shifts start from zero."""
+        zero = self.emb.weight.new_zeros(batch_size, self.sizes.n_embd)
+        return State(tuple(LayerState(state, zero, zero) for state in self.time_states))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (...,) int64 -> their embeddings (..., C), as `forward` takes them."""
+        return F.embedding(tokens, self.emb.weight)
+
+    def forward(
+        self, inputs: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Runs over T positions.
+
+        Args:
+            inputs: tokens (B, T) int64, or embeddings (B, T, C).
+            state: what came before; None is the initial state.
+            lengths: (B,) integers in 1..T, the positions of each sample; None: T for all.
+
+        Returns:
+            Hidden vectors (B, T, C), meaningless after each sample's length, and the state after its last position.
+        """
+        x = inputs if inputs.is_floating_point() else self.embed(inputs)
+        x = self.blocks[0].ln0(x.to(self.dtype))
+        state = state or self.initial_state(x.shape[0])
+        v_first, after = None, []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                x, v_first, layer = checkpoint(block, x, v_first, *before, lengths, use_reentrant=False)
+            else:
+                x, v_first, layer = block(x, v_first, *before, lengths)
+            after.append(layer)
+        return x, State(tuple(after))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden vectors (..., C) -> logits (..., vocabulary) in the dtype of the weights."""
+        return self.head(self.ln_out(hidden))
+
+
+def norm_heads(y: Tensor, norm: nn.GroupNorm, dtype: torch.dtype) -> Tensor:
+    """y (B, T, H, N) of the WKV operator, normed head by head in fp32 -> (B, T, C)."""
+    B, T, H, N = y.shape
+    y = F.group_norm(y.reshape(B * T, H * N).float(), H, norm.weight.float(), norm.bias.float(), norm.eps)
+    return y.to(dtype).view(B, T, H * N)
+
+
+def shift(x: Tensor, before: Tensor) -> Tensor:
+    """x (B, T, C) one step later: `before` (B, C) comes first, the last vector is dropped."""
+    return torch.cat([before[:, None].to(x.dtype), x[:, :-1]], dim=1)
+
+
+def last(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The vectors (B, C) at each sample's last position of x (B, T, C)."""
+    if lengths is None:
+        return x[:, -1].clone()  # a view would keep all of x for as long as the state is kept
+    return x[torch.arange(x.shape[0], device=x.device), lengths.to(x.device) - 1]
