@@ -118,8 +118,8 @@ def make_fabric(machine: Machine) -> Fabric:
 def launched(fabric: Fabric) -> Iterator[None]:
     """The block runs in all processes: the first one, where it gets here, starts the others.
 
-    Those run the program from its beginning, so that what is wrong before the block is reported by one process only. Where
-    something goes wrong in the block, none is left waiting for the one that met it, and that one alone reports it.
+    Those run the program from its beginning, so that what is wrong before the block is reported by one process only.
+    Where something goes wrong in the block, none is left waiting for the one that met it, which alone reports it.
     """
     fabric.launch()
     try:

@@ -44,11 +44,12 @@ def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterance
     memory = estimate_memory(model, options, machine)
     processes = machine.per_node * machine.num_nodes
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    size = f"{sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}"
     table = Table(show_header=False)
     for row in (
         (
             "language model",
-            f"RWKV-{sizes.generation} {sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}",
+            f"RWKV-{sizes.generation} {size}",
         ),
         ("speech encoder", f"{encoder.name}, width {encoder.width}"),
         ("adapter", f"{adapter.downsample_k} frames to a position, {adapter.layers[0].out_features} hidden units"),
