@@ -20,6 +20,8 @@ import train as door
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.runs import Run
+from rwkv_speech.errors import UserError
+from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
 from tests.tiny import QUICK, do, last, missions
 
@@ -469,3 +471,41 @@ def test_the_real_door_says_it_on_standard_error(world, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"train\.py: /no/model\.pth: does not exist; .*", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
+
+
+# --- RWKV-7 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def goose(world, tmp_path_factory):
+    """The world with a random RWKV-7 of 2 x 64 for its language model."""
+    path = tmp_path_factory.mktemp("goose") / "rwkv7.pth"
+    sizes = official_sizes(generation=7, n_layer=2, n_embd=64, vocab_size=257, head_size=32)
+    torch.save(random_weights(sizes, seed=1), path)
+    flags = [f"--load_model={path}" if flag.startswith("--load_model") else flag for flag in world.flags]
+    return SimpleNamespace(flags=flags, speech_rwkv=lambda **how: SpeechRWKV.from_pretrained(path, **how))
+
+
+def test_rwkv7_is_trained_resumed_evaluated_and_used_like_rwkv6(world, goose, tmp_path, cut_power, monkeypatch, capsys):
+    flags = ["--epoch_count=2", "--save_steps=4", "--lr_init=1e-2", "--lr_final=1e-2", "--state_lr_scale=10"]
+    assert do("train", goose, tmp_path / "whole", *flags) == 0
+    curve = losses(tmp_path / "whole")
+    assert np.mean([curve[step] for step in range(7, 13)]) < curve[1] - 0.3
+    cut_power(6)
+    with pytest.raises(PowerCutError):
+        do("train", goose, tmp_path / "cut", *flags)
+    monkeypatch.undo()
+    assert do("train", goose, tmp_path / "cut", *flags) == 0
+    assert equal(last(tmp_path / "cut"), last(tmp_path / "whole"))
+    assert do("train", goose, tmp_path / "checkpointing", *flags, "--grad_cp=1") == 0
+    for name, x in last(tmp_path / "checkpointing").items():
+        torch.testing.assert_close(x, last(tmp_path / "whole")[name], atol=1e-4, rtol=0)
+    file = max((tmp_path / "whole").glob("*.pth"), key=lambda path: int(path.stem.split("-")[-1]))
+    assert json.loads(file.with_suffix(".json").read_text())["generation"] == 7
+    assert do("eval", goose, tmp_path / "whole", "--beam=2", "--max_new_tokens=12") == 0
+    records = [json.loads(line) for line in (tmp_path / "whole/eval/all.jsonl").read_text().splitlines()]
+    audio = [str(path) for path, _ in world.utterances]
+    texts = goose.speech_rwkv(adapter=file).transcribe(audio, beam=2, max_new_tokens=12)
+    assert [record["hypothesis"] for record in records] == texts
+    with pytest.raises(UserError, match=r"states for an RWKV-7, but the language model is an RWKV-6"):
+        world.speech_rwkv(adapter=file)
