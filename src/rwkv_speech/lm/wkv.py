@@ -49,7 +49,7 @@ class Operator:
 
 
 WKV6 = Operator("wkv6", ("r", "k", "v", "w"), ("u",), Chunk6, {"cpu": 32, "cuda": 24})
-WKV7 = Operator("wkv7", ("r", "w", "k", "v", "a", "b"), (), Chunk7, {"cpu": 16})
+WKV7 = Operator("wkv7", ("r", "w", "k", "v", "a", "b"), (), Chunk7, {"cpu": 32})
 
 
 @dataclass(frozen=True)
