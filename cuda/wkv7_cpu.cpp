@@ -42,27 +42,35 @@ constexpr float STRONGEST = 0.60653066f;  // exp(-1/2)
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
 inline vec decay(vec w) { return exp(-STRONGEST * sigmoid(w)); }
 
-// One step as its formula reads, S being [value, key]. Sixteen rows at a time, to sum their products together.
+// One step as its formula reads, S and `next` (which may be S) being [value, key]. Sixteen rows at a time, to sum their
+// products together.
 template <typename scalar_t, int N>
-void single_step(float* S, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
-                 const scalar_t* a, const scalar_t* b, scalar_t* y) {
+void single_step(const float* S, float* next, const scalar_t* r, const scalar_t* w, const scalar_t* k,
+                 const scalar_t* v, const scalar_t* a, const scalar_t* b, scalar_t* y) {
   constexpr int V = N / LANES;
   float values[N], sums_of_r[N];
+  vec rt[V], d[V], kt[V], at[V], bt[V];
   read_rows<N>(values, v, 0, 1);
-  vec d[V];
-  for (int c = 0; c < V; ++c) d[c] = decay(load(w + c * LANES));
+  for (int c = 0; c < V; ++c) {
+    rt[c] = load(r + c * LANES);
+    d[c] = decay(load(w + c * LANES));
+    kt[c] = load(k + c * LANES);
+    at[c] = load(a + c * LANES);
+    bt[c] = load(b + c * LANES);
+  }
   for (int i = 0; i < N; i += LANES) {
     vec part[LANES] = {};
     for (int l = 0; l < LANES; ++l)
-      for (int c = 0; c < V; ++c) part[l] += load(S + (i + l) * N + c * LANES) * load(a + c * LANES);
-    const vec u = sums(part);
+      for (int c = 0; c < V; ++c) part[l] += load(S + (i + l) * N + c * LANES) * at[c];
+    float u[LANES];
+    store(u, sums(part));
     for (int l = 0; l < LANES; ++l) {
       part[l] = vec{};
       for (int c = 0; c < V; ++c) {
-        float* s = S + (i + l) * N + c * LANES;
-        const vec next = d[c] * load(s) + u[l] * load(b + c * LANES) + values[i + l] * load(k + c * LANES);
-        store(s, next);
-        part[l] += next * load(r + c * LANES);
+        const int64_t place = (i + l) * N + c * LANES;
+        const vec s = d[c] * load(S + place) + u[l] * bt[c] + values[i + l] * kt[c];
+        store(next + place, s);
+        part[l] += s * rt[c];
       }
     }
     store(sums_of_r + i, sums(part));
@@ -124,10 +132,10 @@ void forward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_
       const float* initial = state + (n.shared_state ? h : task) * N * N;
       float *last = final_state + task * N * N, *saved = chunk_states + task * chunks * N * N;
       if (steps < FEW) {
-        std::copy_n(initial, N * N, last);
         if (chunk_states) transpose<N>(saved, initial);
-        for (int64_t at = first; at < first + steps * stride; at += stride)
-          single_step<scalar_t, N>(last, r + at, w + at, k + at, v + at, a + at, b + at, y + at);
+        for (int64_t t = 0, at = first; t < steps; ++t, at += stride)
+          single_step<scalar_t, N>(t == 0 ? initial : last, last, r + at, w + at, k + at, v + at, a + at, b + at,
+                                   y + at);
         continue;
       }
       auto& [x, S] = *scratch;
