@@ -1,7 +1,7 @@
 """Decoding and prefill of the bare language model against the `rwkv` package, and against what the memory and the
 matrix products allow. L12 x 768, vocabulary 65,536, random weights; prints one JSON line of ratios for each precision.
 
-python bench/decode.py [--rounds 5]
+python bench/decode.py [--generation 6] [--rounds 5]
 """
 
 import argparse
@@ -11,29 +11,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}  # the package reads them when imported
-
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rwkv.model import RWKV
-
 from bench.random_model import write_model
 from bench.timing import seconds
+from rwkv_speech.lm import load
 from rwkv_speech.lm.initialise import official_sizes
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.language_model import LanguageModel
 
 TOKENS, PREFILL, BATCH, FAR = 8, 256, 16, 10_000
 
 
-def matrices(model: RWKV6) -> list[torch.Tensor]:
+def matrices(model: LanguageModel) -> dict[str, torch.Tensor]:
     """Every weight that a token reads whole: all but the embedding."""
-    return [
-        p
-        for name, p in model.named_parameters()
-        if name.endswith(("_w1", "_w2")) or (p.dim() == 2 and name.endswith("weight") and name != "emb.weight")
-    ]
+    others = ("emb.weight", "time_state", "time_faaaa", "r_k")
+    return {
+        name: p for name, p in model.named_parameters() if min(p.shape[-2:]) > 1 < p.dim() and not name.endswith(others)
+    }
 
 
 def bandwidth() -> float:
@@ -45,8 +41,10 @@ def bandwidth() -> float:
 
 @torch.inference_mode()
 def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
-    model = RWKV6.from_file(path, dtype=dtype)
-    package = RWKV(model=str(path.with_suffix("")), strategy=f"cpu {name}", verbose=False)
+    from rwkv.model import RWKV
+
+    model = load(path, dtype=dtype)
+    package = RWKV(str(path.with_suffix("")), f"cpu {name}")
     prompt = torch.randint(1, 65530, (PREFILL,), generator=torch.Generator().manual_seed(0))
     hidden, state = model(prompt[None])
     got, (want, theirs) = model.logits(hidden[0, -1]).float(), package.forward(prompt.tolist(), None)
@@ -70,13 +68,10 @@ def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
 
     # What the matrix products of a prefill take by themselves; the low-rank ones count too.
     factors = []
-    for part, w in model.blocks.named_parameters():
-        if part.endswith(("_w1", "decay_w2")):
-            factors.append((torch.randn(PREFILL, w.shape[0], dtype=dtype), w))
-        elif part.endswith("maa_w2"):
-            factors.append((torch.randn(5, PREFILL, w.shape[1], dtype=dtype), w))
-        elif w.dim() == 2 and part.endswith("weight"):
-            factors.append((torch.randn(PREFILL, w.shape[1], dtype=dtype), w.T))
+    for part, w in matrices(model).items():
+        if part != "head.weight":
+            w = w.T if part.endswith("weight") else w
+            factors.append((torch.randn(*w.shape[:-2], PREFILL, w.shape[-2], dtype=dtype), w))
 
     def products():
         for x, w in factors:
@@ -94,10 +89,10 @@ def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
         },
         rounds=rounds,
     )
-    read = sum(w.numel() * w.element_size() for w in matrices(model)) * TOKENS / bandwidth()
+    read = sum(w.numel() * w.element_size() for w in matrices(model).values()) * TOKENS / bandwidth()
     return {
         "bench": "decode",
-        "model": f"L12x768 {name}",
+        "model": f"RWKV-{model.generation} L12x768 {name}",
         "threads": torch.get_num_threads(),
         "tokens_per_s_vs_package": round(t["package"] / t["ours"], 2),
         "of_memory_bandwidth": round(read / t["ours"], 3),
@@ -112,12 +107,16 @@ def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--generation", type=int, choices=(6, 7), default=6)
+    args = parser.parse_args()
+    # The package reads these when it is imported.
+    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": str(int(args.generation == 7))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "l12.pth"
-        write_model(path, official_sizes(n_layer=12, n_embd=768), dtype=torch.float32, seed=0)
+        sizes = official_sizes(generation=args.generation, n_layer=12, n_embd=768)
+        write_model(path, sizes, dtype=torch.float32, seed=0)
         for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            print(json.dumps(measure(path, dtype, name, rounds)), flush=True)
+            print(json.dumps(measure(path, dtype, name, args.rounds)), flush=True)
 
 
 if __name__ == "__main__":

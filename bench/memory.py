@@ -67,7 +67,8 @@ def memory(field: str) -> int:
 
 def bytes_per_position(checkpointing: bool) -> int:
     adapter = 5 * WIDTH + 2048 + N_EMBD
-    blocks = N_LAYER + BLOCK_VALUES if checkpointing else N_LAYER * BLOCK_VALUES
+    block = BLOCK_VALUES[6]
+    blocks = N_LAYER + block if checkpointing else N_LAYER * block
     return 4 * (adapter + N_EMBD * (1 + blocks)) + 2 * 5 * WIDTH
 
 

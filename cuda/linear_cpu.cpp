@@ -108,53 +108,67 @@ void product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor
   });
 }
 
-// R rows of x times 4 vectors of columns of a matrix M that lies the other way round, (K, O).
-template <typename scalar_t, int R>
+// R rows of x times V vectors of columns of a matrix M that lies the other way round, (K, O).
+template <typename scalar_t, int R, int V>
 void columns(const float* x, const scalar_t* M, int64_t K, int64_t O, scalar_t* y) {
-  vec acc[R][4] = {};
+  vec acc[R][V] = {};
   for (int64_t k = 0; k < K; ++k)
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < V; ++c) {
       const vec m = load(M + k * O + c * LANES);
       for (int r = 0; r < R; ++r) acc[r][c] += m * x[r * K + k];
     }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < V; ++c) {
       float values[LANES];
       store(values, acc[r][c]);
       for (int l = 0; l < LANES; ++l) y[r * O + c * LANES + l] = static_cast<scalar_t>(values[l]);
     }
 }
 
+// All rows of x times V vectors of columns, four rows at a time.
+template <typename scalar_t, int V>
+void column_strip(const float* x, const scalar_t* M, int64_t rows, int64_t K, int64_t O, scalar_t* y) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* xr = x + r * K;
+    scalar_t* yr = y + r * O;
+    switch (std::min<int64_t>(4, rows - r)) {
+      case 1: columns<scalar_t, 1, V>(xr, M, K, O, yr); break;
+      case 2: columns<scalar_t, 2, V>(xr, M, K, O, yr); break;
+      case 3: columns<scalar_t, 3, V>(xr, M, K, O, yr); break;
+      default: columns<scalar_t, 4, V>(xr, M, K, O, yr);
+    }
+  }
+}
+
 template <typename scalar_t>
 void products(const at::Tensor& input, const at::Tensor& matrix, const at::Tensor& output) {
+  constexpr int64_t WIDTH = 4 * LANES;
   const int64_t G = matrix.size(0), K = matrix.size(1), O = matrix.size(2), rows = input.size(1);
   const scalar_t *M = matrix.data_ptr<scalar_t>(), *in = input.data_ptr<scalar_t>();
   scalar_t* out = output.data_ptr<scalar_t>();
   const std::vector<float> x(in, in + G * rows * K);
-  const int64_t strips = O / (4 * LANES), rest = strips * 4 * LANES;
-  const int64_t grain = std::max<int64_t>(1, (64 * 1024) / (K * 4 * LANES * sizeof(scalar_t)));
+  const int64_t strips = (O + WIDTH - 1) / WIDTH;
+  const int64_t grain = std::max<int64_t>(1, (64 * 1024) / (K * WIDTH * sizeof(scalar_t)));
   at::parallel_for(0, G * strips, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / strips, o = task % strips * 4 * LANES;
-      for (int64_t r = 0; r < rows; r += 4) {
-        const float* xr = x.data() + (g * rows + r) * K;
-        const scalar_t* m = M + g * K * O + o;
-        scalar_t* y = out + (g * rows + r) * O + o;
-        switch (std::min<int64_t>(4, rows - r)) {
-          case 1: columns<scalar_t, 1>(xr, m, K, O, y); break;
-          case 2: columns<scalar_t, 2>(xr, m, K, O, y); break;
-          case 3: columns<scalar_t, 3>(xr, m, K, O, y); break;
-          default: columns<scalar_t, 4>(xr, m, K, O, y);
-        }
+      const int64_t g = task / strips, first = task % strips * WIDTH, last = std::min(first + WIDTH, O);
+      const float* xg = x.data() + g * rows * K;
+      const scalar_t* m = M + g * K * O;
+      scalar_t* y = out + g * rows * O;
+      int64_t o = first;
+      if (o + WIDTH == last) {
+        column_strip<scalar_t, 4>(xg, m + o, rows, K, O, y + o);
+        continue;
       }
+      for (; o + LANES <= last; o += LANES) column_strip<scalar_t, 1>(xg, m + o, rows, K, O, y + o);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t rest = o; rest < last; ++rest) {
+          float s = 0;
+          for (int64_t k = 0; k < K; ++k) s += xg[r * K + k] * static_cast<float>(m[k * O + rest]);
+          y[r * O + rest] = static_cast<scalar_t>(s);
+        }
     }
   });
-  for (int64_t row = 0; row < G * rows; ++row)
-    for (int64_t o = rest; o < O; ++o) {
-      float s = 0;
-      for (int64_t k = 0; k < K; ++k) s += x[row * K + k] * static_cast<float>(M[(row / rows * K + k) * O + o]);
-      out[row * O + o] = static_cast<scalar_t>(s);
-    }
 }
 
 void check_types(const at::Tensor& x, const at::Tensor& weight) {

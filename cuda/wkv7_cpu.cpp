@@ -21,46 +21,56 @@
 // The logarithm of a decay is part of that of P_s for every s >= t, so that its gradient is a sum over those of
 // R gR - K gK - B gB (and A gA, a step later), and at the end of the block of S' and dL/dS'.
 //
-// The forward pass leaves S before each block, as [key, value].
+// The forward pass leaves S before every second block, as [key, value]; from it and U the next is computed again.
 #include "wkv7_cpu.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 
 #include "rows_cpu.h"
 
 namespace {
 
-constexpr int BLOCK = 16;            // steps
-constexpr int FEW = 8;               // fewer steps are not worth transposing S
+constexpr int BLOCK = 16;                 // steps
+constexpr int CHUNK = 2 * BLOCK;          // steps between the states that the forward pass keeps for the backward pass
+constexpr int FEW = 8;                    // fewer steps are not worth transposing S
 constexpr float STRONGEST = 0.60653066f;  // exp(-1/2)
 
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
 inline vec decay(vec w) { return exp(-STRONGEST * sigmoid(w)); }
 
-// One step as its formula reads, S being [value, key]. Sixteen rows at a time, to sum their products together.
+// One step as its formula reads, S and `next` (which may be S) being [value, key]. Sixteen rows at a time, to sum their
+// products together.
 template <typename scalar_t, int N>
-void single_step(float* S, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
-                 const scalar_t* a, const scalar_t* b, scalar_t* y) {
+void single_step(const float* S, float* next, const scalar_t* r, const scalar_t* w, const scalar_t* k,
+                 const scalar_t* v, const scalar_t* a, const scalar_t* b, scalar_t* y) {
   constexpr int V = N / LANES;
   float values[N], sums_of_r[N];
+  vec rt[V], d[V], kt[V], at[V], bt[V];
   read_rows<N>(values, v, 0, 1);
-  vec d[V];
-  for (int c = 0; c < V; ++c) d[c] = decay(load(w + c * LANES));
+  for (int c = 0; c < V; ++c) {
+    rt[c] = load(r + c * LANES);
+    d[c] = decay(load(w + c * LANES));
+    kt[c] = load(k + c * LANES);
+    at[c] = load(a + c * LANES);
+    bt[c] = load(b + c * LANES);
+  }
   for (int i = 0; i < N; i += LANES) {
     vec part[LANES] = {};
     for (int l = 0; l < LANES; ++l)
-      for (int c = 0; c < V; ++c) part[l] += load(S + (i + l) * N + c * LANES) * load(a + c * LANES);
-    const vec u = sums(part);
+      for (int c = 0; c < V; ++c) part[l] += load(S + (i + l) * N + c * LANES) * at[c];
+    float u[LANES];
+    store(u, sums(part));
     for (int l = 0; l < LANES; ++l) {
       part[l] = vec{};
       for (int c = 0; c < V; ++c) {
-        float* s = S + (i + l) * N + c * LANES;
-        const vec next = d[c] * load(s) + u[l] * load(b + c * LANES) + values[i + l] * load(k + c * LANES);
-        store(s, next);
-        part[l] += next * load(r + c * LANES);
+        const int64_t place = (i + l) * N + c * LANES;
+        const vec s = d[c] * load(S + place) + u[l] * bt[c] + values[i + l] * kt[c];
+        store(next + place, s);
+        part[l] += s * rt[c];
       }
     }
     store(sums_of_r + i, sums(part));
@@ -107,12 +117,12 @@ void advance(float* S, Steps<N>& x, int rows) {
 template <typename scalar_t, int N>
 void forward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
              const scalar_t* a, const scalar_t* b, const float* state, scalar_t* y, float* final_state,
-             float* block_states) {
+             float* chunk_states) {
   struct Scratch {
     Steps<N> steps;
     alignas(64) float S[N * N];
   };
-  const int64_t stride = n.H * N, blocks = (n.T + BLOCK - 1) / BLOCK;
+  const int64_t stride = n.H * N, chunks = (n.T + CHUNK - 1) / CHUNK;
   const int64_t grain = std::max<int64_t>(1, 16 / n.T);  // a head's single step is not worth waking a thread
   at::parallel_for(0, n.B * n.H, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<Scratch> scratch(n.T < FEW ? nullptr : new Scratch);
@@ -120,18 +130,18 @@ void forward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_
       const int64_t sample = task / n.H, h = task % n.H, steps = n.steps(sample);
       const int64_t first = sample * n.T * stride + h * N;
       const float* initial = state + (n.shared_state ? h : task) * N * N;
-      float *last = final_state + task * N * N, *saved = block_states + task * blocks * N * N;
+      float *last = final_state + task * N * N, *saved = chunk_states + task * chunks * N * N;
       if (steps < FEW) {
-        std::copy_n(initial, N * N, last);
-        if (block_states) transpose<N>(saved, initial);
-        for (int64_t at = first; at < first + steps * stride; at += stride)
-          single_step<scalar_t, N>(last, r + at, w + at, k + at, v + at, a + at, b + at, y + at);
+        if (chunk_states) transpose<N>(saved, initial);
+        for (int64_t t = 0, at = first; t < steps; ++t, at += stride)
+          single_step<scalar_t, N>(t == 0 ? initial : last, last, r + at, w + at, k + at, v + at, a + at, b + at,
+                                   y + at);
         continue;
       }
       auto& [x, S] = *scratch;
       transpose<N>(S, initial);
       for (int64_t t = 0; t < steps; t += BLOCK) {
-        if (block_states) std::copy_n(S, N * N, saved + t / BLOCK * N * N);
+        if (chunk_states && t % CHUNK == 0) std::copy_n(S, N * N, saved + t / CHUNK * N * N);
         const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, steps - t);
         const int64_t ahead = std::min<int64_t>(BLOCK, steps - t - rows);
         prefetch_rows<N, 1>(y + at, stride, rows);
@@ -151,19 +161,28 @@ void forward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_
   });
 }
 
-// Everything about one block on its way back. Two matrices of BLOCK rows that go through the same products lie one
+constexpr auto all_ones() {
+  std::array<float, 128> x{};
+  for (float& one : x) one = 1.0f;
+  return x;
+}
+constexpr auto ALL_ONES = all_ones();
+constexpr const float* ONES = ALL_ONES.data();
+
+// A block on its way back. Two matrices of BLOCK rows that go through the same products lie one
 // below the other. Steps beyond the sample's last are zeros with a decay of 1: they change nothing.
 template <int N>
 struct alignas(64) BackwardBlock {
   static constexpr int C = BLOCK, D = 2 * BLOCK;
   float RA[D][N], KB[D][N], VU[D][N], gYU[D][N];  // R and A, K and B, V and U, gY and gU
-  float gRA[D][N], gKB[D][N], gVU[D][N];
-  float sigmoids[C][N], P[C + 1][N];                // P[t]: the decays before step t
+  float sigmoids[C][N], P[C + 1][N];              // P[t]: the decays before step t
   float seen[D][D];                               // L and L- of RA KB^T: what Y and U take of V and U
-  float EF[D][D];
-  float columns[N][D];                            // KB, then VU, transposed
-  float S_by_key[N * N], S[N * N], G_by_key[N * N];
-  float ones[N], end[N];
+  float S[N * N];                                 // before the block
+
+  struct Work {
+    alignas(64) float gRA[D][N], gKB[D][N], gVU[D][N], EF[D][D], columns[N][D], S_by_key[N * N], G_by_key[N * N];
+    float end[N];
+  };
 
   template <typename scalar_t>
   void read(const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v, const scalar_t* a,
@@ -196,8 +215,7 @@ struct alignas(64) BackwardBlock {
     }
   }
 
-  // columns = x^T
-  void turn(const float (&x)[D][N]) {
+  static void turn(float (&columns)[N][D], const float (&x)[D][N]) {
     for (int t = 0; t < D; t += LANES)
       for (int j = 0; j < N; j += LANES) {
         vec tile[LANES];
@@ -216,15 +234,16 @@ struct alignas(64) BackwardBlock {
       }
   }
 
-  // x[to] += seen(U's of U)[from -> to] x[from]
-  void feed(float (&x)[D][N], int from, int to, float factor) {
+  // Row `from` of U, times a number of the triangle, added to row `to`.
+  static void feed(float (&x)[D][N], int from, int to, float factor) {
     for (int j = 0; j < N; j += LANES) store(x[C + to] + j, load(x[C + to] + j) + factor * load(x[C + from] + j));
   }
 
-  // U, from S before the block.
-  void values() {
-    turn(KB);
-    multiply<D>(seen[0], D, RA[0], N, 1, columns[0], N);
+  // U, from the state before the block as [key, value].
+  void values(const float* S_by_key, Work& work) {
+    transpose<N>(S, S_by_key);
+    turn(work.columns, KB);
+    multiply<D>(seen[0], D, RA[0], N, 1, work.columns[0], N);
     cut(seen);
     multiply<N>(VU[C], C, seen[C], D, 1, VU[0], C);
     multiply<N, true>(VU[C], C, RA[C], N, 1, S_by_key, N);
@@ -232,8 +251,16 @@ struct alignas(64) BackwardBlock {
       for (int t = s + 1; t < C; ++t) feed(VU, s, t, seen[C + t][C + s]);
   }
 
+  // The state after the block, as [key, value].
+  void next(float* out, const float* S_by_key) const {
+    decay_and_add<N, true>(out, S_by_key, ONES, KB[0], VU[0], D);
+    for (int j = 0; j < N; ++j)
+      for (int i = 0; i < N; i += LANES) store(out + j * N + i, load(out + j * N + i) * P[C][j]);
+  }
+
   // All gradients, and G (dL/dS' before, dL/dS after). P[1..C] becomes the gradient of w.
-  void back(float* G) {
+  void back(float* G, Work& work) {
+    auto& [gRA, gKB, gVU, EF, columns, S_by_key, G_by_key, end] = work;
     for (int i = 0; i < N; ++i)
       for (int j = 0; j < N; j += LANES) store(G + i * N + j, load(G + i * N + j) * load(P[C] + j));
     transpose<N>(G_by_key, G);
@@ -244,7 +271,7 @@ struct alignas(64) BackwardBlock {
     std::copy_n(gVU[C], C * N, gYU[C]);
     multiply<N, true>(gVU[0], C, seen[C], 1, D, gYU[C], C);
 
-    turn(VU);
+    turn(columns, VU);
     multiply<D>(EF[0], D, gYU[0], N, 1, columns[0], N);
     cut(EF);
     multiply<N>(gRA[0], D, EF[0], D, 1, KB[0], D);
@@ -257,8 +284,7 @@ struct alignas(64) BackwardBlock {
       store(end + j, sum);
     }
     multiply<N, true>(gKB[0], D, EF[0], 1, D, RA[0], D);
-    std::fill_n(ones, N, 1.0f);
-    decay_and_add<N, false>(G, G, ones, gYU[0], RA[0], D);
+    decay_and_add<N, false>(G, G, ONES, gYU[0], RA[0], D);
 
     for (int j = 0; j < N; j += LANES) {
       vec sum = load(end + j);
@@ -282,37 +308,50 @@ struct alignas(64) BackwardBlock {
 
 template <typename scalar_t, int N>
 void backward(const Sizes& n, const scalar_t* r, const scalar_t* w, const scalar_t* k, const scalar_t* v,
-              const scalar_t* a, const scalar_t* b, const float* block_states, const scalar_t* gy,
+              const scalar_t* a, const scalar_t* b, const float* chunk_states, const scalar_t* gy,
               const float* g_final, scalar_t* gr, scalar_t* gw, scalar_t* gk, scalar_t* gv, scalar_t* ga,
               scalar_t* gb, float* g_state) {
-  const int64_t stride = n.H * N, blocks = (n.T + BLOCK - 1) / BLOCK;
+  const int64_t stride = n.H * N, chunks = (n.T + CHUNK - 1) / CHUNK;
   at::parallel_for(0, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = std::make_unique<BackwardBlock<N>>();
-    auto& x = *scratch;
+    struct Scratch {
+      BackwardBlock<N> blocks[CHUNK / BLOCK];
+      typename BackwardBlock<N>::Work work;
+    };
+    const std::unique_ptr<Scratch> scratch(new Scratch);
+    auto& [blocks, work] = *scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / n.H, h = task % n.H, steps = n.steps(sample);
       const int64_t first = sample * n.T * stride + h * N;
       float* G = g_state + task * N * N;
       std::copy_n(g_final + task * N * N, N * N, G);
-      for (int64_t t = (steps - 1) / BLOCK * BLOCK; t >= 0; t -= BLOCK) {
-        const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, steps - t);
-        const float* saved = block_states + (task * blocks + t / BLOCK) * N * N;
-        if (t > 0) {
-          prefetch_rows<N, 0>(saved - N * N, N, N);
-          for (const auto* p : {r, w, k, v, a, b, gy}) prefetch_rows<N, 0>(p + at - BLOCK * stride, stride, BLOCK);
+      for (int64_t t0 = (steps - 1) / CHUNK * CHUNK; t0 >= 0; t0 -= CHUNK) {
+        const int64_t t1 = std::min(t0 + CHUNK, steps);
+        const float* S_by_key = chunk_states + (task * chunks + t0 / CHUNK) * N * N;
+        if (t0 > 0) prefetch_rows<N, 0>(S_by_key - N * N, N, N);
+        for (int64_t t = t0; t < t1; t += BLOCK) {
+          auto& x = blocks[(t - t0) / BLOCK];
+          const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, t1 - t);
+          // Next come the block after this one or, after the last, the first of the chunk before.
+          const int64_t next = t + BLOCK < t1 ? t + BLOCK : t0 - CHUNK;
+          const int64_t ahead = next < 0 ? 0 : std::min<int64_t>(BLOCK, steps - next);
+          for (const auto* p : {r, w, k, v, a, b, gy}) prefetch_rows<N, 0>(p + first + next * stride, stride, ahead);
+          x.read(r + at, w + at, k + at, v + at, a + at, b + at, gy + at, stride, rows);
+          x.values(S_by_key, work);
+          if (t + BLOCK < t1) x.next(work.S_by_key, S_by_key);
+          S_by_key = work.S_by_key;
         }
-        x.read(r + at, w + at, k + at, v + at, a + at, b + at, gy + at, stride, rows);
-        std::copy_n(saved, N * N, x.S_by_key);
-        transpose<N>(x.S, x.S_by_key);
-        for (const auto* p : {gr, gw, gk, gv, ga, gb}) prefetch_rows<N, 1>(p + at, stride, rows);
-        x.values();
-        x.back(G);
-        write_rows<N>(gr + at, stride, rows, x.gRA[0]);
-        write_rows<N>(gw + at, stride, rows, x.P[1]);
-        write_rows<N>(gk + at, stride, rows, x.gKB[0]);
-        write_rows<N>(gv + at, stride, rows, x.gVU[0]);
-        write_rows<N>(ga + at, stride, rows, x.gRA[BLOCK]);
-        write_rows<N>(gb + at, stride, rows, x.gKB[BLOCK]);
+        for (int64_t t = (t1 - 1) / BLOCK * BLOCK; t >= t0; t -= BLOCK) {
+          auto& x = blocks[(t - t0) / BLOCK];
+          const int64_t at = first + t * stride, rows = std::min<int64_t>(BLOCK, t1 - t);
+          for (const auto* p : {gr, gw, gk, gv, ga, gb}) prefetch_rows<N, 1>(p + at, stride, rows);
+          x.back(G, work);
+          write_rows<N>(gr + at, stride, rows, work.gRA[0]);
+          write_rows<N>(gw + at, stride, rows, x.P[1]);
+          write_rows<N>(gk + at, stride, rows, work.gKB[0]);
+          write_rows<N>(gv + at, stride, rows, work.gVU[0]);
+          write_rows<N>(ga + at, stride, rows, work.gRA[BLOCK]);
+          write_rows<N>(gb + at, stride, rows, work.gKB[BLOCK]);
+        }
       }
     }
   });
@@ -326,18 +365,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv7_forward_cpu(const at::Tensor
                                                                 const at::Tensor& state, const Lengths& lengths,
                                                                 bool save_states) {
   const auto n = sizes_of(r, state.dim() == 3, lengths);
-  const int64_t N = r.size(3), blocks = (n.T + BLOCK - 1) / BLOCK;
+  const int64_t N = r.size(3), chunks = (n.T + CHUNK - 1) / CHUNK;
   const auto y = allocate(r.sizes(), r.options(), lengths);
   const auto final_state = at::empty({n.B, n.H, N, N}, state.options());
-  const auto block_states = allocate({save_states ? n.B : 0, n.H, blocks, N, N}, state.options(), lengths);
+  const auto chunk_states = allocate({save_states ? n.B : 0, n.H, chunks, N, N}, state.options(), lengths);
   with_type_and_head_size(r, [&](auto number, auto size) {
     using scalar_t = decltype(number);
     forward<scalar_t, size.value>(n, r.data_ptr<scalar_t>(), w.data_ptr<scalar_t>(), k.data_ptr<scalar_t>(),
                                   v.data_ptr<scalar_t>(), a.data_ptr<scalar_t>(), b.data_ptr<scalar_t>(),
                                   state.data_ptr<float>(), y.data_ptr<scalar_t>(), final_state.data_ptr<float>(),
-                                  save_states ? block_states.data_ptr<float>() : nullptr);
+                                  save_states ? chunk_states.data_ptr<float>() : nullptr);
   });
-  return {y, final_state, block_states};
+  return {y, final_state, chunk_states};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv7_backward_cpu(

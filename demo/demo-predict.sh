@@ -10,7 +10,7 @@
 set -a # train.py takes its settings from the environment
 
 file_path="${file_path:-}"                   # one audio file, folder or glob; several go as arguments
-load_model="${load_model:-}"                 # the RWKV-6 weights that the mission was trained with
+load_model="${load_model:-}"                 # the RWKV weights that the mission was trained with
 adapter="${adapter:-}"                       # mission file; empty: the newest in proj_dir
 proj_dir="${proj_dir:-}"                     # where training left its mission files; empty: output/ of this project
 

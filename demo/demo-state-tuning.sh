@@ -12,7 +12,7 @@ set -a # train.py takes its settings from the environment
 OP="${OP:-train}" # train, eval
 
 # --- models ---
-load_model="${load_model:-}"                 # RWKV-6 weights, .pth or .safetensors: the one thing you must give
+load_model="${load_model:-}"                 # RWKV-7 or RWKV-6 weights, .pth or .safetensors: you must give this
 encoder="${encoder:-}"                       # Hugging Face name or folder; empty: the mission file's, else microsoft/wavlm-large
 adapter="${adapter:-}"                       # mission file to train on from, or to evaluate; empty: none, or the newest
 proj_dir="${proj_dir:-}"                     # where mission files, checkpoints and scores land; empty: output/

@@ -30,6 +30,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.missions import get_mission
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import MachineOptions, Options
@@ -332,9 +333,10 @@ def test_a_run_shows_a_table_metrics_and_a_picture(world, tmp_path, capsys):
     assert imread(tmp_path / "training.png").shape == (700, 1100, 4)
 
 
-def test_a_block_keeps_what_the_estimate_of_memory_says():
-    sizes = official_sizes(n_layer=3, n_embd=128, vocab_size=257)
-    model = RWKV6(sizes)
+@pytest.mark.parametrize(("generation", "model"), [(6, RWKV6), (7, RWKV7)], ids=["rwkv6", "rwkv7"])
+def test_a_block_keeps_what_the_estimate_of_memory_says(generation, model):
+    sizes = official_sizes(generation=generation, n_layer=3, n_embd=128, vocab_size=257)
+    model = model(sizes)
     model.load_state_dict(random_weights(sizes, seed=0, time_state=True))
     weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
     kept = {}
@@ -347,7 +349,7 @@ def test_a_block_keeps_what_the_estimate_of_memory_says():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(inputs)
     held = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
-    assert held / (inputs.nbytes * sizes.n_layer) == pytest.approx(BLOCK_VALUES, rel=0.1)
+    assert held / (inputs.nbytes * sizes.n_layer) == pytest.approx(BLOCK_VALUES[generation], rel=0.1)
 
 
 def test_there_are_logits_at_transcript_positions_only(world):

@@ -284,8 +284,8 @@ def test_standard_output_and_exit_status_are_the_program_s(checkout):
 @pytest.mark.parametrize(
     ("script", "settings", "words"),
     [
-        (TRAIN, {}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world"]),
-        (PREDICT, {"file_path": "x"}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world"]),
+        (TRAIN, {}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world", "rwkv7-g1"]),
+        (PREDICT, {"file_path": "x"}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world", "rwkv7-g1"]),
         (PREDICT, {"load_model": "m"}, ["no audio", "file_path="]),
         (TRAIN, {"load_model": "m", "OP": "evaluate"}, ["OP=evaluate", "train", "eval"]),
         (TRAIN, {"load_model": "m", "OP": "predict"}, ["demo-predict.sh"]),

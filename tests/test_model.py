@@ -192,6 +192,45 @@ def test_half_precision_stays_near_fp32(l4_path, l4, dtype):
     assert relative_error(got, want) <= (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("generation", [6, 7])
+def test_fp16_keeps_24_layers_in_range(generation):
+    """Weights scaled as trained ones are: a few channels of the residual stream, of the ffn and of RWKV-6's state, in
+    which y and k^2 and what is added to the stream, leave the range of fp16, 65,504."""
+    sizes = sizes_of(generation, n_layer=24, n_embd=128)
+    tensors = random_weights(sizes, seed=4)
+    for layer in range(24):
+        att, ffn = f"blocks.{layer}.att.", f"blocks.{layer}.ffn."
+        for name in (f"{att}output.weight", f"{ffn}value.weight"):
+            tensors[name] *= 0.1
+            tensors[name][[5, 77]] *= 3e5
+        tensors[f"{ffn}key.weight"][[3, 50]] *= 150
+        tensors[f"{ffn}value.weight"][:, [3, 50]] /= 150**2
+        if generation == 6:
+            for name in ("receptance", "key", "value"):
+                tensors[f"{att}{name}.weight"] *= 30
+    tokens = torch.randint(1, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(2))
+    exact, half, brain = (
+        (RWKV6 if generation == 6 else RWKV7).from_tensors(sizes, dict(tensors), device="cpu", dtype=dtype)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    )
+    largest = {}
+
+    def watch(name, module):
+        def note(_, inputs, output):
+            x = output[0] if isinstance(output, tuple) else output
+            largest[name] = max(largest.get(name, 0.0), x.abs().max().item())
+
+        module.register_forward_hook(note)
+
+    for block in exact.blocks:
+        for name, module in (("stream", block), ("added", block.ffn), ("k", block.ffn.key)):
+            watch(name, module)
+    want, got, rough = (model.logits(model(tokens)[0]).float() for model in (exact, half, brain))
+    assert min(largest["stream"], largest["added"], largest["k"] ** 2) > 65504, largest
+    # Rounding shows much in so deep a model of random weights: the measure is bf16, which has range but fewer digits.
+    assert relative_error(got, want) <= relative_error(rough, want)
+
+
 def test_a_padded_batch_gives_each_sample_what_it_gets_alone(small):
     lengths = torch.tensor([1, 30, 12, 2])
     inputs = torch.randn(4, 30, 128, generator=torch.Generator().manual_seed(0))

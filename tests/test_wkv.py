@@ -19,19 +19,13 @@ SHAPES = {
 }
 
 
-def _skip_unless_built(case, name):
-    if name == "cpu" and "cpu" not in case.operator.saved_every:
-        pytest.skip("no C++ form yet")
-
-
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request):
     return request.param
 
 
 @pytest.fixture(params=["cpu", "torch"])
-def backend(request, case):
-    _skip_unless_built(case, request.param)
+def backend(request):
     wkv.set_backend(request.param)
     yield request.param
     wkv.set_backend("auto")
@@ -155,7 +149,6 @@ def test_compiled_equals_eager(backend, case):
 
 
 def test_memory_of_backward_grows_slowly_with_time(case):
-    _skip_unless_built(case, "cpu")
     # What forward leaves behind beside its inputs: one state every 32 steps, 1/32 of what autograd of a loop keeps.
     operator = getattr(torch.ops.rwkv_speech, case.operator.name)
     saved = operator(*case.inputs(1, 320, 1, 64), None, True)[2]
@@ -187,7 +180,6 @@ def test_a_misfitting_bonus_is_named():
 
 
 def test_threads_change_nothing(case):
-    _skip_unless_built(case, "cpu")
     wkv.set_backend("cpu")
     inputs, before = case.inputs(3, 70, 5, 64), torch.get_num_threads()
     results = []

@@ -8,7 +8,8 @@ from rwkv_speech.engine.metrics import MEASURED, WARM_UP
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
 
-BLOCK_VALUES = 24  # that a block keeps for the backward pass, per position and channel: counted by a test
+# What a block of each generation keeps for the backward pass, in values per position and channel: counted by a test.
+BLOCK_VALUES = {6: 24, 7: 26}
 POSITIONS = 200  # of a sample, 15 s of audio and its transcript
 ADAM = 8  # bytes of optimiser state for a trained weight
 
@@ -25,7 +26,8 @@ def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> di
     frozen = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     width = model.language_model.emb.weight.element_size()
     positions = options.training.micro_bsz * POSITIONS
-    values = BLOCK_VALUES + sizes.n_layer if options.training.grad_cp else BLOCK_VALUES * sizes.n_layer
+    block = BLOCK_VALUES[sizes.generation]
+    values = block + sizes.n_layer if options.training.grad_cp else block * sizes.n_layer
     shares = machine.per_node * machine.num_nodes if machine.strategy.startswith("deepspeed") else 1
     on_device = 0 if machine.strategy.endswith("offload") else 1
     return {

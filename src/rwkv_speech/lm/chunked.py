@@ -4,16 +4,17 @@ What both generations share: cutting time into chunks, lengths, and the way back
 computes stands in `wkv6.py` and `wkv7.py`.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-CHUNK = 16
-
 
 class Chunk(Protocol):
     """The steps of one chunk: made of inputs (B, H, C, N) and per-head inputs (H, N), all fp32."""
+
+    STEPS: ClassVar[int]
+    """C, the steps of every chunk but a last one."""
 
     def __init__(self, *inputs: Tensor) -> None: ...
 
@@ -45,12 +46,13 @@ class Chunked:
         *inputs, state, lengths, save_states = args
         like = inputs[0]
         B, T, H, N = like.shape
+        C = self.chunk.STEPS
         S = state.expand(B, H, N, N)
         steps, heads = self._inputs(inputs, lengths)
         outputs, states = [], []
-        for t in range(0, T, CHUNK):
+        for t in range(0, T, C):
             states.append(S)
-            y, S = self.chunk(*(x[:, :, t : t + CHUNK] for x in steps), *heads).forward(S)
+            y, S = self.chunk(*(x[:, :, t : t + C] for x in steps), *heads).forward(S)
             outputs.append(y)
         saved = torch.stack(states, 2) if save_states else S.new_empty(0, H, len(states), N, N)
         return torch.cat(outputs, 2).transpose(1, 2).to(like.dtype, copy=True).contiguous(), S.contiguous(), saved
@@ -62,7 +64,7 @@ class Chunked:
         gy = _steps(gy, lengths)
         parts = []
         for index in reversed(range(chunk_states.shape[2])):
-            span = slice(index * CHUNK, (index + 1) * CHUNK)
+            span = slice(index * self.chunk.STEPS, (index + 1) * self.chunk.STEPS)
             chunk = self.chunk(*(x[:, :, span] for x in steps), *heads)
             *part, G = chunk.backward(chunk_states[:, :, index], gy[:, :, span], G)
             parts.append(part)

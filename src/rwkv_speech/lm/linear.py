@@ -28,8 +28,9 @@ def bmm(x: Tensor, matrix: Tensor) -> Tensor:
 
 def low_rank(x: Tensor, first: Tensor, second: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """between(x @ first) @ second for x (B, T, C), first (C, D), second (D, O) -> (B, T, O)."""
-    low = bmm(x.reshape(1, -1, x.shape[-1]), first[None])
-    return bmm(between(low) if between else low, second[None]).view(*x.shape[:-1], -1)
+    product = torch.ops.rwkv_speech_cpu.few_rows_matmul if _few(x, x.shape[-1]) else torch.bmm
+    low = product(x.reshape(1, -1, x.shape[-1]), first[None])
+    return product(between(low) if between else low, second[None]).view(*x.shape[:-1], -1)
 
 
 def _few(x: Tensor, row: int) -> bool:

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from rwkv_speech.lm.language_model import GROUP_NORM_EPS, LanguageModel, norm_heads, shift
+=======
+from rwkv_speech.lm.language_model import (
+    GROUP_NORM_EPS,
+    LanguageModel,
+    last,
+    norm_heads,
+    scaled,
+    scaled_square_of_relu,
+    shift,
+)
+>>>>>>> helper-d
 from rwkv_speech.lm.linear import Linear, bmm, low_rank
 from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.lm.wkv import wkv6
@@ -52,8 +64,11 @@ class TimeMix(nn.Module):
         x_w, x_k, x_v, x_r, x_g = torch.addcmul(x, change, mix)
         r, k, v = (m(z).view(B, T, H, N) for m, z in ((self.receptance, x_r), (self.key, x_k), (self.value, x_v)))
         w = self.time_decay + low_rank(x_w, self.time_decay_w1, self.time_decay_w2, torch.tanh)
-        y, wkv = wkv6(r, k, v, w.view(B, T, H, N), self.time_faaaa, wkv, lengths)
-        return self.output(norm_heads(y, self.ln_x, x.dtype) * F.silu(self.gate(x_g))), v_first, wkv
+        w = w.view(B, T, H, N)
+        if x.dtype == torch.float16:  # y, a sum over the past that nothing bounds, may leave its range
+            r, k, v, w = (z.float() for z in (r, k, v, w))
+        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, lengths)
+        return self.output(scaled(norm_heads(y, self.ln_x, x.dtype) * F.silu(self.gate(x_g)))), v_first, wkv
 
 
 class ChannelMix(nn.Module):
@@ -71,7 +86,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
         """x (B, T, C), the vector before it (B, C) -> (B, T, C)."""
         change = shift(x, before) - x
-        k = F.relu(self.key(torch.addcmul(x, change, self.time_maa_k)), inplace=True).square()
+        k = scaled_square_of_relu(self.key(torch.addcmul(x, change, self.time_maa_k)))
         return torch.sigmoid(self.receptance(torch.addcmul(x, change, self.time_maa_r))) * self.value(k)
 
 

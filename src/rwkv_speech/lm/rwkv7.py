@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_speech.lm.language_model import GROUP_NORM_EPS, LanguageModel, norm_heads, shift
+from rwkv_speech.lm.language_model import (
+    GROUP_NORM_EPS,
+    LanguageModel,
+    norm_heads,
+    scaled,
+    scaled_square_of_relu,
+    shift,
+)
 from rwkv_speech.lm.linear import Linear, low_rank
 from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.lm.wkv import wkv7
@@ -65,7 +72,7 @@ class TimeMix(nn.Module):
         r, w, k, v, rate = (z.view(heads) for z in (r, w, k, v, rate))
         y, wkv = wkv7(r, w, k, v, -removed, removed * rate, wkv, lengths)
         now = (r * k * self.r_k).sum(-1, keepdim=True, dtype=torch.float32).to(x.dtype) * v
-        return self.output((norm_heads(y, self.ln_x, x.dtype) + now.view(x.shape)) * gate), v_first, wkv
+        return self.output(scaled((norm_heads(y, self.ln_x, x.dtype) + now.view(x.shape)) * gate)), v_first, wkv
 
 
 class ChannelMix(nn.Module):
@@ -80,7 +87,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
         """x (B, T, C), the vector before it (B, C) -> (B, T, C)."""
         k = self.key(torch.addcmul(x, shift(x, before) - x, self.x_k))
-        return self.value(F.relu(k, inplace=True).square())
+        return self.value(scaled_square_of_relu(k))
 
 
 class RWKV7(LanguageModel):

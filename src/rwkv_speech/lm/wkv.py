@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import extension
-from rwkv_speech.lm.chunked import CHUNK, Chunk, Chunked
+from rwkv_speech.lm.chunked import Chunk, Chunked
 from rwkv_speech.lm.wkv6 import Chunk6
 from rwkv_speech.lm.wkv7 import Chunk7
 
@@ -49,7 +49,7 @@ class Operator:
 
 
 WKV6 = Operator("wkv6", ("r", "k", "v", "w"), ("u",), Chunk6, {"cpu": 32, "cuda": 24})
-WKV7 = Operator("wkv7", ("r", "w", "k", "v", "a", "b"), (), Chunk7, {"cpu": 16})
+WKV7 = Operator("wkv7", ("r", "w", "k", "v", "a", "b"), (), Chunk7, {"cpu": 32})
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ def _choose(device_type: str, operator: str, requested: str) -> Backend:
 def _load(name: str, operator: Operator) -> Backend:
     if name == "torch":
         chunked = Chunked(operator.chunk, operator.steps)
-        return Backend("torch", CHUNK, chunked.forward, chunked.backward)
-    extension.load_cpu() if name == "cpu" else extension.load_cuda()
-    ops = getattr(torch.ops, f"rwkv_speech_{name}")
+        return Backend("torch", operator.chunk.STEPS, chunked.forward, chunked.backward)
     if name not in operator.saved_every:
         raise extension.BuildError(f"{operator.name} has no {name} form yet")
+    extension.load_cpu() if name == "cpu" else extension.load_cuda()
+    ops = getattr(torch.ops, f"rwkv_speech_{name}")
     forward, backward = (getattr(ops, f"{operator.name}_{way}") for way in ("forward", "backward"))
     return Backend(name, operator.saved_every[name], forward, backward)
 

@@ -20,6 +20,8 @@ from rwkv_speech.lm.chunked import before
 class Chunk6:
     """The factors of one chunk; every tensor (B, H, C, N), fp32."""
 
+    STEPS = 16
+
     def __init__(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
         self.r, self.k, self.v, self.u = r, k, v, u[:, None]
         self.log_decay = -torch.exp(w)
