@@ -240,5 +240,7 @@ def write_encoder(run: Run, folder: Path) -> None:
 
 def readme_memory(run: Run) -> tuple[str, str]:
     """What README's table says of 3B: without and with grad_cp."""
-    found = re.search(r"^\| 3B \|.*\| ([\d.]+ GB), ([\d.]+ GB) \|$", (run.program / "README.md").read_text(), re.M)
+    found = re.search(
+        r"^\| RWKV-6 3B \|.*\| ([\d.]+ GB), ([\d.]+ GB) \|$", (run.program / "README.md").read_text(), re.M
+    )
     return found.groups() if found else ("no such row", "no such row")

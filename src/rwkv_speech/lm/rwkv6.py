@@ -9,19 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from rwkv_speech.lm.language_model import GROUP_NORM_EPS, LanguageModel, norm_heads, shift
-=======
 from rwkv_speech.lm.language_model import (
     GROUP_NORM_EPS,
     LanguageModel,
-    last,
     norm_heads,
     scaled,
     scaled_square_of_relu,
     shift,
 )
->>>>>>> helper-d
 from rwkv_speech.lm.linear import Linear, bmm, low_rank
 from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.lm.wkv import wkv6
