@@ -7,62 +7,77 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from rwkv_speech.data.row import BadSample, Utterance
 from torch.utils.data import SequentialSampler
 
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch, SharedBatches, SpeechDataset, loader
+from rwkv_speech.data.rendering import Renderer
+from rwkv_speech.data.sample import BadSample, Row, one_round
 from rwkv_speech.errors import UserError
+from rwkv_speech.lm.tokenizer import Tokenizer
+from rwkv_speech.speech.recording import Recording
+
+# A frame to a millisecond, two of them to a position.
+RENDERER = Renderer(Tokenizer(257), frame_count=lambda n: n // 16, group_count=lambda n: max(n // 2, 1))
 
 
 @pytest.fixture(scope="module")
-def utterances(tmp_path_factory) -> list[Utterance]:
-    """Eleven utterances; number n is n + 1 milliseconds of the constant n / 100."""
+def rows(tmp_path_factory) -> list[Row]:
+    """Eleven rows; number n is n + 1 milliseconds of the constant n / 100."""
     folder = tmp_path_factory.mktemp("corpus")
     for n in range(11):
         soundfile.write(folder / f"{n}.wav", np.full(16 * (n + 1), n / 100), 16000, subtype="FLOAT")
-    return [Utterance(str(n), f"text {n}", folder / f"{n}.wav") for n in range(11)]
+    return [Row(str(n), f"text {n}", Recording(folder / f"{n}.wav")) for n in range(11)]
 
 
-def ids(batches) -> list[list[str]]:
-    return [batch.ids for batch in batches]
+def speech(rows, **how) -> SpeechDataset:
+    """A waveform itself is what the encoder takes."""
+    how = {"extract": lambda waveform: waveform} | how
+    return SpeechDataset(rows, sample_of=lambda row: one_round(row.id, [row.audio], row.text), renderer=RENDERER, **how)
 
 
-def test_batch_holds_its_utterances_in_step(utterances):
-    batches = list(loader(SpeechDataset(utterances), batch_size=4, shuffle=False))
-    assert ids(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10"]]
+def names(batches) -> list[list[str]]:
+    return [batch.names for batch in batches]
+
+
+def test_batch_holds_its_samples_in_step(rows):
+    batches = list(loader(speech(rows), batch_size=4, shuffle=False))
+    assert names(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10"]]
     last = batches[-1]
     assert len(last) == 3
-    assert last.texts == ["text 8", "text 9", "text 10"]
+    assert last.references == ["text 8", "text 9", "text 10"]
     assert last.indices == [8, 9, 10]
-    assert last.seconds == pytest.approx(0.009 + 0.010 + 0.011)
-    for n, waveform in zip(last.indices, last.waveforms, strict=True):
+    assert last.samples == [144, 160, 176]
+    assert last.seconds == pytest.approx([0.009, 0.010, 0.011])
+    assert not last.is_frames
+    for n, waveform in zip(last.indices, last.audio.split(last.audio_sizes), strict=True):
         torch.testing.assert_close(waveform, torch.full((16 * (n + 1),), n / 100))
 
 
-def test_order_is_the_same_for_any_number_of_workers(utterances):
-    dataset = SpeechDataset(utterances)
+def test_order_is_the_same_for_any_number_of_workers(rows):
+    dataset = speech(rows)
     runs = [
-        ids(loader(dataset, batch_size=3, shuffle=True, seed=5, epoch=2, num_workers=workers)) for workers in (0, 1, 2)
+        names(loader(dataset, batch_size=3, shuffle=True, seed=5, epoch=2, num_workers=workers))
+        for workers in (0, 1, 2)
     ]
     assert runs[0] == runs[1] == runs[2]
     assert sorted((id for batch in runs[0] for id in batch), key=int) == [str(n) for n in range(11)]
 
 
-def test_order_depends_on_seed_and_epoch_only(utterances):
+def test_order_depends_on_seed_and_epoch_only(rows):
     def order(seed, epoch):
         torch.manual_seed(torch.seed())  # whatever the global stream holds
-        return ids(loader(SpeechDataset(utterances), batch_size=11, shuffle=True, seed=seed, epoch=epoch))[0]
+        return names(loader(speech(rows), batch_size=11, shuffle=True, seed=seed, epoch=epoch))[0]
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_loading_leaves_the_global_random_stream_alone(utterances):
+def test_loading_leaves_the_global_random_stream_alone(rows):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(loader(SpeechDataset(utterances), batch_size=4, shuffle=True))
+    list(loader(speech(rows), batch_size=4, shuffle=True))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -108,17 +123,18 @@ def test_shares_cover_the_corpus(size, batch_size, world_size):
         assert size - counts.sum() < world_size
 
 
-def test_global_batches_are_the_same_for_one_process_and_two(utterances):
-    dataset = SpeechDataset(utterances)
-    whole = ids(loader(dataset, batch_size=4, shuffle=True, seed=3, even=True))
+def test_global_batches_are_the_same_for_one_process_and_two(rows):
+    dataset = speech(rows)
+    whole = names(loader(dataset, batch_size=4, shuffle=True, seed=3, even=True))
     halves = [
-        ids(loader(dataset, batch_size=2, shuffle=True, seed=3, even=True, rank=rank, world_size=2)) for rank in (0, 1)
+        names(loader(dataset, batch_size=2, shuffle=True, seed=3, even=True, rank=rank, world_size=2))
+        for rank in (0, 1)
     ]
     together = [set(first) | set(second) for first, second in zip(*halves, strict=True)]
     assert together[:2] == [set(batch) for batch in whole[:2]]
 
 
-def test_lightning_drives_the_loader(utterances):
+def test_lightning_drives_the_loader(rows):
     lightning = pytest.importorskip("pytorch_lightning")
     seen = []
 
@@ -129,8 +145,8 @@ def test_lightning_drives_the_loader(utterances):
 
         def training_step(self, batch, _):
             assert isinstance(batch, Batch)
-            seen.append((self.current_epoch, batch.ids))
-            return self.weight * batch.seconds
+            seen.append((self.current_epoch, batch.names))
+            return self.weight * sum(batch.seconds)
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -144,10 +160,10 @@ def test_lightning_drives_the_loader(utterances):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    dataset = SpeechDataset([*utterances, Utterance("bad", "x", Path("missing.wav"))])
+    dataset = speech([*rows, Row("bad", "x", Recording(Path("missing.wav")))])
     trainer.fit(Recorder(), loader(dataset, batch_size=4, shuffle=True, seed=1, even=True))
     for epoch in (0, 1):
-        expected = ids(loader(dataset, batch_size=4, shuffle=True, seed=1, epoch=epoch, even=True))
+        expected = names(loader(dataset, batch_size=4, shuffle=True, seed=1, epoch=epoch, even=True))
         assert [batch for when, batch in seen if when == epoch] == expected
 
 
@@ -155,26 +171,27 @@ def test_lightning_drives_the_loader(utterances):
 
 
 @pytest.fixture
-def with_bad(tmp_path, utterances) -> SpeechDataset:
+def with_bad(tmp_path, rows) -> SpeechDataset:
     """Good, missing, good, not audio, no text, too long."""
     (tmp_path / "noise.wav").write_bytes(b"not audio")
-    return SpeechDataset(
+    return speech(
         [
-            utterances[0],
-            Utterance("missing", "x", tmp_path / "missing.wav"),
-            utterances[1],
-            Utterance("noise", "x", tmp_path / "noise.wav"),
-            Utterance("mute", " \n", utterances[2].audio),
-            utterances[10],
+            rows[0],
+            Row("missing", "x", Recording(tmp_path / "missing.wav")),
+            rows[1],
+            Row("noise", "x", Recording(tmp_path / "noise.wav")),
+            Row("mute", " \n", rows[2].audio),
+            rows[10],
         ],
-        check=lambda utterance, samples: "too long" if samples > 100 else None,
+        filter=lambda rendered, samples: "too long" if samples[0] > 100 else None,
+        needs_answer=True,
     )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_samples_travel_beside_the_good(with_bad, num_workers):
     (batch,) = loader(with_bad, batch_size=6, shuffle=False, num_workers=num_workers)
-    assert batch.ids == ["0", "1"]
+    assert batch.names == ["0", "1"]
     assert batch.indices == [0, 2]
     assert [sample.id for sample in batch.bad] == ["missing", "noise", "mute", "10"]
     assert "missing.wav" in batch.bad[0].reason
@@ -189,7 +206,11 @@ def test_bad_samples_travel_beside_the_good(with_bad, num_workers):
 
 def test_batch_of_bad_samples_only(with_bad):
     batch = list(loader(with_bad, batch_size=3, shuffle=False))[1]
-    assert (len(batch), batch.waveforms, batch.seconds, len(batch.bad)) == (0, [], 0, 3)
+    assert (len(batch), batch.seconds, len(batch.bad)) == (0, [], 3)
+    assert (len(batch.audio), batch.audio_sizes, batch.samples, batch.group_counts) == (0, [], [], [])
+    assert (batch.ids.shape, batch.tokens, batch.masks) == ((0, 0), 0, None)
+    for name in ("lengths", "prompt_lengths", "label_slots", "labels", "frame_lengths", "audio_groups", "audio_slots"):
+        assert (getattr(batch, name).shape, getattr(batch, name).dtype) == ((0,), torch.int64), name
 
 
 def test_stop_names_the_first_bad_sample(tmp_path, with_bad):
@@ -213,7 +234,7 @@ def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
         for batch in loader(with_bad, batch_size=2, shuffle=True, epoch=epoch):
             first.add(batch.bad)
     more = BadSample("é", "é.wav", "silent")
-    second.add([BadSample("10", str(with_bad.utterances[5].audio), "too long"), more])
+    second.add([BadSample("10", str(with_bad.rows[5].audio), "too long"), more])
     first.add([more])
     listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert sorted(entry["id"] for entry in listed) == ["10", "missing", "mute", "noise", "é"]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,18 @@ import pytest
 import pytorch_lightning as pl
 import soundfile
 import torch
-from rwkv_speech.data.row import Utterance
 
 from rwkv_speech.data import durations
 from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
+from rwkv_speech.data.rendering import Renderer
+from rwkv_speech.data.sample import Row, one_round
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech import identity as stamps
+from rwkv_speech.lm.tokenizer import Tokenizer
+from rwkv_speech.speech import identity
 from rwkv_speech.speech.augmentation import SPEEDS, WaveformAugmentation
+from rwkv_speech.speech.recording import Recording
 
 
 def like_librispeech(size: int) -> np.ndarray:
@@ -29,10 +33,21 @@ def like_librispeech(size: int) -> np.ndarray:
     return np.where(rng.random(size) < 0.3, short, long)
 
 
+def speech(rows: Sequence[Row], **how) -> SpeechDataset:
+    """A waveform itself is what the encoder takes; each 80 of its samples are a position."""
+    return SpeechDataset(
+        rows,
+        sample_of=lambda row: one_round(row.id, [row.audio], row.text),
+        renderer=Renderer(Tokenizer(257), frame_count=lambda n: n // 16, group_count=lambda n: n // 5),
+        extract=lambda waveform: waveform,
+        **how,
+    )
+
+
 def batches_of(seconds: np.ndarray, *, epochs=(0,), batch_size=4, **how) -> list[list[list[int]]]:
     """The indices of each batch of one process, for each epoch."""
     lengths = how.pop("lengths", lambda epoch: seconds)
-    sampler = bucketed_loader(range(len(seconds)), lengths, batch_size=batch_size, **how).batch_sampler
+    sampler = bucketed_loader(speech(range(len(seconds))), lengths, batch_size=batch_size, **how).batch_sampler
     found = []
     for epoch in epochs:
         sampler.sampler.set_epoch(epoch)
@@ -215,12 +230,12 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> list[Utterance]:
-    """26 utterances of 10 to 35 ms."""
+def corpus(tmp_path_factory) -> list[Row]:
+    """26 rows of 10 to 35 ms."""
     folder = tmp_path_factory.mktemp("corpus")
     for n in range(26):
         soundfile.write(folder / f"{n}.wav", np.zeros(160 + 16 * n), 16000)
-    return [Utterance(f"u{n}", f"text {n}", folder / f"{n}.wav", duration=n + 10) for n in range(26)]
+    return [Row(f"u{n}", f"text {n}", Recording(folder / f"{n}.wav", duration=n + 10)) for n in range(26)]
 
 
 WAYS = [
@@ -229,15 +244,15 @@ WAYS = [
 ]
 
 
-def steps_of(corpus: list[Utterance], *, num_workers: int = 0, limit: int = 0, **how) -> AccumulationLoader:
-    seconds = np.array([utterance.duration for utterance in corpus], float)
-    dataset = SpeechDataset(corpus, change=Recorder())
+def steps_of(corpus: list[Row], *, num_workers: int = 0, limit: int = 0, **how) -> AccumulationLoader:
+    seconds = np.array([row.audio.duration for row in corpus], float)
+    dataset = speech(corpus, transform=Recorder())
     loader = bucketed_loader(dataset, lambda epoch: seconds, seed=9, num_workers=num_workers, **how)
-    return AccumulationLoader(loader, accumulate=how["accumulate"], count=len, limit=limit)
+    return AccumulationLoader(loader, accumulate=how["accumulate"], limit=limit)
 
 
 def seen(batch: Batch) -> tuple[int, list[str], set[float]]:
-    return batch.epoch, batch.ids, {float(x[0]) for x in batch.waveforms}
+    return batch.epoch, batch.names, set(batch.audio.tolist())
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -252,7 +267,7 @@ def test_workers_change_nothing_and_know_the_epoch(corpus, how):
     assert runs[0] == runs[1]
     assert {epoch for epoch, _, _ in runs[0]} == {0, 1, 2}
     assert all(heard == {epoch} for epoch, _, heard in runs[0])
-    assert Counter(id for _, ids, _ in runs[0] for id in ids) == {f"u{n}": 3 for n in range(26)}
+    assert Counter(id for _, names, _ in runs[0] for id in names) == {f"u{n}": 3 for n in range(26)}
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -262,7 +277,8 @@ def test_tokens_of_a_step_are_those_of_its_batches(corpus, how, limit):
     assert len(batches) == (limit * 2 or len(batches_of(np.arange(26) + 10.0, **how)[0]))
     for k in range(0, len(batches), 2):
         group = batches[k : k + 2]
-        assert {batch.step_tokens for batch in group} == {sum(len(text) for batch in group for text in batch.texts)}
+        texts = [text for batch in group for text in batch.references]
+        assert {batch.step_tokens for batch in group} == {sum(len(text) + 1 for text in texts)}  # and ends of text
 
 
 class Model(pl.LightningModule):
@@ -280,9 +296,6 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch
 
 
 def fit(folder: Path, model: Model, batches: AccumulationLoader) -> None:
@@ -331,10 +344,10 @@ def test_an_interrupted_run_sees_exactly_the_rest(tmp_path, corpus, how, stop_af
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
     """Names of the files whose headers are read; files are settled as soon as they are written."""
-    monkeypatch.setattr(stamps, "SETTLED", 0.0)
+    monkeypatch.setattr(identity, "SETTLED", 0.0)
     opened: list[str] = []
-    seconds = Utterance.seconds
-    monkeypatch.setattr(Utterance, "seconds", lambda self: opened.append(Path(str(self.audio)).name) or seconds(self))
+    seconds = Recording.seconds
+    monkeypatch.setattr(Recording, "seconds", lambda self: opened.append(Path(str(self)).name) or seconds(self))
     return opened
 
 
@@ -345,59 +358,59 @@ def wav(path: Path, seconds: float, *, rate: int = 8000) -> Path:
 
 def test_headers_are_read_once(tmp_path, read, caplog):
     (tmp_path / "no.wav").write_bytes(b"no audio")
-    utterances = [
-        Utterance("told", "x", tmp_path / "absent.wav", duration=2.5),
-        Utterance("a", "x", wav(tmp_path / "a.wav", 1.5)),
-        Utterance("b", "x", wav(tmp_path / "b.flac", 0.25, rate=22050)),
-        Utterance("no audio", "x", tmp_path / "no.wav"),
-        Utterance("absent", "x", tmp_path / "absent.wav"),
+    rows = [
+        Row("told", "x", Recording(tmp_path / "absent.wav", duration=2.5)),
+        Row("a", "x", Recording(wav(tmp_path / "a.wav", 1.5))),
+        Row("b", "x", Recording(wav(tmp_path / "b.flac", 0.25, rate=22050))),
+        Row("no audio", "x", Recording(tmp_path / "no.wav")),
+        Row("absent", "x", Recording(tmp_path / "absent.wav")),
     ]
     cache = tmp_path / "project" / "durations.json"
     expected = [2.5, 1.5, pytest.approx(0.25, abs=1e-4), 0, 0]
-    assert read_durations(utterances, cache).tolist() == expected
+    assert read_durations(rows, cache).tolist() == expected
     assert sorted(read) == ["a.wav", "absent.wav", "b.flac", "no.wav"]
     assert "2 of 5 recordings" in caplog.text
     assert [path.name for path in cache.parent.iterdir()] == ["durations.json"]
 
     read.clear()
-    assert read_durations(utterances, cache).tolist() == expected
+    assert read_durations(rows, cache).tolist() == expected
     assert sorted(read) == ["absent.wav", "no.wav"]  # perhaps they have been put right
 
     wav(tmp_path / "a.wav", 3.0)
-    assert read_durations(utterances, cache)[1] == 3.0
+    assert read_durations(rows, cache)[1] == 3.0
     before = cache.read_bytes()
     read.clear()
-    assert read_durations(utterances[2:3], cache)[0] == expected[2]
+    assert read_durations(rows[2:3], cache)[0] == expected[2]
     assert (read, cache.read_bytes()) == ([], before)  # what others asked for stays
 
 
 def test_a_broken_cache_is_made_anew(tmp_path, read):
     cache = tmp_path / "durations.json"
     cache.write_text('{"a":')
-    assert read_durations([Utterance("a", "x", wav(tmp_path / "a.wav", 0.5))], cache).tolist() == [0.5]
+    assert read_durations([Row("a", "x", Recording(wav(tmp_path / "a.wav", 0.5)))], cache).tolist() == [0.5]
     assert list(json.loads(cache.read_text()).values()) == [0.5]
 
 
 def test_other_processes_write_nothing(tmp_path, read):
     cache = tmp_path / "durations.json"
-    read_durations([Utterance("a", "x", wav(tmp_path / "a.wav", 0.5))], cache, first=False)
+    read_durations([Row("a", "x", Recording(wav(tmp_path / "a.wav", 0.5)))], cache, first=False)
     assert not cache.exists()
 
 
 def test_an_interruption_keeps_what_was_read(tmp_path, read, monkeypatch):
-    utterances = [Utterance(str(n), "x", wav(tmp_path / f"{n}.wav", 0.1)) for n in range(4)]
+    rows = [Row(str(n), "x", Recording(wav(tmp_path / f"{n}.wav", 0.1))) for n in range(4)]
     monkeypatch.setattr(durations, "_PIECE", 1)
     monkeypatch.setattr(durations, "_THREADS", 1)
-    seconds = Utterance.seconds
+    seconds = Recording.seconds
 
     def interrupted(self):
-        if self.id == "2":
+        if self.source.name == "2.wav":
             raise KeyboardInterrupt
         return seconds(self)
 
-    monkeypatch.setattr(Utterance, "seconds", interrupted)
+    monkeypatch.setattr(Recording, "seconds", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        read_durations(utterances, tmp_path / "durations.json")
+        read_durations(rows, tmp_path / "durations.json")
     assert len(json.loads((tmp_path / "durations.json").read_text())) >= 2
 
 
@@ -406,8 +419,8 @@ def test_rows_of_a_dataset_tell_their_length(tmp_path, read):
     from rwkv_speech.data.hub import read_dataset
 
     files = [wav(tmp_path / f"{n}.wav", 0.5 + n) for n in range(3)]
-    rows = {"audio": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": ["x"] * 3}
-    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    columns = {"audio": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": ["x"] * 3}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))
     cache = tmp_path / "durations.json"
     for _ in range(2):
         assert read_durations(read_dataset(tmp_path / "saved"), cache).tolist() == [0.5, 1.5, 2.5]
