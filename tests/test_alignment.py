@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from rwkv_speech.learning import Alignment
 
 from rwkv_speech import alignment
 from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum
+from rwkv_speech.data.sample import one_round
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.options import TrainingOptions
 from tests.tiny import do, last
 
 VOCABULARY, WIDTH = 40, 12
@@ -110,12 +112,11 @@ def test_steps_alone_leave_the_language_model_out(world, tmp_path, monkeypatch):
 
 def test_its_weight_is_that_of_its_gradient(world):
     model = world.speech_rwkv(downsample_k=2, adapter_hidden=8)
-    waveforms = list(torch.randn(2, 16000, generator=torch.Generator().manual_seed(4)))
-    batch = SimpleNamespace(
-        audio=waveforms, texts=["ab", "cde"], ids=["0", "1"], seconds=2.0, tokens=7, step_tokens=7.0, epoch=0
-    )
-    Sized = type("Sized", (SimpleNamespace,), {"__len__": lambda self: len(self.audio)})
-    model.trainer = SimpleNamespace(
+    waveforms = torch.randn(2, 16000, generator=torch.Generator().manual_seed(4))
+    batch = model.prepare([one_round(text, [x], text) for x, text in zip(waveforms, ["ab", "cde"], strict=True)])
+    batch.step_tokens = batch.tokens
+    assert batch.tokens == 7
+    trainer = SimpleNamespace(
         strategy=SimpleNamespace(reduce=lambda x, reduce_op: x),
         world_size=1,
         accumulate_grad_batches=1,
@@ -123,8 +124,10 @@ def test_its_weight_is_that_of_its_gradient(world):
     )
 
     def gradient(weight, steps=0):
-        model.alignment = Alignment(weight=weight, alone_steps=steps)
-        (gradient,) = torch.autograd.grad(model.training_step(Sized(**vars(batch)), 0), model.adapter.layers[0].weight)
+        module = TrainingModule(model, TrainingOptions(ctc_align=weight, ctc_align_steps=steps))
+        module.trainer = trainer
+        loss = module.training_step(batch, 0)["loss"]
+        (gradient,) = torch.autograd.grad(loss, model.adapter.layers[0].weight)
         return gradient
 
     text, ctc = gradient(0.0), gradient(1.0, steps=1)

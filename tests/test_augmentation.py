@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,17 +10,22 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from rwkv_speech.data.row import Utterance
+from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech import ops
-from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset
+from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset, loader
 from rwkv_speech.data.buckets import bucketed_loader
+from rwkv_speech.data.rendering import Renderer
+from rwkv_speech.data.sample import Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.lm.tokenizer import Tokenizer
+from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.augmentation import SPEEDS, SpecAugment, WaveformAugmentation
-from tests.tiny import write_world
+from rwkv_speech.speech.augmentation import SPEEDS, Masks, SpecAugment, WaveformAugmentation, apply_masks
+from rwkv_speech.speech.recording import Recording
+from tests.tiny import last, write_world
 
 
 def sine(frequency: float, samples: int = SAMPLE_RATE) -> torch.Tensor:
@@ -34,6 +40,18 @@ def noises(tmp_path_factory) -> list[Path]:
         samples = level * rng.standard_normal(int(seconds * SAMPLE_RATE))
         soundfile.write(folder / f"{seconds}.wav", samples, SAMPLE_RATE, subtype="FLOAT")
     return sorted(folder.iterdir())
+
+
+def heard(rows: list[Row], transform: WaveformAugmentation) -> SpeechDataset:
+    """A dataset whose items hold the augmented waveforms as they are, each a single frame."""
+    renderer = Renderer(Tokenizer(257), frame_count=lambda samples: 1, group_count=lambda frames: 1)
+    return SpeechDataset(
+        rows,
+        sample_of=get_mission("transcribe").sample,
+        renderer=renderer,
+        extract=lambda waveform: waveform,
+        transform=transform,
+    )
 
 
 def power(waveform: torch.Tensor) -> float:
@@ -104,8 +122,8 @@ def test_silence_stays_silent(noises, tmp_path):
 def test_an_unusable_noise_is_a_bad_sample(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"none")
     soundfile.write(tmp_path / "a.wav", np.ones(100), SAMPLE_RATE)
-    speech = SpeechDataset(
-        [Utterance("a", "x", tmp_path / "a.wav")], change=WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
+    speech = heard(
+        [Row("a", "x", Recording(tmp_path / "a.wav"))], WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
     )
     assert str(tmp_path / "noise.wav") in speech[0].reason
 
@@ -125,26 +143,25 @@ def test_seed_epoch_and_id_settle_a_sample(noises):
 
 def test_workers_processes_and_epochs(tmp_path, noises):
     """What training hears of an utterance doesn't depend on who reads it, and is another thing in each epoch."""
-    utterances = []
+    rows = []
     for n in range(12):
         soundfile.write(tmp_path / f"{n}.wav", sine(300 + 10 * n, 1600 + 10 * n).numpy(), SAMPLE_RATE)
-        utterances.append(Utterance(f"u{n}", "x", tmp_path / f"{n}.wav"))
+        rows.append(Row(f"u{n}", "x", Recording(tmp_path / f"{n}.wav")))
     seconds = np.linspace(0.1, 0.11, 12)
 
-    def heard(num_workers: int, world_size: int) -> list[dict[str, bytes]]:
+    def epochs_of(num_workers: int, world_size: int) -> list[dict[str, bytes]]:
         change = WaveformAugmentation(5, speeds=SPEEDS, noise=noises)
         processes = [
             AccumulationLoader(
                 bucketed_loader(
-                    SpeechDataset(utterances, change=change),
-                    partial(change.lengths, [utterance.id for utterance in utterances], seconds),
+                    heard(rows, change),
+                    partial(change.lengths, [row.id for row in rows], seconds),
                     batch_size=2,
                     num_workers=num_workers,
                     rank=rank,
                     world_size=world_size,
                 ),
                 accumulate=1,
-                count=len,
             )
             for rank in range(world_size)
         ]
@@ -154,11 +171,12 @@ def test_workers_processes_and_epochs(tmp_path, noises):
             for steps in processes:
                 steps.batch_sampler.sampler.set_epoch(epoch)
                 for batch in steps:
-                    epochs[-1] |= {i: w.numpy().tobytes() for i, w in zip(batch.ids, batch.waveforms, strict=True)}
+                    waveforms = batch.audio.split(batch.audio_sizes)
+                    epochs[-1] |= {i: w.numpy().tobytes() for i, w in zip(batch.names, waveforms, strict=True)}
         return epochs
 
-    alone = heard(0, 1)
-    assert alone == heard(2, 1) == heard(1, 3)
+    alone = epochs_of(0, 1)
+    assert alone == epochs_of(2, 1) == epochs_of(1, 3)
     assert all(len(epoch) == 12 for epoch in alone)
     assert all(len({epoch[f"u{n}"] for epoch in alone}) == 3 for n in range(12))
 
@@ -173,10 +191,18 @@ def frames_of(lengths: list[int], width: int = 64) -> torch.Tensor:
     return frames
 
 
+def masked_by(
+    augment: SpecAugment, frames: torch.Tensor, lengths: list[int], ids: Sequence[str], epoch: int = 0
+) -> torch.Tensor:
+    drawn = [augment(id, length, epoch) for id, length in zip(ids, lengths, strict=True)]
+    masks = Masks(pad_sequence([m.frames for m in drawn], batch_first=True), torch.stack([m.channels for m in drawn]))
+    return apply_masks(frames, torch.tensor(lengths), masks)
+
+
 def test_masks_take_the_parts_they_should():
     """Two masks of up to a tenth in each direction: in the mean 2 x 1/20 of the frames, and of the channels."""
-    frames, lengths = frames_of([200] * 500), torch.full((500,), 200)
-    masked = SpecAugment(0)(frames, lengths, ids=[f"u{n}" for n in range(500)], epoch=0)
+    frames = frames_of([200] * 500)
+    masked = masked_by(SpecAugment(0, 64), frames, [200] * 500, [f"u{n}" for n in range(500)])
     changed = masked != frames
     time, channels = changed.all(2).float().mean(1), changed.all(1).float().mean(1)
     for part, most in ((time, 0.2), (channels, 12 / 64)):
@@ -190,22 +216,22 @@ def test_masks_take_the_parts_they_should():
 
 
 def test_masked_values_are_the_mean_of_the_valid_frames():
-    frames, lengths = frames_of([90, 120, 3]), torch.tensor([90, 120, 3])
+    lengths = [90, 120, 3]
+    frames = frames_of(lengths)
     before = frames.clone()
-    masked = SpecAugment(4)(frames, lengths, ids=["a", "b", "c"], epoch=0)
+    masked = masked_by(SpecAugment(4, 64), frames, lengths, ["a", "b", "c"])
     assert torch.equal(frames, before)
-    for i, length in enumerate(lengths.tolist()):
-        assert torch.equal(masked[i, length:], frames[i, length:])
-        changed = masked[i] != frames[i]
-        mean = frames[i, :length].mean(0).expand_as(frames[i])
-        torch.testing.assert_close(masked[i][changed], mean[changed])
-    assert (masked != frames).any()
+    for x, given, length in zip(masked, frames, lengths, strict=True):
+        changed = x[:length] != given[:length]
+        mean = given[:length].mean(0).expand(length, -1)
+        torch.testing.assert_close(x[:length][changed], mean[changed])
+        assert changed.any()
 
 
 def test_masks_depend_on_seed_epoch_and_id_not_on_company():
     def masked(seed: int = 0, epoch: int = 0, ids: tuple[str, ...] = ("a", "b")) -> torch.Tensor:
         frames = frames_of([100, 100])[:1].expand(len(ids), -1, -1)
-        return SpecAugment(seed)(frames, torch.full((len(ids),), 100), ids=ids, epoch=epoch)
+        return masked_by(SpecAugment(seed, 64), frames, [100] * len(ids), ids, epoch)
 
     assert torch.equal(masked(), masked())
     assert torch.equal(masked()[1], masked(ids=("c", "b", "a"))[1])
@@ -226,33 +252,48 @@ def world(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def train(world: tuple[Path, list[str]], project: Path, *flags: str) -> None:
     settings = ["--epoch_count=2", "--num_workers=0", f"--proj_dir={project}"]
-    assert ops.train(Options.parse([*world[1], *settings, *flags])) == 0
+    assert OPS["train"](Options.parse([*world[1], *settings, *flags])) == 0
 
 
 def test_training_masks_each_sample_in_each_epoch(world, tmp_path, monkeypatch):
     masked = []
     call = SpecAugment.__call__
 
-    def recorded(self, frames, lengths, *, ids, epoch):
-        masked.extend((epoch, id) for id in ids)
-        return call(self, frames, lengths, ids=ids, epoch=epoch)
+    def recorded(self, id, frames, epoch):
+        masked.append((epoch, id))
+        return call(self, id, frames, epoch)
 
     monkeypatch.setattr(SpecAugment, "__call__", recorded)
     train(world, tmp_path / "plain")
     assert masked == []
-    train(world, tmp_path / "masked", "--spec_augment")
-    assert Counter(masked) == {(epoch, f"u{n}"): 1 for epoch in range(2) for n in range(10)}
+    train(world, tmp_path / "masked", "--spec_augment", f"--valid_split={world[0] / 'train.jsonl'}")
+    assert Counter(masked) == {(epoch, f"u{n}"): 1 for epoch in range(2) for n in range(10)}  # not in validation
+    plain, changed = (last(tmp_path / name)["speech_encoder.adapter.0.weight"] for name in ("plain", "masked"))
+    assert not torch.allclose(plain, changed, rtol=1e-3)
 
 
 def test_masks_are_of_training_only(world):
+    """Without SpecAugment the loss is `model.loss`; with it, another, whatever shares the batch."""
     model = SpeechRWKV.from_pretrained(world[0] / "model.pth", encoder=str(world[0] / "encoder"), adapter_hidden=32)
     speech = [sine(440), sine(300, 2 * SAMPLE_RATE)]
+    rows = [Row("a", "a", speech[0]), Row("b", "b", speech[1])]
+
+    def loss(batch_size: int, masks: SpecAugment | None = None) -> torch.Tensor:
+        dataset = SpeechDataset(
+            rows,
+            sample_of=model.mission.sample,
+            renderer=model.renderer,
+            extract=model.speech_encoder.extract,
+            spec_augment=masks,
+        )
+        batches = list(loader(dataset, batch_size=batch_size, shuffle=False))
+        return sum(map(model.loss_sum, batches)) / sum(batch.tokens for batch in batches)
+
     plain = model.loss(speech, ["a", "b"])
-    masks = SpecAugment(0)
-    model.spec_augment = masks
-    assert torch.equal(model.loss(speech, ["a", "b"]), plain)
-    total, count = model.loss_sum(speech, ["a", "b"], mask=partial(masks, ids=["a", "b"], epoch=0))
-    assert not torch.isclose(total / count, plain, rtol=1e-6)
+    assert torch.equal(loss(2), plain)
+    masked = loss(2, SpecAugment(0, 32))
+    assert not torch.isclose(masked, plain, rtol=1e-6)
+    torch.testing.assert_close(loss(1, SpecAugment(0, 32)), masked, rtol=1e-5, atol=0)
 
 
 def test_training_with_all_of_it(world, noises, tmp_path, caplog):
@@ -282,7 +323,7 @@ def test_flags_that_make_no_sense(flags, words):
 
 
 def test_masks_go_with_cached_frames():
-    assert Options.parse(["--load_model=m.pth", "--cache_features=x", "--spec_augment"]).spec_augment
+    assert Options.parse(["--load_model=m.pth", "--cache_features=x", "--spec_augment"]).training.spec_augment
 
 
 def test_a_folder_without_noise_is_an_error(world, tmp_path):

@@ -6,20 +6,24 @@ import json
 import os
 import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from rwkv_speech.data.row import DatasetRow, Utterance
+import torch
 
-from rwkv_speech.data import hub as huggingface
-from rwkv_speech.data import librispeech
+from rwkv_speech.data import hub, librispeech
 from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.hub import DatasetRow
 from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.sample import Row
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
+from rwkv_speech.speech import identity
 from rwkv_speech.speech.audio import AudioError
+from rwkv_speech.speech.recording import Recording
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "speech"
 
@@ -50,8 +54,8 @@ def write_chapter(split: Path, speaker: str, chapter: str, texts: list[str], suf
     return folder
 
 
-def is_tone(utterance: Utterance, frequency: float) -> bool:
-    waveform = utterance.waveform().numpy()
+def is_tone(row: Row, frequency: float) -> bool:
+    waveform = row.audio.waveform().numpy()
     return waveform.shape == (1600,) and np.abs(waveform - tone(frequency)).max() < 1e-4
 
 
@@ -79,7 +83,7 @@ def test_librispeech_case_joining_and_paths_as_splits(tmp_path):
     write_chapter(tmp_path / "b", "2", "1", ["SECOND"], suffix=".ogg")
     joined = load_split("b+a", data_dir=str(tmp_path), lower_case=False)
     assert [utterance.text for utterance in joined] == ["SECOND", "FIRST"]
-    assert joined[0].waveform().shape == (1600,)
+    assert joined[0].audio.waveform().shape == (1600,)
     assert [utterance.text for utterance in load_split(str(tmp_path / "a"))] == ["first"]
     assert [utterance.text for utterance in load_split(None, data_dir=str(tmp_path / "a"))] == ["first"]
 
@@ -90,7 +94,7 @@ def test_librispeech_takes_the_lossless_of_two_formats_and_leaves_hidden_files(t
     write_tone(chapter / "1-1-0000.wav")
     (chapter / "._1-1-0000.flac").write_bytes(b"resource fork")
     (utterance,) = load_split(None, data_dir=str(tmp_path))
-    assert utterance.audio.name == "1-1-0000.flac"
+    assert utterance.audio.source.name == "1-1-0000.flac"
 
 
 def test_librispeech_mismatches_are_one_error_or_listed(tmp_path):
@@ -124,8 +128,8 @@ def test_real_librispeech():
     ]
     assert utterances[2].text == "he could wait no longer"
     for utterance in utterances:
-        info = soundfile.info(utterance.audio)
-        assert utterance.waveform().shape == (info.frames,)
+        info = soundfile.info(utterance.audio.source)
+        assert utterance.audio.waveform().shape == (info.frames,)
 
 
 @pytest.mark.skipif(
@@ -159,7 +163,7 @@ def test_download_fetches_what_is_not_there_and_leaves_what_is(tmp_path, openslr
     (root / ".dev-clean.unpacking" / "LibriSpeech" / "dev-clean" / "half").mkdir(parents=True)
     utterances = load_split("dev-clean+dev-other", data_dir=str(root), download=True)
     assert [utterance.text for utterance in utterances] == ["new", "own"]
-    assert utterances[0].audio == root / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac"
+    assert utterances[0].audio.source == root / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac"
     assert sorted(path.name for path in root.iterdir()) == ["LibriSpeech", "dev-other"]
 
 
@@ -193,15 +197,15 @@ def test_manifest_fields_and_paths(tmp_path):
     path = tmp_path / "my train+dev.jsonl"
     path.write_text("\ufeff" + lines[0] + "\r\n\n" + lines[1] + "\n", encoding="utf-8")
     expected = [
-        Utterance("one", "Grüße\u2028an", tmp_path / "clips" / "a.wav", duration=1.0, speaker="s"),
-        Utterance(str(tmp_path / "b.flac"), "", tmp_path / "b.flac", language="de", mission="m"),
+        Row("one", "Grüße\u2028an", Recording(tmp_path / "clips" / "a.wav", duration=1.0), speaker="s"),
+        Row(str(tmp_path / "b.flac"), "", Recording(tmp_path / "b.flac"), language="de", mission="m"),
     ]
     assert read_manifest(path) == expected
     assert load_split(None, data=str(path)) == load_split(str(path)) == expected
     write_tone(tmp_path / "clips" / "a.wav", 300)
     assert is_tone(expected[0], 300)
     with pytest.raises(AudioError, match=r"b\.flac"):
-        expected[1].waveform()
+        expected[1].audio.waveform()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +241,45 @@ def test_manifest_counts_malformed_lines(tmp_path):
         read_manifest(path)
 
 
+# Recordings
+
+
+def test_recording_is_a_file(tmp_path):
+    recording = Recording(write_tone(tmp_path / "a.wav", 300))
+    assert str(recording) == str(tmp_path / "a.wav")
+    waveform = recording.waveform()
+    assert (waveform.dtype, waveform.shape) == (torch.float32, (1600,))
+    assert np.abs(waveform.numpy() - tone(300)).max() < 1e-4
+    assert recording.seconds() == 0.1
+
+
+def test_seconds_are_the_datas_where_it_tells(tmp_path):
+    assert Recording(write_tone(tmp_path / "a.wav"), duration=0.25).seconds() == 0.25
+    assert Recording(tmp_path / "absent.wav", duration=0.0).seconds() == 0.0
+
+
+@pytest.mark.parametrize("method", [Recording.waveform, Recording.seconds, Recording.read])
+def test_recording_that_is_absent_is_named(tmp_path, method):
+    recording = Recording(tmp_path / "absent.wav")
+    assert recording.stamp() is None
+    with pytest.raises(AudioError, match=r"absent\.wav"):
+        method(recording)
+
+
+def test_stamp_stands_for_a_file_until_it_is_rewritten(tmp_path, monkeypatch):
+    recording = Recording(write_tone(tmp_path / "a.wav"))
+    assert recording.stamp() is None  # one more change within a tick of the clock could leave the same times
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
+    stamp, before = recording.stamp(), (tmp_path / "a.wav").stat()
+    assert Recording(tmp_path / "a.wav").stamp() == stamp is not None
+    assert recording.read() == ((tmp_path / "a.wav").read_bytes(), stamp)
+    time.sleep(0.02)  # a tick of the file system's clock
+    write_tone(tmp_path / "a.wav", 300)
+    os.utime(tmp_path / "a.wav", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (tmp_path / "a.wav").stat().st_size == before.st_size
+    assert recording.stamp() not in (stamp, None)
+
+
 # Hugging Face datasets
 
 
@@ -263,6 +306,37 @@ def test_saved_dataset(tmp_path, datasets):
     assert is_tone(two, 500)
     with pytest.raises(UserError, match="saved without splits"):
         load_split("train", data=str(tmp_path / "saved"))
+
+
+def test_recording_of_a_row(tmp_path, datasets, monkeypatch):
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
+
+    def saved(frequencies: list[int]) -> list[Recording]:
+        rows = audio_rows(datasets, frequencies, text=["a", "b", "c"], duration=[0.5, None, None])
+        rows.save_to_disk(tmp_path / "saved")
+        return [row.audio for row in load_split(None, data=str(tmp_path / "saved"))]
+
+    first, second, _ = recordings = saved([300, 500, 500])
+    assert str(second) == f"{tmp_path / 'saved'} row 1"
+    assert (first.seconds(), second.seconds()) == (0.5, 0.1)  # the column tells of the first alone
+    assert first.read() == (encoded_tone(300), first.stamp())
+    stamps = [recording.stamp() for recording in recordings]
+    assert len({*stamps, None}) == 4
+    again = [row.audio for row in load_split(None, data=str(tmp_path / "saved"))]
+    assert [recording.stamp() for recording in again] == stamps
+    changed = [recording.stamp() for recording in saved([300, 600, 500])]
+    assert not {*changed} & {*stamps, None}
+
+
+def test_row_that_points_to_a_file_has_no_stamp_for_its_content(tmp_path, datasets, monkeypatch):
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
+    paths = [write_tone(tmp_path / "a.wav", 300), tmp_path / "absent.wav"]
+    datasets.Dataset.from_dict({"audio": list(map(str, paths)), "text": ["x", "y"]}).save_to_disk(tmp_path / "saved")
+    here, absent = (row.audio for row in load_split(None, data=str(tmp_path / "saved")))
+    assert here.read() == (paths[0].read_bytes(), None)
+    for method in (Recording.waveform, Recording.seconds, Recording.read):
+        with pytest.raises(AudioError, match="saved row 1: "):
+            method(absent)
 
 
 def test_saved_splits_and_columns(tmp_path, datasets):
@@ -301,12 +375,12 @@ def test_parquet_folder_is_decoded_only_on_demand(tmp_path, datasets):
     rows.to_parquet(tmp_path / "corpus" / "test-00000-of-00001.parquet")
     utterances = load_split("test", data_dir=str(tmp_path / "corpus"))
     assert [utterance.text for utterance in utterances] == ["good", "broken", ""]
-    assert all(isinstance(utterance.audio, DatasetRow) for utterance in utterances)
+    assert all(isinstance(utterance.audio.source, DatasetRow) for utterance in utterances)
     assert is_tone(utterances[0], 300)
     with pytest.raises(AudioError, match="test row 1"):
-        utterances[1].waveform()
+        utterances[1].audio.waveform()
     with pytest.raises(AudioError, match="test row 2: the row holds no audio"):
-        utterances[2].waveform()
+        utterances[2].audio.waveform()
     assert len(load_split("test[:2]", data_dir=str(tmp_path / "corpus"))) == 2
     with pytest.raises(UserError, match=r"can't read split val of .*Unknown split"):
         load_split("val", data_dir=str(tmp_path / "corpus"))
@@ -321,13 +395,13 @@ def test_columns_of_paths(tmp_path, datasets):
 
 
 def test_librispeech_from_the_hub_takes_only_the_split(tmp_path, datasets, monkeypatch):
-    hub = tmp_path / "librispeech_asr"
-    (hub / "all" / "test.clean").mkdir(parents=True)
-    (hub / "all" / "test.other").mkdir()
+    folder = tmp_path / "librispeech_asr"
+    (folder / "all" / "test.clean").mkdir(parents=True)
+    (folder / "all" / "test.other").mkdir()
     rows = audio_rows(datasets, [300], file=["f"], text=["HELLO"], speaker_id=[61], id=["61-70968-0000"])
-    rows.to_parquet(hub / "all" / "test.clean" / "0000.parquet")
-    (hub / "all" / "test.other" / "0000.parquet").write_bytes(b"opening this fails")
-    (hub / "README.md").write_text(
+    rows.to_parquet(folder / "all" / "test.clean" / "0000.parquet")
+    (folder / "all" / "test.other" / "0000.parquet").write_bytes(b"opening this fails")
+    (folder / "README.md").write_text(
         "---\ndataset_info:\n- config_name: all\n  splits:\n"
         "  - name: test.clean\n    num_bytes: 1\n    num_examples: 2620\n"
         "  - name: test.other\n    num_bytes: 1\n    num_examples: 2939\n"
@@ -335,7 +409,7 @@ def test_librispeech_from_the_hub_takes_only_the_split(tmp_path, datasets, monke
         "  - split: test.clean\n    path: all/test.clean/*.parquet\n"
         "  - split: test.other\n    path: all/test.other/*.parquet\n---\n"
     )
-    monkeypatch.setattr(huggingface, "LIBRISPEECH", str(hub))
+    monkeypatch.setattr(hub, "LIBRISPEECH", str(folder))
     (utterance,) = load_split("test-clean")
     assert (utterance.id, utterance.text, utterance.speaker) == ("61-70968-0000", "hello", "61")
     assert is_tone(utterance, 300)
