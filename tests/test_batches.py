@@ -350,6 +350,28 @@ def test_a_batch_without_a_recording():
     assert batch.ids.tolist() == [[100, 101, 36, 98, 99, 100, 101, 102, 103]]
 
 
+def test_cached_frames_stand_for_recordings():
+    """Of samples of two recordings, none, and one; three channels to a frame."""
+
+    class Cache:
+        def read(self, audio: torch.Tensor) -> tuple[torch.Tensor, int]:
+            frames = len(audio) // 16
+            return torch.full((frames, 3), float(frames)), len(audio)
+
+    dataset = speech((), extract=None, cache=Cache())
+    samples = [MIXED[3], MIXED[1], MIXED[0]]
+    items = [dataset.read(sample, i) for i, sample in enumerate(samples)]
+    batch = Collate(RENDERER.group_count, is_frames=True)(items)
+    assert batch.is_frames
+    assert batch.audio_sizes == batch.frame_lengths.tolist() == [2, 11, 7]
+    assert batch.audio.tolist() == [[2.0] * 3] * 2 + [[11.0] * 3] * 11 + [[7.0] * 3] * 7
+    assert batch.samples == [32, 176, 112]
+    assert batch.seconds == pytest.approx([0.013, 0, 0.007])
+    waveforms = collate(samples)
+    for name in ("ids", "label_slots", "labels", "audio_groups", "audio_slots"):
+        assert torch.equal(getattr(batch, name), getattr(waveforms, name)), name
+
+
 def test_masks_are_padded_as_frames_are():
     augment = SpecAugment(3, width=40)
     batch = collate([one_round("a", [recording(30)], "x"), one_round("b", [recording(80)], "x")], spec_augment=augment)
