@@ -254,8 +254,9 @@ def test_unknown_policy_is_refused(tmp_path):
 # What a batch holds
 
 
-def collate(samples: list[Sample | BadSample], **how) -> Batch:
+def collate(samples: list[Sample | BadSample], *, epoch: int = 0, **how) -> Batch:
     dataset = speech((), **how)
+    dataset.epoch = epoch
     items = [x if isinstance(x, BadSample) else dataset.read(x, i) for i, x in enumerate(samples)]
     return Collate(RENDERER.group_count, is_frames=False)(items)
 
@@ -372,12 +373,13 @@ def test_cached_frames_stand_for_recordings():
         assert torch.equal(getattr(batch, name), getattr(waveforms, name)), name
 
 
-def test_masks_are_padded_as_frames_are():
+def test_masks_are_those_of_the_epoch_and_padded_as_frames_are():
     augment = SpecAugment(3, width=40)
-    batch = collate([one_round("a", [recording(30)], "x"), one_round("b", [recording(80)], "x")], spec_augment=augment)
+    samples = [one_round("a", [recording(30)], "x"), one_round("b", [recording(80)], "x")]
+    batch = collate(samples, epoch=5, spec_augment=augment)
     assert (batch.masks.frames.shape, batch.masks.channels.shape) == ((2, 80), (2, 40))
     for i, (name, frames) in enumerate((("a", 30), ("b", 80))):
-        drawn = augment(name, frames, 0)
+        drawn = augment(name, frames, 5)
         assert drawn.frames.any() or drawn.channels.any()
         assert torch.equal(batch.masks.frames[i, :frames], drawn.frames)
         assert not batch.masks.frames[i, frames:].any()
