@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import SequentialSampler
 
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import Batch, SharedBatches, SpeechDataset, loader
+from rwkv_speech.data.batches import Batch, Collate, SharedBatches, SpeechDataset, loader
 from rwkv_speech.data.rendering import Renderer
-from rwkv_speech.data.sample import BadSample, Row, one_round
+from rwkv_speech.data.sample import BadSample, Row, Sample, one_round
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.tokenizer import Tokenizer
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.augmentation import SpecAugment
 from rwkv_speech.speech.recording import Recording
 
 # A frame to a millisecond, two of them to a position.
@@ -246,3 +249,179 @@ def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
 def test_unknown_policy_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected 'stop' or 'skip'"):
         BadSamples("ignore", tmp_path / "bad_audio.jsonl")
+
+
+# What a batch holds
+
+
+def collate(samples: list[Sample | BadSample], *, epoch: int = 0, **how) -> Batch:
+    dataset = speech((), **how)
+    dataset.epoch = epoch
+    items = [x if isinstance(x, BadSample) else dataset.read(x, i) for i, x in enumerate(samples)]
+    return Collate(RENDERER.group_count, is_frames=False)(items)
+
+
+def recording(ms: int) -> torch.Tensor:
+    """So many frames, half as many positions; the length is also what the waveform holds."""
+    return torch.full((16 * ms,), float(ms))
+
+
+MIXED = [
+    one_round("one", ["x", recording(7)], "ab"),
+    one_round("none", ["cd"], "abcdef"),
+    BadSample("bad", "bad.wav", "silent"),
+    one_round("two", [recording(2), "q", recording(11)], ""),
+    one_round("short", [recording(1)], "a"),
+    one_round("unanswered", [recording(4)], None),
+]
+
+
+def test_samples_of_no_one_and_two_recordings_in_one_batch():
+    """Everything by hand; a letter's token is one more than its byte."""
+    batch = collate(MIXED)
+    assert len(batch) == 5
+    assert batch.names == ["one", "none", "two", "short", "unanswered"]
+    assert batch.references == ["ab", "abcdef", "", "a", ""]
+    assert batch.indices == [0, 1, 3, 4, 5]
+    assert batch.bad == [MIXED[2]]
+    assert batch.ids.tolist() == [
+        [121, 0, 0, 0, 36, 98, 99, 0, 0],
+        [100, 101, 36, 98, 99, 100, 101, 102, 103],
+        [0, 114, 0, 0, 0, 0, 0, 36, 0],
+        [0, 36, 98, 0, 0, 0, 0, 0, 0],
+        [0, 0, 36, 0, 0, 0, 0, 0, 0],
+    ]
+    assert batch.lengths.tolist() == [7, 9, 8, 3, 3]
+    assert batch.prompt_lengths.tolist() == [5, 3, 8, 2, 3]
+    assert [x.tolist() for x in batch.answers] == [[98, 99], [98, 99, 100, 101, 102, 103], [], [98], []]
+    labels = torch.full((5 * 9,), -100)
+    labels[batch.label_slots] = batch.labels
+    N = -100
+    assert labels.view(5, 9).tolist() == [
+        [N, N, N, N, 98, 99, 0, N, N],
+        [N, N, 98, 99, 100, 101, 102, 103, 0],
+        [N, N, N, N, N, N, N, 0, N],
+        [N, 98, 0, N, N, N, N, N, N],
+        [N, N, N, N, N, N, N, N, N],
+    ]
+    assert batch.tokens == 3 + 7 + 1 + 2
+    assert batch.samples == [16 * 7, 16 * 2, 16 * 11, 16, 16 * 4]
+    assert batch.frame_lengths.tolist() == [7, 2, 11, 1, 4]
+    assert batch.group_counts == [3, 1, 5, 1, 2]
+    assert batch.seconds == pytest.approx([0.007, 0, 0.013, 0.001, 0.004])
+    for ms, waveform in zip((7, 2, 11, 1, 4), batch.audio.split(batch.audio_sizes), strict=True):
+        assert torch.equal(waveform, recording(ms))
+    assert batch.masks is None
+
+
+def test_every_position_of_a_recording_goes_to_its_own_slot():
+    """Position g of recording a is 1000 (a + 1) + g, and -1 where a recording has none."""
+    batch = collate(MIXED)
+    embedded = 1000 * torch.arange(1, 6)[:, None] + torch.arange(5)  # (A, G)
+    embedded[torch.arange(5) >= torch.tensor([[3], [1], [5], [1], [2]])] = -1
+    x = batch.ids.flatten().index_copy(0, batch.audio_slots, embedded.flatten()[batch.audio_groups])
+    assert x.view(5, 9).tolist() == [
+        [121, 1000, 1001, 1002, 36, 98, 99, 0, 0],
+        [100, 101, 36, 98, 99, 100, 101, 102, 103],
+        [2000, 114, 3000, 3001, 3002, 3003, 3004, 36, 0],
+        [4000, 36, 98, 0, 0, 0, 0, 0, 0],
+        [5000, 5001, 36, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("longest", [1, 2, 11], ids=["less-than-a-group", "one-group", "five-groups"])
+def test_positions_are_those_that_the_adapter_makes(longest):
+    """Of frames padded to the longest recording, as of each recording alone."""
+    torch.manual_seed(0)
+    adapter = Adapter(4, 6, downsample_k=2, hidden=8)
+    lengths = [n for n in (1, 11, 2, 7) if n <= longest]
+    batch = collate([one_round(str(n), [recording(n)], "a") for n in lengths])
+    frames = [torch.randn(n, 4) for n in lengths]
+    padded = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
+    together = adapter(padded, batch.frame_lengths)[0].flatten(0, 1)[batch.audio_groups]
+    alone = [adapter(x[None], torch.tensor([len(x)]))[0][0] for x in frames]
+    assert [len(x) for x in alone] == batch.group_counts
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_a_batch_without_a_recording():
+    batch = collate(MIXED[1:2])
+    assert (len(batch), batch.audio_sizes, batch.group_counts, batch.seconds) == (1, [], [], [0])
+    assert batch.audio_groups.shape == batch.audio_slots.shape == batch.frame_lengths.shape == (0,)
+    assert batch.ids.tolist() == [[100, 101, 36, 98, 99, 100, 101, 102, 103]]
+
+
+def test_cached_frames_stand_for_recordings():
+    """Of samples of two recordings, none, and one; three channels to a frame."""
+
+    class Cache:
+        def read(self, audio: torch.Tensor) -> tuple[torch.Tensor, int]:
+            frames = len(audio) // 16
+            return torch.full((frames, 3), float(frames)), len(audio)
+
+    dataset = speech((), extract=None, cache=Cache())
+    samples = [MIXED[3], MIXED[1], MIXED[0]]
+    items = [dataset.read(sample, i) for i, sample in enumerate(samples)]
+    batch = Collate(RENDERER.group_count, is_frames=True)(items)
+    assert batch.is_frames
+    assert batch.audio_sizes == batch.frame_lengths.tolist() == [2, 11, 7]
+    assert batch.audio.tolist() == [[2.0] * 3] * 2 + [[11.0] * 3] * 11 + [[7.0] * 3] * 7
+    assert batch.samples == [32, 176, 112]
+    assert batch.seconds == pytest.approx([0.013, 0, 0.007])
+    waveforms = collate(samples)
+    for name in ("ids", "label_slots", "labels", "audio_groups", "audio_slots"):
+        assert torch.equal(getattr(batch, name), getattr(waveforms, name)), name
+
+
+def test_masks_are_those_of_the_epoch_and_padded_as_frames_are():
+    augment = SpecAugment(3, width=40)
+    samples = [one_round("a", [recording(30)], "x"), one_round("b", [recording(80)], "x")]
+    batch = collate(samples, epoch=5, spec_augment=augment)
+    assert (batch.masks.frames.shape, batch.masks.channels.shape) == ((2, 80), (2, 40))
+    for i, (name, frames) in enumerate((("a", 30), ("b", 80))):
+        drawn = augment(name, frames, 5)
+        assert drawn.frames.any() or drawn.channels.any()
+        assert torch.equal(batch.masks.frames[i, :frames], drawn.frames)
+        assert not batch.masks.frames[i, frames:].any()
+        assert torch.equal(batch.masks.channels[i], drawn.channels)
+
+
+def test_to_moves_what_the_model_computes_with():
+    batch = collate(MIXED, spec_augment=SpecAugment(3, width=40))
+    batch.step_tokens, batch.epoch = 99, 7
+    moved = batch.to("meta")
+    inside = {name for name, x in vars(batch).items() if isinstance(x, torch.Tensor)} - {"audio"}
+    for name in vars(batch):
+        before, after = getattr(batch, name), getattr(moved, name)
+        if name in inside:
+            assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype), name
+            assert before.device.type == "cpu", name
+        elif name == "masks":
+            assert [x.device.type for x in after] == ["meta", "meta"]
+            assert [x.shape for x in after] == [x.shape for x in before]
+        else:
+            assert after is before, name
+    assert batch.to("cpu").masks.frames.equal(batch.masks.frames)
+    assert collate(MIXED).to("meta").masks is None
+
+
+def test_workers_make_the_same_batches(with_bad, rows):
+    """In every field: with speech changed and masks drawn anew in an epoch, and bad samples among the good."""
+
+    def batches(num_workers: int, epoch: int) -> list[dict]:
+        dataset = speech(
+            [*rows[3:], *with_bad.rows, Row("two", "x", recording(40))],
+            transform=lambda id, waveform, epoch: waveform.repeat(2) + epoch,
+            spec_augment=SpecAugment(3, width=40),
+            filter=lambda rendered, samples: "too long" if samples[0] == 176 else None,
+        )
+        dataset.epoch = epoch
+        made = loader(dataset, batch_size=3, shuffle=True, seed=2, epoch=epoch, num_workers=num_workers)
+        return [tree_map(lambda x: x.tolist() if isinstance(x, torch.Tensor) else x, vars(batch)) for batch in made]
+
+    alone = batches(0, 1)
+    assert alone == batches(2, 1)
+    assert sum(len(batch["names"]) for batch in alone) == 11
+    assert sum(len(batch["bad"]) for batch in alone) == 4
+    assert any(any(map(any, batch["masks"].frames)) for batch in alone)
+    assert alone != batches(2, 0)

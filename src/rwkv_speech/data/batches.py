@@ -182,7 +182,8 @@ class SpeechDataset(Dataset[Item | BadSample]):
         if self.needs_answer and not sample.reference.strip():
             raise ValueError("text with no tokens")
         if self.cache is not None:
-            audio, samples = map(list, zip(*map(self.cache.read, sample.audio), strict=True))
+            cached = [self.cache.read(x) for x in sample.audio]
+            audio, samples = [x for x, _ in cached], [n for _, n in cached]
             rendered = self._rendered(sample, samples)
         else:
             waveforms = [x.waveform() if isinstance(x, Recording) else x for x in sample.audio]
