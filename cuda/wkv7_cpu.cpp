@@ -8,11 +8,12 @@
 //
 // Backward takes a block of C steps at once. With P_t = d_1 ... d_t in each channel, and rows for steps,
 //
-//   R_t = r_t P_t,  A_t = a_t P_{t-1},  K_t = k_t / P_t,  B_t = b_t / P_t;    L: lower triangle,  L-: without its diagonal
+//   R_t = r_t P_t,  A_t = a_t P_{t-1},  K_t = k_t / P_t,  B_t = b_t / P_t       L: lower triangle, L- without diagonal
 //   U = L-(A B^T) U + L-(A K^T) V + A S^T
 //   Y = L(R K^T) V + L(R B^T) U + R S^T             S' = (S + V^T K + U^T B) diag P_C
 //
-// (no decay is below 0.545, so that 1 / P stays below 2e4 in 16 steps), and with G' = dL/dS' diag P_C, W = [K; B], X = [V; U],
+// (no decay is below 0.545, so that 1 / P stays below 2e4 in 16 steps), and with G' = dL/dS' diag P_C, W = [K; B],
+// X = [V; U],
 //
 //   gX = [L(R K^T)  L(R B^T)]^T gY + W G'^T;   gU <- (I - L-(A B^T))^-T gU;   gV += L-(A K^T)^T gU
 //   E = L(gY X^T),  F = L-(gU X^T);   gR = E W + gY S,  gA = F W + gU S,  gW = E^T R + F^T A + X G'

@@ -127,6 +127,16 @@ def test_decays_beyond_fp32_give_finite_gradients(w):
     assert not got[5].any()  # a decay of exactly 1 or 0 does not move
 
 
+@pytest.mark.parametrize("w", [-torch.inf, -100.0, 100.0, torch.inf])
+def test_wkv7_where_the_sigmoid_saturates(backend, w):
+    case = CASES["wkv7"]
+    inputs = [x.detach() for x in case.inputs(1, 40, 1, 32)]
+    inputs[1] = torch.full_like(inputs[1], w)
+    got, want = (values_and_gradients(f, inputs, None) for f in (case.run, case.reference))
+    for name, x, y in zip(case.names, got, want, strict=True):
+        assert relative_error(x, y) <= 1e-5 if name != "gw" else x.abs().max() <= 1e-30, name
+
+
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
 def test_opcheck(backend, case, with_lengths):
     inputs = case.inputs(2, 40, 2, 32, shared=True)
