@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,24 +15,23 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from rwkv_speech.data.row import DatasetRow, Utterance
 from torch import Tensor
 
-from rwkv_speech import ops
-from rwkv_speech.data.batches import SpeechDataset, loader
-from rwkv_speech.data.hub import read_dataset
+from rwkv_speech.data.batches import Batch, SpeechDataset, loader
+from rwkv_speech.data.hub import DatasetRow, read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
 from rwkv_speech.data.manifest import read_manifest
+from rwkv_speech.data.sample import Row, one_round
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.options import Options
-from rwkv_speech.speech import frame_cache as features
-from rwkv_speech.speech import identity as stamps
-from rwkv_speech.speech import shards
+from rwkv_speech.ops import OPS
+from rwkv_speech.options import DecodingOptions, Options
+from rwkv_speech.speech import frame_cache, identity, shards
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
+from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, pack, unpack
 from rwkv_speech.trained import read_mission_file
 from tests.tiny import write_world
@@ -50,14 +50,19 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def world(original, tmp_path, monkeypatch) -> Path:
-    """A model, an encoder of width 32 and 24 utterances, to be changed at will, and a clock that needs no waiting."""
-    monkeypatch.setattr(stamps, "SETTLED", -1.0)
+    """A model, an encoder of width 32 and 24 recordings, to be changed at will, and a clock that needs no waiting."""
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
     return Path(shutil.copytree(original, tmp_path / "world"))
 
 
 @pytest.fixture
-def utterances(world) -> list[Utterance]:
+def rows(world) -> list[Row]:
     return read_manifest(world / "train.jsonl")
+
+
+@pytest.fixture
+def recordings(rows) -> list[Recording]:
+    return [row.audio for row in rows]
 
 
 def opened(world: Path, storage: str = "fp16", **settings: object) -> FrameCache:
@@ -66,14 +71,14 @@ def opened(world: Path, storage: str = "fp16", **settings: object) -> FrameCache
     return cache
 
 
-def filled(world: Path, utterances: list[Utterance], storage: str = "fp16", **settings: object) -> FrameCache:
+def filled(world: Path, recordings: list[Recording], storage: str = "fp16", **settings: object) -> FrameCache:
     cache = opened(world, storage)
-    cache.fill(utterances, **settings)
+    cache.fill(recordings, **settings)
     return cache
 
 
-def exact(world: Path, utterance: Utterance) -> Tensor:
-    return SpeechEncoder.from_pretrained(str(world / "encoder"))([utterance.waveform()])[0][0]
+def exact(world: Path, recording: Recording) -> Tensor:
+    return SpeechEncoder.from_pretrained(str(world / "encoder"))([recording.waveform()])[0][0]
 
 
 @pytest.fixture
@@ -94,20 +99,20 @@ def stored_frames(world: Path) -> int:
 # What comes out is what the encoder gives
 
 
-def test_fp16_frames_are_the_encoders(world, utterances):
-    cache = filled(world, utterances)
-    for utterance in utterances:
-        frames, samples = cache.read(utterance)
+def test_fp16_frames_are_the_encoders(world, recordings):
+    cache = filled(world, recordings)
+    for recording in recordings:
+        frames, samples = cache.read(recording)
         assert frames.dtype is torch.float16
-        assert samples == len(utterance.waveform())
-        torch.testing.assert_close(frames.float(), exact(world, utterance), rtol=1e-3, atol=1e-3)
+        assert samples == len(recording.waveform())
+        torch.testing.assert_close(frames.float(), exact(world, recording), rtol=1e-3, atol=1e-3)
 
 
-def test_int8_frames_are_off_by_half_a_step_at_most(world, utterances):
-    cache = filled(world, utterances, "int8")
-    for utterance in utterances:
-        frames, _ = cache.read(utterance)
-        expected = exact(world, utterance).double()
+def test_int8_frames_are_off_by_half_a_step_at_most(world, recordings):
+    cache = filled(world, recordings, "int8")
+    for recording in recordings:
+        frames, _ = cache.read(recording)
+        expected = exact(world, recording).double()
         step = expected.abs().amax(dim=1, keepdim=True) / 127
         off = (frames.double() - expected).abs() / step
         assert 0.2 < off.max() <= 0.5 + 1e-3  # the encoder itself differs by 1e-6 in other company
@@ -132,54 +137,58 @@ def test_frames_that_cannot_be_kept_are_refused(value, storage, message):
         pack(torch.tensor([[1.0, value]]), storage)
 
 
-def test_loss_and_batches_from_the_cache(world, utterances):
-    """A model without ears gives the loss of one that hears, on the same batches."""
+def test_loss_and_batches_from_the_cache(world, rows):
+    """A model without its encoder gives the loss of one that has it, on the same batches."""
     cache = FrameCache(world / "cache", storage="fp16")
-    deaf = SpeechRWKV.from_pretrained(
+    without = SpeechRWKV.from_pretrained(
         world / "model.pth", encoder=str(world / "encoder"), adapter_hidden=32, load_encoder=cache.encoder
     )
-    hearing = SpeechRWKV.from_pretrained(world / "model.pth", encoder=str(world / "encoder"), adapter_hidden=32)
-    hearing.adapter.load_state_dict(deaf.adapter.state_dict())
-    cache.fill(utterances)
-    assert isinstance(deaf.speech_encoder, AbsentEncoder)
+    whole = SpeechRWKV.from_pretrained(world / "model.pth", encoder=str(world / "encoder"), adapter_hidden=32)
+    whole.adapter.load_state_dict(without.adapter.state_dict())
+    cache.fill([row.audio for row in rows])
+    assert isinstance(without.speech_encoder, AbsentEncoder)
 
-    def told(speech, **settings):
-        return list(loader(speech, batch_size=5, shuffle=True, seed=1, **settings))
+    def too_long(rendered, samples):
+        return "too long" if samples[0] > 19_000 else None
 
-    def too_long(utterance, samples):
-        return "too long" if samples > 19_000 else None
+    def batches(model, num_workers=0, **source):
+        dataset = SpeechDataset(
+            rows, sample_of=model.mission.sample, renderer=model.renderer, filter=too_long, **source
+        )
+        return list(loader(dataset, batch_size=5, shuffle=True, seed=1, num_workers=num_workers))
 
-    from_cache = told(SpeechDataset(utterances, features=cache, check=too_long), num_workers=1)
-    from_files = told(SpeechDataset(utterances, check=too_long))
+    from_cache = batches(without, cache=cache, num_workers=1)
+    from_files = batches(whole, extract=whole.speech_encoder.extract)
     assert sum(len(batch.bad) for batch in from_cache) > 0
     for ours, theirs in zip(from_cache, from_files, strict=True):
-        assert (ours.ids, ours.texts, ours.seconds, ours.bad) == (theirs.ids, theirs.texts, theirs.seconds, theirs.bad)
-        assert not ours.waveforms
-        assert not theirs.frames
-        loss, count = deaf.loss_sum(ours.audio, ours.texts)
-        expected, expected_count = hearing.loss_sum(theirs.audio, theirs.texts)
-        assert count == expected_count
-        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
-        assert [x.tokens for x in deaf.decode_waveforms(ours.audio, max_new_tokens=4)] == [
-            x.tokens for x in hearing.decode_waveforms(theirs.audio, max_new_tokens=4)
-        ]
-    assert [deaf.positions(n, "ab") for n in (1, 500, 16_000)] == [hearing.positions(n, "ab") for n in (1, 500, 16_000)]
+        for name in ("names", "references", "indices", "seconds", "bad", "samples", "group_counts"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        for name in ("ids", "labels", "label_slots", "lengths", "frame_lengths", "audio_groups", "audio_slots"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert (ours.is_frames, theirs.is_frames) == (True, False)
+        assert ours.audio_sizes == ours.frame_lengths.tolist()
+        assert theirs.audio_sizes == theirs.samples
+        torch.testing.assert_close(without.loss_sum(ours), whole.loss_sum(theirs), rtol=1e-3, atol=0)
+        few = DecodingOptions(max_new_tokens=4)
+        assert [x.tokens for x in without.decode(ours, few)] == [x.tokens for x in whole.decode(theirs, few)]
+    for samples in (1, 500, 16_000):
+        assert without.speech_encoder.frame_count(samples) == whole.speech_encoder.frame_count(samples)
     with pytest.raises(UserError, match="isn't loaded"):
-        deaf.loss([torch.zeros(16_000)], ["a"])
+        without.loss([torch.zeros(16_000)], ["a"])
 
 
 # Never stale
 
 
-def test_full_cache_needs_no_encoder(world, utterances, loads, monkeypatch):
-    before = filled(world, utterances)
+def test_full_cache_needs_no_encoder(world, recordings, loads, monkeypatch):
+    before = filled(world, recordings)
     assert len(loads) == 1
     monkeypatch.setattr(SpeechEncoder, "from_pretrained", lambda *_, **__: pytest.fail("the encoder is loaded"))
     cache = FrameCache(world / "cache", storage="fp16")
     encoder = cache.encoder(str(world / "encoder"))
-    cache.fill(utterances)
+    cache.fill(recordings)
     assert (encoder.name, encoder.width, encoder.frame_rate) == (str(world / "encoder"), 32, 50)
-    assert all(torch.equal(cache.read(u)[0], before.read(u)[0]) for u in utterances)
+    assert all(torch.equal(cache.read(u)[0], before.read(u)[0]) for u in recordings)
 
 
 def overwrite(path: Path, seed: int = 0) -> None:
@@ -192,48 +201,48 @@ def overwrite(path: Path, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("settled", [-1.0, 60.0], ids=["settled", "just-written"])
-def test_changed_file_is_noticed(world, utterances, monkeypatch, settled):
-    monkeypatch.setattr(stamps, "SETTLED", settled)
-    running = filled(world, utterances)
-    before = running.read(utterances[3])[0]
+def test_changed_file_is_noticed(world, recordings, monkeypatch, settled):
+    monkeypatch.setattr(identity, "SETTLED", settled)
+    running = filled(world, recordings)
+    before = running.read(recordings[3])[0]
     time.sleep(0.02)  # a tick of the file system's clock
-    overwrite(utterances[3].audio)
+    overwrite(recordings[3].source)
     with pytest.raises(AudioError, match=r"3\.wav: changed since its frames were cached; start again"):
-        running.read(utterances[3])
-    after = filled(world, utterances).read(utterances[3])[0].float()
+        running.read(recordings[3])
+    after = filled(world, recordings).read(recordings[3])[0].float()
     assert (after - before.float()).abs().max() > 0.1
-    torch.testing.assert_close(after, exact(world, utterances[3]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after, exact(world, recordings[3]), rtol=1e-3, atol=1e-3)
 
 
-def test_touched_and_moved_files_keep_their_frames(world, utterances, loads):
-    filled(world, utterances)
-    os.utime(utterances[0].audio)
-    shutil.move(utterances[1].audio, world / "elsewhere.wav")
-    moved = [utterances[0], Utterance("moved", "x", world / "elsewhere.wav"), *utterances[2:]]
+def test_touched_and_moved_files_keep_their_frames(world, recordings, loads):
+    filled(world, recordings)
+    os.utime(recordings[0].source)
+    shutil.move(recordings[1].source, world / "elsewhere.wav")
+    moved = [recordings[0], Recording(world / "elsewhere.wav"), *recordings[2:]]
     size = stored_frames(world)
     for _ in range(2):
         cache = filled(world, moved)
-    assert cache.read(moved[0])[0].shape == cache.read(utterances[0])[0].shape
+    assert cache.read(moved[0])[0].shape == cache.read(recordings[0])[0].shape
     assert len(loads) == 1
     assert stored_frames(world) == size
     torch.testing.assert_close(cache.read(moved[1])[0].float(), exact(world, moved[1]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["bytes", "paths"])
-def test_rows_of_a_dataset_are_known_without_fetching_where_they_hold_bytes(world, utterances, monkeypatch, inside):
+def test_rows_of_a_dataset_are_known_without_fetching_where_they_hold_bytes(world, rows, monkeypatch, inside):
     datasets = pytest.importorskip("datasets")
-    cells = [u.audio.read_bytes() if inside else str(u.audio) for u in utterances]
-    datasets.Dataset.from_dict({"audio": cells, "text": [u.text for u in utterances]}).save_to_disk(world / "rows")
-    filled(world, read_dataset(world / "rows"))
+    cells = [row.audio.source.read_bytes() if inside else str(row.audio.source) for row in rows]
+    datasets.Dataset.from_dict({"audio": cells, "text": [row.text for row in rows]}).save_to_disk(world / "rows")
+    filled(world, [row.audio for row in read_dataset(world / "rows")])
     monkeypatch.setattr(SpeechEncoder, "from_pretrained", lambda *_, **__: pytest.fail("the encoder is loaded"))
     fetched, fetch = [], DatasetRow.fetch
     monkeypatch.setattr(DatasetRow, "fetch", lambda row: fetched.append(row.index) or fetch(row))
-    again = read_dataset(world / "rows")
+    again = [row.audio for row in read_dataset(world / "rows")]
     cache = filled(world, again)
-    for utterance in again:
-        samples = len(utterance.waveform())
+    for recording in again:
+        samples = len(recording.waveform())
         fetched.clear()
-        assert cache.read(utterance)[1] == samples
+        assert cache.read(recording)[1] == samples
         assert bool(fetched) != inside
 
 
@@ -260,39 +269,39 @@ def change_json(folder: Path, name: str, **values: object) -> None:
     ],
     ids=["weight", "config", "feature-extractor"],
 )
-def test_changed_encoder_is_noticed(world, utterances, loads, change):
-    before = filled(world, utterances).read(utterances[0])[0]
+def test_changed_encoder_is_noticed(world, recordings, loads, change):
+    before = filled(world, recordings).read(recordings[0])[0]
     change(world / "encoder")
-    after = filled(world, utterances).read(utterances[0])[0]
+    after = filled(world, recordings).read(recordings[0])[0]
     assert len(loads) == 2
     assert not torch.equal(after, before)
-    torch.testing.assert_close(after.float(), exact(world, utterances[0]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.float(), exact(world, recordings[0]), rtol=1e-3, atol=1e-3)
 
 
-def test_frames_of_another_precision_are_others(world, utterances, loads):
-    filled(world, utterances)
+def test_frames_of_another_precision_are_others(world, recordings, loads):
+    filled(world, recordings)
     cache = opened(world, dtype=torch.bfloat16)
     with pytest.raises(AudioError, match="changed since"):
-        cache.read(utterances[0])
+        cache.read(recordings[0])
     assert len(loads) == 2
 
 
-def test_encoder_with_touched_files_is_loaded_and_recognised(world, utterances, loads):
-    filled(world, utterances)
+def test_encoder_with_touched_files_is_loaded_and_recognised(world, recordings, loads):
+    filled(world, recordings)
     size = stored_frames(world)
     os.utime(world / "encoder/model.safetensors")
     (world / "encoder/tokenizer.json").write_text("{}")
-    filled(world, utterances)
+    filled(world, recordings)
     assert len(loads) == 2
     assert stored_frames(world) == size
 
 
-def test_encoder_that_changes_behind_an_open_cache_is_refused(world, utterances):
-    filled(world, utterances[:3])
+def test_encoder_that_changes_behind_an_open_cache_is_refused(world, recordings):
+    filled(world, recordings[:3])
     cache = opened(world)
     change_weight(world / "encoder")
     with pytest.raises(UserError, match="changed in this moment"):
-        cache.fill(utterances)
+        cache.fill(recordings)
 
 
 # Whole after any interruption
@@ -399,10 +408,10 @@ def test_writer_killed_at_random_moments(tmp_path):
     assert found > 12
 
 
-def test_interrupted_filling_ends_with_the_same_bits(world, utterances, monkeypatch):
-    monkeypatch.setattr(features, "_BATCH_SECONDS", 4.0)  # some batches of several
-    whole = filled(world, utterances)
-    expected = [whole.read(utterance)[0] for utterance in utterances]
+def test_interrupted_filling_ends_with_the_same_bits(world, recordings, monkeypatch):
+    monkeypatch.setattr(frame_cache, "_BATCH_SECONDS", 4.0)  # some batches of several
+    whole = filled(world, recordings)
+    expected = [whole.read(recording)[0] for recording in recordings]
     (index,) = world.glob("cache/*/*.index")
     records = index.stat().st_size // RECORD_BYTES
     for left in (0, 1, 2, 7, records // 2, records - 1):
@@ -410,17 +419,23 @@ def test_interrupted_filling_ends_with_the_same_bits(world, utterances, monkeypa
             if path != index:
                 path.unlink()
         os.truncate(index, left * RECORD_BYTES)
-        again = filled(world, utterances)
-        assert all(torch.equal(again.read(u)[0], frames) for u, frames in zip(utterances, expected, strict=True))
+        again = filled(world, recordings)
+        assert all(torch.equal(again.read(u)[0], frames) for u, frames in zip(recordings, expected, strict=True))
 
 
 def _fill_share(world: Path, rank: int, barrier) -> None:
-    filled(world, read_manifest(world / "train.jsonl"), rank=rank, world_size=2, barrier=barrier.wait)
+    filled(
+        world,
+        [row.audio for row in read_manifest(world / "train.jsonl")],
+        rank=rank,
+        world_size=2,
+        barrier=barrier.wait,
+    )
 
 
-def test_two_processes_fill_it_together(world, utterances):
-    expected = filled(world, utterances)
-    frames = [expected.read(utterance)[0] for utterance in utterances]
+def test_two_processes_fill_it_together(world, recordings):
+    expected = filled(world, recordings)
+    frames = [expected.read(recording)[0] for recording in recordings]
     size = stored_frames(world)
     shutil.rmtree(world / "cache")
     context = multiprocessing.get_context("spawn")
@@ -434,16 +449,16 @@ def test_two_processes_fill_it_together(world, utterances):
     assert len(list(world.glob("cache/*/*.frames"))) == 2
     assert stored_frames(world) == size  # nothing was computed twice
     cache = opened(world)
-    for utterance, alone in zip(utterances, frames, strict=True):
-        torch.testing.assert_close(cache.read(utterance)[0], alone, rtol=1e-3, atol=1e-3)
+    for recording, alone in zip(recordings, frames, strict=True):
+        torch.testing.assert_close(cache.read(recording)[0], alone, rtol=1e-3, atol=1e-3)
 
 
-def test_recording_that_occurs_twice_is_stored_once(world, utterances):
-    shutil.copy(utterances[0].audio, world / "copy.wav")
-    filled(world, [*utterances, utterances[5], Utterance("copy", "x", world / "copy.wav")])
+def test_recording_that_occurs_twice_is_stored_once(world, recordings):
+    shutil.copy(recordings[0].source, world / "copy.wav")
+    filled(world, [*recordings, recordings[5], Recording(world / "copy.wav")])
     twice = stored_frames(world)
     shutil.rmtree(world / "cache")
-    filled(world, utterances)
+    filled(world, recordings)
     assert stored_frames(world) == twice
 
 
@@ -451,11 +466,11 @@ def test_recording_that_occurs_twice_is_stored_once(world, utterances):
 
 
 @pytest.mark.parametrize("storage", ["fp16", "int8"])
-def test_disk_needed_is_said_beforehand_and_true(world, utterances, storage, monkeypatch):
+def test_disk_needed_is_said_beforehand_and_true(world, recordings, storage, monkeypatch):
     free = SimpleNamespace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(UserError, match=r"0\.00 GB are free: make room") as caught:
-        filled(world, utterances, storage)
+        filled(world, recordings, storage)
     assert "\n" not in str(caught.value)
     assert ("int8" in str(caught.value)) == (storage == "fp16")
     assert not stored_frames(world)
@@ -469,26 +484,26 @@ def test_disk_needed_is_said_beforehand_and_true(world, utterances, storage, mon
     while high - low > 1:
         free.free = (low + high) // 2
         try:
-            cache.fill(utterances)
+            cache.fill(recordings)
             high = free.free
         except UserError:
             low = free.free
     free.free = high
-    filled(world, utterances, storage)
+    filled(world, recordings, storage)
     assert size() == high
 
 
-def test_bad_recordings_get_no_frames(world, utterances):
+def test_bad_recordings_get_no_frames(world, recordings):
     (world / "noise.wav").write_bytes(b"not audio")
-    wrong = [Utterance("noise", "x", world / "noise.wav"), Utterance("absent", "x", world / "absent.wav")]
+    wrong = [Recording(world / "noise.wav"), Recording(world / "absent.wav")]
     bad = []
     cache = opened(world)
-    cache.fill([*wrong, *utterances], on_bad=lambda utterance, error: bad.append((utterance.id, str(error))))
-    assert sorted(id for id, _ in bad) == ["absent", "noise"]
-    for utterance in wrong:
-        with pytest.raises(AudioError, match=str(utterance.audio)):
-            cache.read(utterance)
-    assert len(cache.read(utterances[0])[0]) > 10
+    cache.fill([*wrong, *recordings], on_bad=lambda recording, error: bad.append((recording, str(error))))
+    assert sorted(recording.source.name for recording, _ in bad) == ["absent.wav", "noise.wav"]
+    for recording in wrong:
+        with pytest.raises(AudioError, match=str(recording)):
+            cache.read(recording)
+    assert len(cache.read(recordings[0])[0]) > 10
 
 
 def test_folder_that_cannot_be_made(world):
@@ -507,7 +522,7 @@ def test_training_with_a_full_cache(world, monkeypatch, tmp_path):
         arguments = [f"--{flag}={world / value}" for flag, value in flags.items()]
         arguments += ["--adapter_hidden=32", "--accelerator=cpu", "--epoch_count=2", "--warmup_steps=2"]
         arguments += ["--num_workers=0", f"--proj_dir={tmp_path / name}", *more]
-        assert ops.train(Options.parse(arguments)) == 0
+        assert OPS["train"](Options.parse(arguments)) == 0
         return read_mission_file(max((tmp_path / name).glob("rwkv-adapter-*.pth"))).tensors
 
     plain = train("plain")
@@ -527,31 +542,36 @@ def test_int8_changes_the_loss_of_real_speech_by_less_than_half_a_percent(tmp_pa
     """With Whisper's encoder and a random RWKV-6 whose adapter and state have learned to make use of the frames."""
     sizes = official_sizes(n_layer=2, n_embd=128, vocab_size=257)
     torch.save(random_weights(sizes, seed=0), tmp_path / "model.pth")
-    utterances = read_librispeech(SPEECH)[:4]
+    rows = read_librispeech(SPEECH)[:4]
+    recordings = [row.audio for row in rows]
     caches = {storage: FrameCache(tmp_path, storage=storage) for storage in ("fp16", "int8")}
     torch.manual_seed(0)
     model = SpeechRWKV.from_pretrained(tmp_path / "model.pth", encoder=str(WHISPER), adapter_hidden=256)
     for cache in caches.values():
         cache.encoder(str(WHISPER))
-        cache.fill(utterances)
-    exact_frames = [model.speech_encoder([u.waveform()])[0][0] for u in utterances]
-    texts = [utterance.text.lower() for utterance in utterances]
+        cache.fill(recordings)
+    exact_frames = [model.speech_encoder([x.waveform()])[0][0] for x in recordings]
 
-    def loss(frames: list[Tensor]) -> Tensor:
-        total, count = model.loss_sum(frames, texts)
-        return total / count
+    def batch_of(recordings: list[Recording]) -> Batch:
+        samples = [one_round(row.id, [x], row.text.lower()) for row, x in zip(rows, recordings, strict=True)]
+        batch = model.prepare(samples)
+        return replace(batch, is_frames=True, audio_sizes=batch.frame_lengths.tolist())
 
-    first = loss(exact_frames).item()
+    def loss(batch: Batch, frames: list[Tensor]) -> Tensor:
+        return model.loss_sum(replace(batch, audio=torch.cat(frames))) / batch.tokens
+
+    batch = batch_of(recordings)
+    first = loss(batch, exact_frames).item()
     optimizer = torch.optim.Adam(model.trainable_state_dict().values(), lr=2e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss(exact_frames).backward()
+        loss(batch, exact_frames).backward()
         optimizer.step()
     with torch.no_grad():
-        expected = loss(exact_frames).item()
-        # The adapter listens: with the frames of the next utterance the transcripts are told worse.
-        others = loss([*exact_frames[1:], exact_frames[0]]).item()
-        found = {name: loss([cache.read(u)[0] for u in utterances]).item() for name, cache in caches.items()}
+        expected = loss(batch, exact_frames).item()
+        # The frames are made use of: with those of the next recording the transcripts are less likely.
+        others = loss(batch_of([*recordings[1:], recordings[0]]), [*exact_frames[1:], exact_frames[0]]).item()
+        found = {name: loss(batch, [cache.read(x)[0] for x in recordings]).item() for name, cache in caches.items()}
     change = {name: abs(value - expected) / expected for name, value in found.items()}
     print(f"loss {first:.4f} -> {expected:.4f}, with wrong frames {others:.4f}; relative change by cache: {change}")
     assert others > 1.1 * expected

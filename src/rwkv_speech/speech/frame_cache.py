@@ -57,7 +57,7 @@ class AbsentEncoder(nn.Module):
         """The exact number of valid frames of a waveform with so many samples, at least 1."""
         return frame_count(samples, self.convolutions)
 
-    def encode(self, features: Sequence[Tensor], samples: Sequence[int]) -> NoReturn:
+    def extract(self, waveform: Tensor) -> NoReturn:
         raise UserError(f"speech encoder {self.name} isn't loaded, its frames are cached: it can't encode a waveform")
 
 
