@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rwkv_speech.data.sample import Message, Row
+from rwkv_speech.data.sample import Message, Row, SampleError
 from rwkv_speech.errors import UserError
 from rwkv_speech.missions import MISSIONS, get_mission
 from rwkv_speech.missions.mission import Mission
@@ -48,7 +48,7 @@ class Animal(Mission):
 
     def sample(self, row):
         if row.text == "":
-            raise ValueError("no 'text': the name of the animal")
+            raise SampleError("no 'text': the name of the animal")
         return super().sample(row)
 
     def max_new_tokens(self, seconds):

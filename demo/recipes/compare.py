@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
-from rwkv_speech.scoring import EvalRecord, read_records, score
+from rwkv_speech.scoring import EvalRecord, TranscriptScores, read_records
 
 
 def systems(sources: Sequence[str]) -> dict[str, list[EvalRecord]]:
@@ -30,7 +30,7 @@ def rate(records: Sequence[EvalRecord]) -> str:
     """WER after Whisper's normaliser, with its 95 % interval."""
     if not records:
         return "-"
-    texts = score(records).normalised
+    texts = TranscriptScores(records).normalised
     low, high = texts.interval
     return f"{100 * texts.words.rate:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 

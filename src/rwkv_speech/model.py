@@ -182,7 +182,9 @@ class SpeechRWKV(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """The encoder's frames of all recordings of a batch, (A, F, width), in the language model's type."""
         audio = batch.audio.split(batch.audio_sizes)
-        if batch.is_frames:
+        if not audio:
+            frames = torch.zeros(0, 1, self.speech_encoder.width, device=self.device)
+        elif batch.is_frames:
             frames = pad_sequence([x.to(self.device, non_blocking=True) for x in audio], batch_first=True)
         else:
             frames = self.speech_encoder.encode(audio, batch.samples)

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from rwkv_speech.data.rendering import NO_LABEL, Rendered, Renderer
-from rwkv_speech.data.sample import BadSample, Row, Sample
+from rwkv_speech.data.sample import BadSample, Row, Sample, SampleError
 from rwkv_speech.lm.tokenizer import END_OF_TEXT
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError
 from rwkv_speech.speech.augmentation import Masks, SpecAugment
@@ -130,7 +130,7 @@ class SpeechDataset(Dataset[Item | BadSample]):
     """Reads and renders rows when they are asked for; all of it runs in the loader's workers.
 
     rows: of one data source or several.
-    sample_of: makes a sample of a row, as its mission does; raises ValueError where the row lacks something.
+    sample_of: makes a sample of a row, as its mission does; raises SampleError where the row lacks something.
     renderer: of the model.
     extract: a waveform -> what the encoder's network takes; None where frames are cached.
     cache: where the encoder's frames are cached; nothing is decoded then.
@@ -169,18 +169,18 @@ class SpeechDataset(Dataset[Item | BadSample]):
         row = self.rows[index]
         try:
             return self.read(self.sample_of(row), index)
-        except (AudioError, ValueError) as error:
-            return BadSample(row.id, str(row.audio), str(error))
+        except (AudioError, SampleError) as error:
+            return BadSample(row.id, str(row.audio) if isinstance(row.audio, Recording) else "an array", str(error))
 
     def read(self, sample: Sample, index: int) -> Item:
         """Reads and renders one sample.
 
         Raises:
             AudioError: its audio can't be used.
-            ValueError: it has nothing to learn from, or `filter` says why it can't be used.
+            SampleError: it has nothing to learn from, or `filter` says why it can't be used.
         """
         if self.needs_answer and not sample.reference.strip():
-            raise ValueError("text with no tokens")
+            raise SampleError("text with no tokens")
         if self.cache is not None:
             cached = [self.cache.read(x) for x in sample.audio]
             audio, samples = [x for x, _ in cached], [n for _, n in cached]
@@ -190,18 +190,25 @@ class SpeechDataset(Dataset[Item | BadSample]):
             samples = [len(x) for x in waveforms]
             rendered = self._rendered(sample, samples)
             if self.transform is not None:
-                waveforms = [self.transform(sample.id, x, self.epoch) for x in waveforms]
+                waveforms = [self.transform(_draw(sample, i), x, self.epoch) for i, x in enumerate(waveforms)]
                 samples = [len(x) for x in waveforms]
                 rendered = self.renderer(sample, samples)
             audio = [self.extract(x) for x in waveforms]
-        masks = [self.spec_augment(sample.id, n, self.epoch) for n in rendered.frames] if self.spec_augment else []
+        masks = []
+        if self.spec_augment is not None:
+            masks = [self.spec_augment(_draw(sample, i), n, self.epoch) for i, n in enumerate(rendered.frames)]
         return Item(sample.id, index, sample.reference, rendered, samples, audio, masks)
 
     def _rendered(self, sample: Sample, samples: Sequence[int]) -> Rendered:
         rendered = self.renderer(sample, samples)
         if self.filter is not None and (reason := self.filter(rendered, samples)):
-            raise ValueError(reason)
+            raise SampleError(reason)
         return rendered
+
+
+def _draw(sample: Sample, recording: int) -> str:
+    """What random draws for one of a sample's recordings depend on."""
+    return f"{sample.id} {recording}" if recording else sample.id
 
 
 class Collate:

@@ -76,6 +76,10 @@ def one_round(id: str, asked: Sequence[Audio | str], answer: str | None) -> Samp
     return Sample(id, tuple(messages))
 
 
+class SampleError(ValueError):
+    """A row that can't be used: the message says why."""
+
+
 @dataclass(slots=True)
 class BadSample:
     """A sample that can't be used: its id, where its audio lies, and why."""

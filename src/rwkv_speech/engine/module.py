@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv_speech.alignment import alignment_loss_sum
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.runs import StopRequest
+from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.trained import parameter_groups
@@ -106,6 +107,8 @@ class TrainingModule(pl.LightningModule):
         if not self.options.ctc_align or self.trainer.global_step >= self.options.ctc_align_steps:
             text = self.model.loss_sum(batch, audio_embeds)
         if self.options.ctc_align:
+            if len(batch.group_counts) != len(batch):
+                raise UserError("--ctc_align aligns one recording with its text: a sample here has none or several")
             groups = torch.tensor(batch.group_counts)
             ctc = alignment_loss_sum(audio_embeds, groups, batch.answers, self.model.language_model.emb.weight)
         return text, ctc
