@@ -30,7 +30,7 @@ class BadSamples:
         self.policy = policy
         self.path = Path(path)
         self._met: set[str] = set()  # by this process, in this run
-        self._listed: set[str] = set()  # in the file, by whomever
+        self._listed: set[str] = set()  # in the file, written by any process
         self._read_to = 0  # bytes
 
     def add(self, samples: Iterable[BadSample]) -> None:

@@ -1,8 +1,8 @@
 """Batches of training: utterances alike in length come together, in an order that is still random.
 
-- An epoch: all utterances are sorted by their length times a random factor within 2 % of 1, the sorted row is cut into
-  groups, and the groups are shuffled. Whoever is within 4 % of an utterance's length can come to share its batch,
-  some thousands of others in LibriSpeech, and no more than about 4 % of a batch is padding.
+- An epoch: all utterances are sorted by their length times a random factor within 2 % of 1, the sorted list is cut into
+  groups, and the groups are shuffled. Any within 4 % of an utterance's length, some thousands in LibriSpeech, can
+  come to share its batch, and no more than about 4 % of a batch is padding.
 - All of it follows from seed, epoch and lengths. Not from the number of loader workers; and by count not from the
   number of processes: n utterances to an optimiser step are the same n for any processes x micro-batches.
 - The processes' micro-batches of a step are alike in length, so that none waits for another.
@@ -127,7 +127,7 @@ class BoundedBatches(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.skip = 0  # batches left out at the start of the next iteration: a resumed epoch goes on after them
-        # The p-th of the sorted row is never longer than this p-th, whoever is left out and whatever factors are drawn.
+        # The p-th in sorted order is never longer than this p-th, whatever is left out and whatever factors are drawn.
         seconds = np.sort(np.maximum(longest, SHORTEST))[len(sampler) % world_size :] * (1 + JITTER) / (1 - JITTER)
         self.sizes: list[int] = []  # utterances of a process in each batch
         for longest_of_round in seconds[world_size - 1 :: world_size].tolist():
@@ -138,7 +138,7 @@ class BoundedBatches(Sampler[list[int]]):
 
     @property
     def batch_size(self) -> int:
-        """Of a middling batch; DeepSpeed's strategy reads it, to tell the throughput."""
+        """Of an average batch; DeepSpeed's strategy reads it to log the throughput."""
         return max(1, round(sum(self.sizes) / len(self.sizes)))
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ _PIECE = 256  # utterances to a task
 
 
 def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> np.ndarray:
-    """Lengths in seconds: what the source tells, else what `cache` knows, else what the header says.
+    """Lengths in seconds: from the source where it gives them, else from `cache`, else from the file's header.
 
     cache: a JSON file of lengths by the stamps of their files (see `file_stamp`), so that a file that was written to
         is read again. It is made where it is absent or can't be read, and added to; it holds the lengths of other
@@ -33,7 +33,7 @@ def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> n
     first: whether this is, of a run's processes, the one that writes the cache and shows progress.
 
     Returns:
-        (rows,) float64; 0 where the recording can't be opened. Loading it will tell why, and make it a bad
+        (rows,) float64; 0 where the recording can't be opened. Loading it will say why, and make it a bad
         sample.
     """
     known: dict[str, float] = {}
@@ -59,7 +59,7 @@ def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> n
         if found and first:
             write_whole(cache, json.dumps(known | found, ensure_ascii=False, indent=0).encode())
     if unread := int((seconds == 0).sum()):
-        logger.warning("%d of %d recordings don't tell their length", unread, len(rows))
+        logger.warning("%d of %d recordings have no readable length", unread, len(rows))
     return seconds
 
 

@@ -76,7 +76,7 @@ class DatasetRow:
         """Stands for the row as long as neither the dataset's files nor what was done to it change.
 
         Returns:
-            None where the dataset isn't made of files that could tell.
+            None where the dataset isn't made of files with stamps.
         """
         files = _files_stamp(tuple(file["filename"] for file in self.rows.cache_files))
         return f"{files} {self.rows._fingerprint} {self.column} {self.index}" if files else None

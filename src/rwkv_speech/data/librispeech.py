@@ -55,25 +55,25 @@ def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSa
         UserError: there is no such split, or transcripts and audio files don't match.
     """
     utterances: list[Row] = []
-    unheard: list[BadSample] = []  # transcripts without audio
-    unwritten: list[BadSample] = []  # audio without a transcript
+    without_audio: list[BadSample] = []  # transcripts without audio
+    without_transcript: list[BadSample] = []  # audio without a transcript
     for chapter in _chapters(_split_folder(folder, split)):
         transcripts, audio = _read_chapter(chapter)
         for id, text in transcripts:
             if id in audio:
                 utterances.append(Row(id, text, Recording(audio[id]), speaker=id.split("-")[0]))
             else:
-                unheard.append(BadSample(id, str(chapter / f"{id}.flac"), "the transcript has no audio file"))
+                without_audio.append(BadSample(id, str(chapter / f"{id}.flac"), "the transcript has no audio file"))
         written = {id for id, _ in transcripts}
-        unwritten += [
+        without_transcript += [
             BadSample(id, str(path), "the audio file has no transcript")
             for id, path in audio.items()
             if id not in written
         ]
     if bad_audio is not None and bad_audio.policy == "skip":
-        bad_audio.add(unheard + unwritten)
-    elif unheard or unwritten:
-        raise UserError(_mismatch(folder, unheard, unwritten))
+        bad_audio.add(without_audio + without_transcript)
+    elif without_audio or without_transcript:
+        raise UserError(_mismatch(folder, without_audio, without_transcript))
     return utterances
 
 
@@ -173,11 +173,11 @@ def _read_transcripts(path: Path) -> Iterator[tuple[str, str]]:
         yield id, text.strip()
 
 
-def _mismatch(folder: Path, unheard: list[BadSample], unwritten: list[BadSample]) -> str:
+def _mismatch(folder: Path, without_audio: list[BadSample], without_transcript: list[BadSample]) -> str:
     parts = []
     for samples, what in (
-        (unheard, "transcript lines without an audio file"),
-        (unwritten, "audio files without a transcript line"),
+        (without_audio, "transcript lines without an audio file"),
+        (without_transcript, "audio files without a transcript line"),
     ):
         if samples:
             first = ", ".join(sample.id for sample in samples[:3]) + ", ..." * (len(samples) > 3)

@@ -1,4 +1,4 @@
-"""Rows and samples: what a data source tells of one recording, and what a model is to make of it.
+"""Rows and samples: what a data source holds for one recording, and what a model is to make of it.
 
 A row of a manifest becomes a `Sample` by its mission. Everything that is learnt, evaluated or transcribed is a sample:
 a list of messages, each of a role and of parts that are audio or text.
@@ -20,12 +20,12 @@ Audio = Recording | Tensor  # a tensor is a waveform, (samples,) float32 at 16 k
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a data source tells of one recording.
+    """What a data source holds for one recording.
 
     id: name of the row, unique within its split; used in hypotheses and reports.
     text: what belongs to the recording, as training and scoring use it: its transcript, say; None where it isn't known.
     audio: the recording, or its waveform.
-    speaker, language, mission: where the source tells them.
+    speaker, language, mission: where the source gives them.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The one door to the data: the name of a split and where to look for it, in; utterances, out."""
+"""Reads a split by its name, from whatever kind of data source there is, into rows."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def audio_blocks(source: str | Path | Encoded, *, name: str | None = None) -> It
 
 
 def duration(source: str | Path | Encoded, *, name: str | None = None) -> float:
-    """Length in seconds by the header alone where it tells; an MP3 without a length tag gives an estimate.
+    """Length in seconds, by the header alone where it has one; an MP3 without a length tag gives an estimate.
 
     Raises:
         AudioError: the audio cannot be opened.

@@ -106,7 +106,8 @@ def apply_masks(frames: Tensor, lengths: Tensor, masks: Masks) -> Tensor:
     """frames (B, F, width), zero beyond lengths (B,), and masks (B, F) and (B, width) -> masked frames, as many.
 
     In the paper masked values become zero, which is the mean of their normalised spectrograms. Encoder frames are not
-    normalised: here each channel becomes its mean over the utterance.
+    normalised: here each channel becomes its mean over the utterance. Beyond the lengths, masked channels take it, too;
+    the adapter leaves those frames out.
     """
     mean = frames.sum(1, keepdim=True, dtype=torch.float32) / lengths[:, None, None]  # (B, 1, width)
     return torch.where(masks.frames[:, :, None] | masks.channels[:, None], mean.to(frames.dtype), frames)

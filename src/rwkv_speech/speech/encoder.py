@@ -117,8 +117,8 @@ class SpeechEncoder(nn.Module):
         """The network's input for one waveform (samples,), floating point, 16 kHz, at least one sample, on any device.
 
         Returns:
-            On the CPU in fp32: the checkpoint's own features, normalised as it wants. What they look like is the
-            family's own affair; along dimension 0 those of several waveforms can be joined, and split again.
+            On the CPU in fp32: the checkpoint's own features, normalised as it wants. Their shape depends on
+            the family; along dimension 0 those of several waveforms can be joined, and split again.
         """
 
     @abstractmethod

@@ -134,13 +134,13 @@ class FrameCache:
         Raises:
             UserError: the disk has no room for the frames, or an encoder other than the one that was opened.
         """
-        # One that occurs several times is encoded once, as far as stamps tell.
+        # One that occurs several times is encoded once, where equal stamps show it.
         mine = list({recording.stamp() or recording: recording for recording in recordings[rank::world_size]}.values())
         with ShardWriter(self._shards) as writer:
             missing = {i for i, recording in enumerate(mine) if not self._known(recording, writer)}
             work = self._plan(mine, missing, on_bad) if missing else []
             self._check_room([entry for batch in work for entry in batch if entry.index in missing], rank, world_size)
-            barrier()  # nobody writes before all have looked at the disk
+            barrier()  # no process writes before all have measured the free space
             if work:
                 self._encode([[mine[entry.index] for entry in batch] for batch in work], writer, device, rank, on_bad)
         self._loaded = None
@@ -174,7 +174,7 @@ class FrameCache:
         try:
             content, stamp = recording.read()
         except AudioError:
-            return False  # whoever reads it for its frames will say so
+            return False  # the error is reported where its frames are computed
         record = self._shards.find(_key("audio", content))
         if record is not None and stamp is not None:
             writer.link(_key("stamp", stamp.encode()), record)

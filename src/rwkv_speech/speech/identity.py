@@ -1,4 +1,4 @@
-"""Which encoder it is: by what decides on its frames when it is loaded, and by its files when it isn't."""
+"""Identity of an encoder, by all that its frames depend on, and stamps of files, which change when a file does."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
-    """Stands for all that decides on an encoder's identity; None where only loading can tell."""
+    """Stands for all that decides on an encoder's identity; None where only loading shows it."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
@@ -56,7 +56,7 @@ SETTLED = 2.0  # s; no file system's clock ticks more slowly
 
 
 def file_stamp(path: Path) -> str | None:
-    """Path, size and times of a file, links followed; whoever changes the content changes the stamp.
+    """Path, size and times of a file, links followed; any change of the content changes the stamp.
 
     The time of the inode's change is part of it: unlike that of the content, it can't be set back.
 

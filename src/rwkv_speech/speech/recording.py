@@ -25,7 +25,7 @@ class Recording:
     """One recording; nothing is read before a method is called. str() is what messages call it.
 
     source: a file, or what fetches encoded audio.
-    duration: length in seconds, where the data tells it.
+    duration: length in seconds, where the data source gives it.
     """
 
     source: Path | EncodedAudio
@@ -43,7 +43,7 @@ class Recording:
         return load_audio(self._encoded(), name=str(self))
 
     def seconds(self) -> float:
-        """Length in seconds, from the data where it tells, else from the recording's header.
+        """Length in seconds, from the data source where it gives one, else from the recording's header.
 
         Raises:
             AudioError: the recording can't be opened.
@@ -51,7 +51,7 @@ class Recording:
         return self.duration if self.duration is not None else duration(self._encoded(), name=str(self))
 
     def stamp(self) -> str | None:
-        """Stands for the recording's content as long as that doesn't change; None where only reading it can tell."""
+        """Stands for the recording's content until that changes; None where only reading it can show a change."""
         return file_stamp(self.source) if isinstance(self.source, Path) else self.source.stamp()
 
     def read(self) -> tuple[bytes, str | None]:

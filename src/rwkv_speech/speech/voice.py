@@ -1,4 +1,4 @@
-"""How likely somebody speaks, 31 times a second: the network of silero-vad, with the weights that its package ships.
+"""Probability of speech, 31 times a second, by the network of silero-vad with the weights that its package ships.
 
 The package itself is not imported: that would bind the whole process to one thread. Nor is its TorchScript run, which
 goes frame by frame; here the convolutions run over all frames at once, and an hour takes a few seconds of one core.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 
-FRAME = 512  # samples at 16 kHz that one probability is told for
+FRAME = 512  # samples at 16 kHz to one probability
 _CONTEXT = 64  # samples before a frame that are seen with it
 _HOP = 128
 _BINS = 129  # of a Fourier transform of 256 samples
