@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rwkv_speech.data.batches import Collate, SpeechDataset, loader
 from rwkv_speech.data.rendering import NO_LABEL, Renderer
-from rwkv_speech.data.sample import BadSample, Message, Row, Sample, one_round
+from rwkv_speech.data.sample import BadSample, Message, Row, Sample, SampleError, one_round
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.speech.augmentation import SpecAugment
 from rwkv_speech.speech.recording import Recording
@@ -66,7 +66,7 @@ def test_an_answer_is_needed_in_training_only(rows):
 
 def test_a_row_that_lacks_what_its_mission_needs_is_a_bad_sample(rows):
     def sample_of(row: Row) -> Sample:
-        raise ValueError("no language")
+        raise SampleError("no language")
 
     assert speech(rows, sample_of=sample_of)[0] == BadSample("u100", str(rows[0].audio), "no language")
 

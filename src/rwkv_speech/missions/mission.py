@@ -31,7 +31,7 @@ class Mission(ABC):
         """What the model reads, and what it is to answer: here the audio, and the row's text.
 
         Raises:
-            ValueError: the row lacks what the mission needs; the message names it.
+            SampleError: the row lacks what the mission needs; the message names it.
         """
         return one_round(row.id, (row.audio,), row.text)
 
