@@ -6,6 +6,7 @@ What stands in brackets is trained. A plain module: usable from a notebook (`tra
 which holds it and knows how to train it.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rwkv_speech import lm
 from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
-from rwkv_speech.data.sample import Row, Sample, one_round
+from rwkv_speech.data.sample import Row, Sample
 from rwkv_speech.decoding import DecodingResult, choose, decode
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class SpeechRWKV(nn.Module):
         model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
         if file:
             model.load_mission_file(file)
-            model.answers = info.get("answers")
+            model.answers = info.get("answers") if mission == info.get("mission") else None
         return model
 
     @property
@@ -181,11 +182,11 @@ class SpeechRWKV(nn.Module):
 
     def encode(self, batch: Batch) -> Tensor:
         """The encoder's frames of all recordings of a batch, (A, F, width), in the language model's type."""
-        audio = batch.audio.split(batch.audio_sizes)
+        audio = batch.audio.to(self.device, non_blocking=True).split(batch.audio_sizes)
         if not audio:
             frames = torch.zeros(0, 1, self.speech_encoder.width, device=self.device)
         elif batch.is_frames:
-            frames = pad_sequence([x.to(self.device, non_blocking=True) for x in audio], batch_first=True)
+            frames = pad_sequence(audio, batch_first=True)
         else:
             frames = self.speech_encoder.encode(audio, batch.samples)
         frames = frames.to(self.language_model.dtype)
@@ -200,7 +201,7 @@ class SpeechRWKV(nn.Module):
         """The sequences of a batch as embeddings (B, T, n_embd): those of its tokens, and of audio in its slots."""
         x = self.language_model.embed(batch.ids)
         valid = audio_embeds.flatten(0, 1).index_select(0, batch.audio_groups)
-        return x.flatten(0, 1).index_copy(0, batch.audio_slots, valid.to(x.dtype)).view_as(x)
+        return x.flatten(0, 1).index_copy_(0, batch.audio_slots, valid.to(x.dtype)).view_as(x)
 
     # What is made of them
 
@@ -224,7 +225,8 @@ class SpeechRWKV(nn.Module):
             texts: the answers: transcripts, say.
         """
         audio = [check_waveform(w, f"waveform {i}") for i, w in enumerate(waveforms)]
-        samples = [one_round(str(i), [w], text) for i, (w, text) in enumerate(zip(audio, texts, strict=True))]
+        rows = [Row(str(i), text, w) for i, (w, text) in enumerate(zip(audio, texts, strict=True))]
+        samples = [self.mission.sample(row) for row in rows]
         batch = self.prepare(samples).to(self.device)
         return self.loss_sum(batch) / batch.tokens
 
@@ -240,7 +242,7 @@ class SpeechRWKV(nn.Module):
         Where answers are chosen from a set, `options` have no say.
         """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
-        x = self.embed(batch, audio_embeds)
+        x = self.embed(batch, audio_embeds)[:, : int(batch.prompt_lengths.max())]
         if self.answers:
             return choose(self.language_model, x, batch.prompt_lengths, [*map(self.tokenizer.encode, self.answers)])
         limits = [options.max_new_tokens or self.mission.max_new_tokens(seconds) for seconds in batch.seconds]
@@ -306,8 +308,10 @@ class SpeechRWKV(nn.Module):
         search, each segment has up to `options.n_best` alternatives.
         """
 
+        number = itertools.count()  # of the segment, over all batches: what sampling draws depends on it
+
         def decode_waveforms(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
-            samples = [self.mission.sample(Row(str(i), None, waveform)) for i, waveform in enumerate(waveforms)]
+            samples = [self.mission.sample(Row(str(next(number)), None, waveform)) for waveform in waveforms]
             results = self.decode(self.prepare(samples).to(self.device), options)
             return [self._alternatives(result) for result in results]
 

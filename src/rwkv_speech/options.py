@@ -280,7 +280,7 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
-    eval_bsz: int = flag(8, "eval, predict: utterances decoded together", type=positive, resume_ignored=True)
+    eval_bsz: int = flag(8, "utterances decoded together", type=positive, resume_ignored=True)
     perturb: bool = flag(
         False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB", resume_ignored=True
     )

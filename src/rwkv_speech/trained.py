@@ -38,7 +38,7 @@ class TrainedTensor:
     """One trained tensor.
 
     parameter: fp32, in the model.
-    part: "adapter" or "state".
+    part: "adapter" or "state"; the latter's learning rate is scaled by `state_lr_scale`.
     decay: whether weight decay is for it.
     """
 
@@ -61,16 +61,18 @@ def trained_tensors(language_model: LanguageModel, adapter: Adapter) -> dict[str
 
 def parameter_groups(tensors: Mapping[str, TrainedTensor], training: TrainingOptions) -> list[dict[str, Any]]:
     """What is trained as groups for a torch optimiser, each with its learning rate and weight decay."""
-    scales = {"adapter": 1.0, "state": training.state_lr_scale}
+    scales = {"state": training.state_lr_scale}
     groups = []
-    for part, decay, name in (
-        ("adapter", True, "adapter"),
-        ("adapter", False, "adapter biases"),
-        ("state", False, "state"),
-    ):
-        params = [x.parameter for x in tensors.values() if (x.part, x.decay) == (part, decay)]
-        rate, weight_decay = training.lr_init * scales[part], training.weight_decay if decay else 0.0
-        groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "name": name})
+    for part, still in sorted({(x.part, not x.decay) for x in tensors.values()}):
+        params = [x.parameter for x in tensors.values() if (x.part, x.decay) == (part, not still)]
+        groups.append(
+            {
+                "params": params,
+                "lr": training.lr_init * scales.get(part, 1.0),
+                "weight_decay": 0.0 if still else training.weight_decay,
+                "name": part,
+            }
+        )
     return groups
 
 

@@ -191,8 +191,8 @@ class SpeechDataset(Dataset[Item | BadSample]):
             rendered = self._rendered(sample, samples)
             if self.transform is not None:
                 waveforms = [self.transform(_draw(sample, i), x, self.epoch) for i, x in enumerate(waveforms)]
-                samples = [len(x) for x in waveforms]
-                rendered = self.renderer(sample, samples)
+                if samples != (samples := [len(x) for x in waveforms]):
+                    rendered = self.renderer(sample, samples)
             audio = [self.extract(x) for x in waveforms]
         masks = []
         if self.spec_augment is not None:

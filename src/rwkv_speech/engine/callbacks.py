@@ -41,7 +41,7 @@ class FillFrames(Callback):
 
     def __init__(self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples) -> None:
         self.cache = cache
-        self.rows = [row for row in rows if row.text.strip()]
+        self.rows = rows
         self.bad_samples = bad_samples
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -49,7 +49,7 @@ def evaluate_split(
     folder = options.project / "eval"
     parts = folder / UNFINISHED / name
     # All wait here for the first, so that none writes before it has read.
-    done = fabric.broadcast(_earlier(folder, name, rows) if fabric.is_global_zero else {})
+    done = fabric.broadcast(_earlier(folder, name, rows, model.mission) if fabric.is_global_zero else {})
     left = [row for row in rows if row.id not in done]
     batches = loader(
         SpeechDataset(
@@ -133,12 +133,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _earlier(folder: Path, name: str, rows: Sequence[Row]) -> dict[str, EvalRecord]:
+def _earlier(folder: Path, name: str, rows: Sequence[Row], mission: Mission) -> dict[str, EvalRecord]:
     """What has been written of these rows since the evaluation began."""
     finished = name in json.loads((folder / LEDGER).read_text())["finished"]
     found = _by_id([folder / f"{name}.jsonl"] if finished else (folder / UNFINISHED / name).glob("*.jsonl"))
-    texts = {row.id: row.text for row in rows}
-    return {id: record for id, record in found.items() if texts.get(id) == record.reference}
+    references = {row.id: mission.record(row, "", seconds=0.0).reference for row in rows}
+    return {id: record for id, record in found.items() if references.get(id) == record.reference}
 
 
 def _by_id(paths: Iterable[Path]) -> dict[str, EvalRecord]:

@@ -63,7 +63,7 @@ class MetricsFile:
                         if ours:
                             self.rows.append({name: float(row[name]) for name in self.columns[1:] if row.get(name)})
         content = io.StringIO()
-        table = csv.DictWriter(content, self.columns, lineterminator="\n")
+        table = csv.DictWriter(content, self.columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(before)
         write_whole(self.path, content.getvalue().encode())
@@ -104,7 +104,7 @@ class Metrics(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self.rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        self.rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -127,8 +127,8 @@ class Metrics(Callback):
             elapsed = time.perf_counter() - self.since
             sums = {"loss": (self.loss_sum, self.tokens), "ctc_loss": (self.ctc_sum, self.ctc_tokens)}
             row = {name: total / tokens for name, (total, tokens) in sums.items() if tokens} | {
-                "lr": self.rates[0],
-                "state_lr": self.rates[-1],
+                "lr": self.rates["adapter"],
+                "state_lr": self.rates["state"],
                 "audio_s_per_s": self.seconds / elapsed,
                 "utt_per_s": self.utterances / elapsed,
             }

@@ -70,7 +70,8 @@ def find_run(options: Options) -> Run:
         if not before["finished"] and before["options"] == config:
             log.info("going on with the unfinished run %d from %s", number, point or "its start")
             return Run(number, folder, config, before["id"], point)
-        changed = sorted(name for name in config if before["options"].get(name) != config[name])
+        names = config.keys() | before["options"].keys()
+        changed = sorted(name for name in names if before["options"].get(name) != config.get(name))
         why = "is finished" if before["finished"] else f"had other {', '.join(changed)}"
         log.info("run %d in %s %s; this is run %d, and leaves its files alone", number, folder, why, number + 1)
     return Run(number + 1, checkpoints / f"run-{number + 1}", config, secrets.token_hex(4))

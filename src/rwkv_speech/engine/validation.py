@@ -43,7 +43,7 @@ class Validation(Callback):
         metrics: Metrics,
         bad_samples: BadSamples,
     ) -> None:
-        self.options, self.decoding = options, replace(decoding, beam=1)
+        self.options, self.decoding = options, replace(decoding, beam=1, temperature=0.0, top_p=1.0)
         self.mission_files, self.metrics, self.bad_samples = mission_files, metrics, bad_samples
         self.validated_step = 0
         self.best: float | None = None  # leading score

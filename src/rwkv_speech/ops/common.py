@@ -1,7 +1,7 @@
 """What the operations share: opening the model and the data."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from rwkv_speech.data.sources import LIBRISPEECH, load_split
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import wkv
+from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
@@ -21,13 +22,29 @@ log = logging.getLogger("rwkv_speech")
 
 
 def check_model_file(options: ModelOptions) -> None:
-    """Names a wrong model file before the data and the encoder are looked for, which takes longer.
+    """Names a wrong model file or mission before the data and the encoder are looked for, which takes longer.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or no such mission.
     """
+    if options.mission:
+        get_mission(options.mission)
     if not Path(options.load_model).expanduser().is_file():
         raise UserError(f"{options.load_model}: does not exist; expected RWKV weights, .pth or .safetensors")
+
+
+def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
+    """Checks that rows which name a mission name that of the model.
+
+    Raises:
+        UserError: the first one that names another.
+    """
+    for row in rows:
+        if row.mission not in (None, model.mission.name):
+            raise UserError(
+                f"{row.id}: its mission is {row.mission!r}, but this run is of {model.mission.name!r}: "
+                "give it a manifest of its own, and --mission"
+            )
 
 
 def chosen_adapter(options: Options) -> Path:

@@ -12,7 +12,7 @@ from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_run, write_json
 from rwkv_speech.engine.machine import fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
-from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model, load_splits
+from rwkv_speech.ops.common import check_missions, check_model_file, chosen_adapter, load_model, load_splits
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
 from rwkv_speech.speech.augmentation import ROBUSTNESS
@@ -41,6 +41,8 @@ def evaluate(options: Options) -> int:
         check_ids(rows)
     fabric = make_fabric(machine)
     model = load_model(options.model, adapter, fabric.device, machine)
+    for rows in splits.values():
+        check_missions(rows, model)
     folder = options.project / "eval"
     results: dict[str, SplitResult] = {}
     with launched(fabric):

@@ -29,7 +29,7 @@ from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.ops.common import check_model_file, load_model, load_splits
+from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
@@ -53,6 +53,7 @@ def train(options: Options) -> int:
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
     cache = FrameCache(data.cache_features, storage=data.cache_dtype) if data.cache_features else None
     model = load_model(options.model, options.model.adapter, device, machine, cache)
+    check_missions(rows + validation_rows, model)
     model.language_model.checkpointing = bool(training.grad_cp)
     model.answers = model.mission.answers(rows) or model.answers
     mission_files = MissionFiles(
@@ -67,7 +68,9 @@ def train(options: Options) -> int:
     metrics = Metrics(options.project, run.id, model.mission.leading)
     callbacks = [ReportBadSamples(bad_samples), metrics, Bar(metrics), mission_files]
     if cache:
-        callbacks.insert(0, FillFrames(cache, rows + validation_rows, bad_samples))
+        callbacks.insert(
+            0, FillFrames(cache, [row for row in rows if (row.text or "").strip()] + validation_rows, bad_samples)
+        )
     if validation_rows:
         validation = Validation(
             training, options.decoding, mission_files=mission_files, metrics=metrics, bad_samples=bad_samples

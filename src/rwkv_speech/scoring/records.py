@@ -23,7 +23,8 @@ class EvalRecord:
     speaker, language: where the data set has them.
     score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
     loop: the decoder saw itself repeating.
-    wall_seconds: time the utterance took: that of its batch, divided by the utterances in it. Kept per
+    wall_seconds: time the utterance took in encoder, adapter and language model: that of its batch, divided by the
+            utterances in it. Reading audio and extracting features, done ahead by workers, are not in it. Kept per
         utterance, so that speed adds up over interruptions and processes.
     details: whatever else the mission needs in order to score: further references, say.
     """
