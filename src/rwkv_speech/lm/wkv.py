@@ -31,7 +31,7 @@ BACKENDS = ("auto", "cuda", "cpu", "torch")
 
 @dataclass(frozen=True)
 class Operator:
-    """What tells one generation's operator from the other's."""
+    """What distinguishes one generation's operator from the other's."""
 
     name: str
     steps: tuple[str, ...]
