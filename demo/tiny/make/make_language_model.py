@@ -1,8 +1,9 @@
-"""Pretrains the tiny language model: a byte-level RWKV-6 on books, and on copying what came before "#".
+"""Pretrains the tiny language model: a byte-level RWKV on books, and on copying what came before "#".
 
-`python demo/tiny/make/make_language_model.py --text FOLDER` writes demo/tiny/rwkv6-tiny.pth (bf16). A frozen model can
-transcribe through an adapter only if it can repeat, after "#", what it was told before: large models have learnt that
-from the web, a tiny one is taught it here. Documents, each ended by token 0:
+`python demo/tiny/make/make_language_model.py --text FOLDER` writes demo/tiny/rwkv6-tiny.pth (bf16), with
+`--generation 7` demo/tiny/rwkv7-tiny.pth, which has as many weights. A frozen model can transcribe through an adapter
+only if it can repeat, after "#", what it was told before: large models have learnt that from the web, a tiny one is
+taught it here. Documents, each ended by token 0:
 
     text       a few sentences of the books
     copy       source # source                    the source is part of a sentence, or random letters
@@ -33,11 +34,18 @@ from torch.nn.utils.rnn import pad_sequence
 from rwkv_speech.decoding import decode
 from rwkv_speech.files import write_whole
 from rwkv_speech.lm.initialise import fresh_weights
+from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.lm.weights import ModelSizes
 
 TINY = Path(__file__).parents[1]
-SIZES = ModelSizes(n_layer=4, n_embd=256, n_head=4, head_size=64, dim_ffn=640, dim_mix=32, dim_decay=32, vocab_size=257)
+_OUTER = {"n_layer": 4, "n_embd": 256, "n_head": 4, "head_size": 64, "vocab_size": 257}
+SIZES = {
+    6: ModelSizes(**_OUTER, dim_ffn=640, dim_mix=32, dim_decay=32),
+    7: ModelSizes(**_OUTER, generation=7, dim_ffn=928, dim_decay=32, dim_rate=32, dim_value=32, dim_gate=64),
+}
+CHECKPOINT = "output/tiny/rwkv{generation}.ckpt"
 END, FILLER, SEPARATOR_ID = 0, 1, 36  # end of text; byte 0, which no text has; "#"
 LONGEST = 44  # characters of a source, as of the corpus's sentences
 IGNORED = -100
@@ -119,7 +127,11 @@ def spelling(text: str, rng: random.Random, *, wrong: float) -> list[int]:
     return heard + [FILLER] * rng.randint(0, 6)
 
 
-def loss_of(model: RWKV6, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
+def new_model(generation: int) -> LanguageModel:
+    return {6: RWKV6, 7: RWKV7}[generation](SIZES[generation])
+
+
+def loss_of(model: LanguageModel, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy; the computation is in bf16, on a copy of the weights that passes gradients on."""
     rounded = {name: weight if "time_state" in name else weight.bfloat16() for name, weight in weights.items()}
     hidden, _ = torch.func.functional_call(model, rounded, (tokens,))
@@ -130,7 +142,7 @@ def loss_of(model: RWKV6, weights: dict[str, Tensor], tokens: Tensor, targets: T
 
 
 @torch.no_grad()
-def copying_errors(model: RWKV6, sources: list[str], heard: list[list[int]]) -> float:
+def copying_errors(model: LanguageModel, sources: list[str], heard: list[list[int]]) -> float:
     """Word error rate of greedy decoding after `heard` and "#", in percent."""
     hypotheses = []
     for at in range(0, len(sources), 32):
@@ -156,9 +168,9 @@ def new_optimizer(learnt: dict[str, Tensor], lr: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8)
 
 
-def validate(model: RWKV6, weights: dict[str, Tensor], sentences: list[str]) -> dict[str, float]:
+def validate(model: LanguageModel, weights: dict[str, Tensor], sentences: list[str]) -> dict[str, float]:
     rng = random.Random(0)
-    current = RWKV6(SIZES)
+    current = new_model(model.sizes.generation)
     current.load_state_dict({name: weight.detach() for name, weight in weights.items()})
     noisy = [spelling(s, rng, wrong=0.04) for s in sentences]
     return {
@@ -171,15 +183,16 @@ def validate(model: RWKV6, weights: dict[str, Tensor], sentences: list[str]) -> 
 def train(args: argparse.Namespace) -> None:
     sentences = read_sentences(args.text)
     documents = Documents(sentences.text, args.seed)
-    model = RWKV6(SIZES)
-    weights = fresh_weights(SIZES, seed=args.seed)
+    model = new_model(args.generation)
+    weights = fresh_weights(model.sizes, seed=args.seed)
     weights |= {name: torch.zeros_like(x) for name, x in model.state_dict().items() if name.endswith("time_state")}
     learnt = {name: weight for name, weight in weights.items() if not name.endswith("time_state")}
     for weight in learnt.values():
         weight.requires_grad_()
     optimizer = new_optimizer(learnt, args.lr)
 
-    checkpoint, start, spent = Path(args.checkpoint), 0, 0.0
+    checkpoint = args.checkpoint or CHECKPOINT.format(generation=args.generation)
+    checkpoint, start, spent = Path(checkpoint), 0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         with torch.no_grad():
@@ -198,7 +211,8 @@ def train(args: argparse.Namespace) -> None:
             if step % 500 == 0:
                 state = {"weights": learnt, "optimizer": optimizer.state_dict(), "step": step, "seconds": now}
                 save(checkpoint, state)
-    save(Path(args.out), {name: weight.detach().bfloat16() for name, weight in learnt.items()})
+    out = args.out or TINY / f"rwkv{args.generation}-tiny.pth"
+    save(Path(out), {name: weight.detach().bfloat16() for name, weight in learnt.items()})
 
 
 def save(path: Path, content: dict) -> None:
@@ -208,7 +222,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def steps(
-    model: RWKV6,
+    model: LanguageModel,
     weights: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     documents: Documents,
@@ -233,8 +247,9 @@ def steps(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="folder of .txt files: books in English")
-    parser.add_argument("--out", default=str(TINY / "rwkv6-tiny.pth"))
-    parser.add_argument("--checkpoint", default="output/tiny/language-model.ckpt")
+    parser.add_argument("--generation", type=int, default=6, choices=SIZES, help="of RWKV")
+    parser.add_argument("--out", help=f"default: {TINY}/rwkv<generation>-tiny.pth")
+    parser.add_argument("--checkpoint", help=f"default: {CHECKPOINT}")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32, help="documents to a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)

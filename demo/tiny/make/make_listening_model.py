@@ -2,9 +2,9 @@
 
     python demo/tiny/make/make_listening_model.py --text FOLDER
 
-goes on from that script's last checkpoint and writes demo/tiny/rwkv6-tiny-listening.pth (bf16). An adapter that has
-heard an hour of speech misspells a third of the letters; a language model that has only copied from clean spelling
-can't tell what was meant. Most documents here are
+goes on from that script's last checkpoint and writes demo/tiny/rwkv6-tiny-listening.pth (bf16); `--generation 7` for
+the other model. An adapter that has heard an hour of speech misspells a third of the letters; a language model that has
+only copied from clean spelling can't tell what was meant. Most documents here are
 
     mumbled    h _ _ i w u _ s _ t i r d # he was tired      letters wrong, missing or too many, some words more than
                                                             others; half sure of a second letter where it is in doubt
@@ -23,17 +23,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from make_language_model import (
+    CHECKPOINT,
     END,
     FILLER,
     IGNORED,
     SEPARATOR_ID,
-    SIZES,
     TINY,
     WRONG,
     Documents,
     copying_errors,
     encode,
     learning_rate,
+    new_model,
     new_optimizer,
     random_letters,
     save,
@@ -44,8 +45,9 @@ from sentences import read_sentences
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.language_model import LanguageModel
 
+OWN_CHECKPOINT = "output/tiny/rwkv{generation}-listening.ckpt"
 LONGEST, WORDS = 72, range(3, 15)  # of a source
 KINDS = {"text": 0.12, "copy": 0.06, "spelling": 0.12, "mumbled": 0.7}
 RANDOM_LETTERS = {"copy": 0.15, "spelling": 0.03, "mumbled": 0.03}  # of the sources
@@ -162,7 +164,7 @@ def mishear(letter: str, rng: random.Random, rate: float, soft: bool) -> list[Po
 
 
 def loss_of(
-    model: RWKV6, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor, seconds: Tensor, shares: Tensor
+    model: LanguageModel, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor, seconds: Tensor, shares: Tensor
 ) -> Tensor:
     """Mean cross-entropy; the computation is in bf16, on a copy of the weights that passes gradients on."""
     rounded = {name: weight if "time_state" in name else weight.bfloat16() for name, weight in weights.items()}
@@ -174,7 +176,7 @@ def loss_of(
     return F.cross_entropy(F.linear(normed, rounded["head.weight"]).float(), targets[told])
 
 
-def validate(model: RWKV6, weights: dict[str, Tensor], sentences: list[str]) -> dict[str, float]:
+def validate(model: LanguageModel, weights: dict[str, Tensor], sentences: list[str]) -> dict[str, float]:
     """Word error rates of copying after none, 15 and 30 % of errors, and from the letters as they are."""
     rng = random.Random(0)
     model.load_state_dict({name: weight.detach() for name, weight in weights.items()})
@@ -187,9 +189,11 @@ def validate(model: RWKV6, weights: dict[str, Tensor], sentences: list[str]) -> 
 def train(args: argparse.Namespace) -> None:
     sentences = read_sentences(args.text)
     documents = MumbledDocuments(sentences.text, args.seed)
-    model = RWKV6(SIZES)
-    own = args.checkpoint.exists()
-    saved = torch.load(args.checkpoint if own else args.first, weights_only=True)
+    model = new_model(args.generation)
+    checkpoint = args.checkpoint or Path(OWN_CHECKPOINT.format(generation=args.generation))
+    own = checkpoint.exists()
+    first = args.first or CHECKPOINT.format(generation=args.generation)
+    saved = torch.load(checkpoint if own else first, weights_only=True)
     learnt = {name: weight.detach().requires_grad_() for name, weight in saved["weights"].items()}
     weights = learnt | {n: torch.zeros_like(x) for n, x in model.state_dict().items() if n.endswith("time_state")}
     optimizer = new_optimizer(learnt, args.lr)
@@ -212,19 +216,19 @@ def train(args: argparse.Namespace) -> None:
             if done % 500 == 0 or done == args.steps:
                 line |= validate(model, weights, sentences.validation)
                 state = {"weights": learnt, "optimizer": optimizer.state_dict(), "step": done, "seconds": now}
-                save(args.checkpoint, state)
+                save(checkpoint, state)
             print(json.dumps(line), flush=True)
-    save(args.out, {name: weight.detach().bfloat16() for name, weight in learnt.items()})
+    out = args.out or TINY / f"rwkv{args.generation}-tiny-listening.pth"
+    save(out, {name: weight.detach().bfloat16() for name, weight in learnt.items()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="folder of .txt files: books in English")
-    parser.add_argument(
-        "--first", type=Path, default=Path("output/tiny/language-model.ckpt"), help="of the first course"
-    )
-    parser.add_argument("--out", type=Path, default=TINY / "rwkv6-tiny-listening.pth")
-    parser.add_argument("--checkpoint", type=Path, default=Path("output/tiny/listening-model.ckpt"))
+    parser.add_argument("--generation", type=int, default=6, choices=(6, 7), help="of RWKV")
+    parser.add_argument("--first", type=Path, help=f"of the first course; default: {CHECKPOINT}")
+    parser.add_argument("--out", type=Path, help=f"default: {TINY}/rwkv<generation>-tiny-listening.pth")
+    parser.add_argument("--checkpoint", type=Path, help=f"default: {OWN_CHECKPOINT}")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=32, help="documents to a step")
     parser.add_argument("--lr", type=float, default=8e-4)
