@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -65,11 +68,16 @@ class BadSamples:
         return sample.reason if sample.audio in sample.reason else f"{sample.audio}: {sample.reason}"
 
     def _list(self, lines: list[str]) -> None:
-        # No lock: some cluster file systems have none, and a race costs no more than a doubled line.
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
+            with suppress(OSError):  # without locks, as on some cluster file systems, a race may double a line
+                fcntl.lockf(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
-            self._listed.update(file.read().decode().splitlines(keepends=True))
+            whole, _, torn = file.read().rpartition(b"\n")
+            if torn:  # by a process that was killed
+                file.truncate(self._read_to + len(whole) + bool(whole))
+            self._listed.update(f"{line}\n" for line in whole.decode(errors="replace").split("\n"))
+            file.seek(0, os.SEEK_END)
             file.write("".join(line for line in lines if line not in self._listed).encode())
             self._read_to = file.tell()
             self._listed.update(lines)

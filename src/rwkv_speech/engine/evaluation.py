@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import SpeechDataset, loader
-from rwkv_speech.data.sample import Row
+from rwkv_speech.data.sample import Row, fingerprint
+from rwkv_speech.engine.machine import gather
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.missions.mission import Mission
@@ -37,20 +38,28 @@ def evaluate_split(
     options: Options,
     fabric: Fabric,
     bad_samples: BadSamples,
-) -> list[EvalRecord]:
+) -> tuple[list[EvalRecord], int]:
     """Answers to the samples of a split, each exactly once over all processes.
 
     Every process writes its records as it goes; the first one then joins them to `eval/<name>.jsonl` in the project.
-    What stands there of the evaluation that `open_eval_run` goes on with is not decoded again.
+    What stands there of the evaluation that `open_eval_run` goes on with is not decoded again, where it was an answer
+    to the same recording.
 
     Returns:
-        All records, in the order of the rows, in the first process; an empty list in the others.
+        All records, in the order of the rows, and how many samples could not be used, in the first process; no records
+        in the others.
+
+    Raises:
+        UserError: a bad sample, as `bad_samples` says, or somebody else changed what this evaluation has written.
     """
     folder = options.project / "eval"
     parts = folder / UNFINISHED / name
+    changes = perturbation.name if perturbation else None
+    heard = {row.id: fingerprint([row], model.mission.sample, changes) for row in rows}
     # All wait here for the first, so that none writes before it has read.
-    done = fabric.broadcast(_earlier(folder, name, rows, model.mission) if fabric.is_global_zero else {})
+    done = fabric.broadcast(_earlier(folder, name, heard) if fabric.is_global_zero else {})
     left = [row for row in rows if row.id not in done]
+    bad: set[str] = set()  # ids
     batches = loader(
         SpeechDataset(
             left,
@@ -71,6 +80,7 @@ def evaluate_split(
     ):
         for batch in batches:
             bad_samples.add(batch.bad)
+            bad.update(sample.id for sample in batch.bad)
             start = time.perf_counter()
             results = model.decode(batch.to(model.device), options.decoding) if len(batch) else []
             wall = (time.perf_counter() - start) / max(1, len(batch))
@@ -78,6 +88,7 @@ def evaluate_split(
                 record = model.mission.record(
                     left[index],
                     model.text(result),
+                    heard=heard[left[index].id],
                     seconds=seconds,
                     score=result.average_log_prob,
                     loop=result.loop,
@@ -86,17 +97,19 @@ def evaluate_split(
                 writer.write(record)
                 progress.add(record)
             progress.advance(len(batch) + len(batch.bad))
-    fabric.barrier()
+    bad = set().union(*gather(bad))  # when all have come to here
     if not fabric.is_global_zero:
-        return []
-    found = done | _by_id(parts.iterdir())
+        return [], len(bad)
+    found = done | _records(parts.glob("*.jsonl"), heard)
     records = [found[row.id] for row in rows if row.id in found]
+    if len(records) + len(bad) != len(rows):
+        raise UserError(f"{parts} lacks records that this evaluation has written: evaluate again, with --resume")
     write_whole(folder / f"{name}.jsonl", b"".join(record.line() for record in records))
     _note_finished(folder, name)
     shutil.rmtree(parts)
     if not any(parts.parent.iterdir()):
         parts.parent.rmdir()
-    return records
+    return records, len(bad)
 
 
 def open_eval_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
@@ -106,11 +119,11 @@ def open_eval_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
     earlier evaluation made of it.
 
     Raises:
-        UserError: `resume`, but what is there comes from other settings.
+        UserError: `resume`, but what is there comes from other settings, or can't be read.
     """
     path = folder / LEDGER
     if resume and path.exists():
-        before = json.loads(path.read_text())["settings"]
+        before = _read_ledger(folder)["settings"]
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             differs = ", ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
@@ -133,20 +146,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _earlier(folder: Path, name: str, rows: Sequence[Row], mission: Mission) -> dict[str, EvalRecord]:
-    """What has been written of these rows since the evaluation began."""
-    finished = name in json.loads((folder / LEDGER).read_text())["finished"]
-    found = _by_id([folder / f"{name}.jsonl"] if finished else (folder / UNFINISHED / name).glob("*.jsonl"))
-    references = {row.id: mission.record(row, "", seconds=0.0).reference for row in rows}
-    return {id: record for id, record in found.items() if references.get(id) == record.reference}
+def _read_ledger(folder: Path) -> dict[str, Any]:
+    path = folder / LEDGER
+    try:
+        ledger = json.loads(path.read_text())
+        return {"settings": dict(ledger["settings"]), "finished": list(ledger["finished"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged; leave --resume out, or remove {folder}") from error
 
 
-def _by_id(paths: Iterable[Path]) -> dict[str, EvalRecord]:
-    return {record.id: record for path in sorted(paths) for record in read_records(path)}
+def _earlier(folder: Path, name: str, heard: Mapping[str, str]) -> dict[str, EvalRecord]:
+    """What has been written since the evaluation began of samples that are still as they were."""
+    finished = [folder / f"{name}.jsonl"] if name in _read_ledger(folder)["finished"] else []
+    return _records([*finished, *(folder / UNFINISHED / name).glob("*.jsonl")], heard)
+
+
+def _records(paths: Iterable[Path], heard: Mapping[str, str]) -> dict[str, EvalRecord]:
+    """By id, those of samples that are as `heard` has them."""
+    records = (record for path in sorted(paths) for record in read_records(path))
+    return {record.id: record for record in records if record.heard == heard.get(record.id, "")}
 
 
 def _note_finished(folder: Path, name: str) -> None:
-    ledger = json.loads((folder / LEDGER).read_text())
+    ledger = _read_ledger(folder)
     write_json(folder / LEDGER, ledger | {"finished": sorted({*ledger["finished"], name})})
 
 

@@ -11,7 +11,7 @@ from rwkv_speech.data.librispeech import AUDIO_SUFFIXES
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
-from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model
+from rwkv_speech.ops.common import check_model_file, chosen_mission_file, load_model
 from rwkv_speech.options import Options
 from rwkv_speech.transcription import FORMATS, output_files
 
@@ -30,7 +30,7 @@ def predict(options: Options) -> int:
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    model = load_model(options.model, chosen_adapter(options), machine.first_device, machine)
+    model = load_model(options.model, chosen_mission_file(options), machine.first_device, machine)
     transcripts = model.transcripts(
         paths,
         batch_size=options.eval_bsz,
