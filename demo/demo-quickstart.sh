@@ -19,6 +19,7 @@ export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" beam="${beam:-
 
 # --- nothing to edit below ---
 set -eu
+trap 'exit 130' INT # once the command at hand has ended: training saves first
 # A second thread helps models of this size little, and harms much where something else runs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
