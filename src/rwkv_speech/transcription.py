@@ -3,7 +3,6 @@
 All of it goes piece by piece, so that what is in memory is one batch of segments, however long and many the recordings.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import json_line, printable
 from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
 from rwkv_speech.speech.segments import AudioSegment, cut
 
@@ -93,7 +93,8 @@ def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterat
         name = str(source) if is_path else f"audio {index}"
         error = None
         try:
-            yield from cut(audio_blocks(source) if is_path else [check_waveform(source, name)], max_seconds=max_seconds)
+            blocks = audio_blocks(source, name=printable(name)) if is_path else [check_waveform(source, name)]
+            yield from cut(blocks, max_seconds=max_seconds)
         except AudioError as caught:
             error = caught
         yield _End(name, error)
@@ -137,7 +138,7 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
     content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    return json_line(content).decode()
 
 
 def as_srt(transcript: Transcript) -> str:

@@ -6,7 +6,9 @@ processes nor an interruption of the run changes what training sees.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio, to_mono_16k
+from rwkv_speech.files import printable
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_excerpt, to_mono_16k
+
+log = logging.getLogger("rwkv_speech")
 
 SPEEDS = (0.9, 1.0, 1.1)  # Ko et al. 2015, "Audio augmentation for speech recognition"
 NOISE_SNR_DB = (5.0, 20.0)
@@ -46,16 +51,21 @@ class WaveformAugmentation:
     def __call__(self, id: str, waveform: Tensor, epoch: int) -> Tensor:
         """waveform (samples,) at 16 kHz -> (about samples / speed,).
 
-        Raises:
-            AudioError: a recording of noise that can't be used.
+        In the place of noise that can't be used comes the next one, with a warning.
         """
         waveform = at_speed(waveform, self.speed(id, epoch))
         if self.noise:
             draw = np.random.default_rng(_number(self.seed, epoch, id, "noise"))
-            noise = load_audio(self.noise[draw.integers(len(self.noise))])
-            start = draw.integers(len(noise))
-            noise = noise.roll(-int(start)).repeat(-(-len(waveform) // len(noise)))[: len(waveform)]
-            waveform = with_noise(waveform, noise, draw.uniform(*self.snr_db))
+            first, start, snr_db = draw.integers(len(self.noise)), draw.random(), draw.uniform(*self.snr_db)
+            for index in range(first, first + len(self.noise)):
+                path = self.noise[index % len(self.noise)]
+                try:
+                    noise = load_excerpt(path, start=start, seconds=len(waveform) / SAMPLE_RATE, name=printable(path))
+                except AudioError as error:
+                    _warn(str(error))
+                    continue
+                noise = noise.repeat(-(-len(waveform) // len(noise)))[: len(waveform)]
+                return with_noise(waveform, noise, snr_db)
         return waveform
 
     def speed(self, id: str, epoch: int) -> float:
@@ -118,6 +128,12 @@ def _stretch(draw: np.random.Generator, size: int, part: float) -> tuple[int, in
     length = int(draw.integers(int(part * size) + 1))
     first = int(draw.integers(size - length + 1))
     return first, first + length
+
+
+@functools.lru_cache
+def _warn(error: str) -> None:
+    """Once of each."""
+    log.warning("noise that can't be used: %s", error)
 
 
 def _number(seed: int, epoch: int, id: str, what: str) -> int:

@@ -1,11 +1,14 @@
 """A recording, wherever it lies: read when it is asked for, and known again by a stamp."""
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from rwkv_speech.files import printable
 from rwkv_speech.speech.audio import AudioError, duration, load_audio
 from rwkv_speech.speech.identity import file_stamp
 
@@ -32,7 +35,7 @@ class Recording:
     duration: float | None = None
 
     def __str__(self) -> str:
-        return str(self.source)
+        return printable(str(self.source))
 
     def waveform(self) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
@@ -65,10 +68,14 @@ class Recording:
         if isinstance(encoded, bytes):
             return encoded, stamp
         try:
+            if not stat.S_ISREG(os.stat(encoded).st_mode):
+                raise AudioError(f"{self}: is not a file; expected an audio file")
             # The stamp of a row says nothing of a file that the row points to.
             return Path(encoded).read_bytes(), stamp if encoded is self.source else None
-        except OSError as error:
-            raise AudioError(f"{self}: cannot be read ({error.strerror}); expected an audio file") from error
+        except (OSError, ValueError) as error:  # a ValueError of names that no file can have
+            raise AudioError(
+                f"{self}: cannot be read ({getattr(error, 'strerror', error)}); expected an audio file"
+            ) from error
 
     def _encoded(self) -> Path | bytes | str:
         return self.source if isinstance(self.source, Path) else self.source.fetch()
