@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import json_line, printable
+from rwkv_speech.files import json_line
 from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
 from rwkv_speech.speech.segments import AudioSegment, cut
 
@@ -93,8 +93,7 @@ def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterat
         name = str(source) if is_path else f"audio {index}"
         error = None
         try:
-            blocks = audio_blocks(source, name=printable(name)) if is_path else [check_waveform(source, name)]
-            yield from cut(blocks, max_seconds=max_seconds)
+            yield from cut(audio_blocks(source) if is_path else [check_waveform(source, name)], max_seconds=max_seconds)
         except AudioError as caught:
             error = caught
         yield _End(name, error)

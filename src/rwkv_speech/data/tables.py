@@ -83,7 +83,7 @@ def read_table(path: str | Path, *, audio_column: str | None = None, text_column
         if record.error is not None:
             raise ValueError(record.error)
         if len(record.cells) != len(header):
-            raise ValueError(f"{len(record.cells)} columns, not {len(header)}")
+            raise ValueError(f"{len(record.cells)} cells for {len(header)} columns")
         swallowed = (line.split(separator) for line in lines[record.first : record.last])
         if any(len(cells) > audio and is_audio(cells[audio]) for cells in swallowed):
             raise ValueError(f"a quotation mark makes one text of all up to line {record.last}")

@@ -12,7 +12,6 @@ What becomes of unusual input (a transcript, or one `AudioError` that names the 
 
 import io
 import logging
-import math
 import re
 import shutil
 import subprocess
@@ -63,33 +62,6 @@ def load_audio(source: str | Path | Encoded, *, name: str | None = None) -> Tens
         AudioError: as the table at the top of this file says.
     """
     return torch.cat(list(audio_blocks(source, name=name)))
-
-
-def load_excerpt(source: str | Path | Encoded, *, start: float, seconds: float, name: str | None = None) -> Tensor:
-    """Part of a recording, as `load_audio` gives the whole; no more of it is read, where libsndfile knows the format.
-
-    Args:
-        start: where it begins, as a fraction of the recording, in [0, 1).
-        seconds: how long it is; behind the end of the recording it goes on with what comes before `start`. Of a
-            shorter recording, all there is.
-
-    Raises:
-        AudioError: as `load_audio`, for what is read.
-    """
-    name = name or _describe(source)
-    with _opened(source, name) as file:
-        first, frames = int(start * file.frames), math.ceil(seconds * file.samplerate)
-        try:
-            file.seek(first)
-            block = file.read(frames, dtype="float32", always_2d=True)
-            file.seek(0)
-            block = np.concatenate([block, file.read(min(first, frames - len(block)), dtype="float32", always_2d=True)])
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{name}: damaged ({error.error_string.strip()}); fetch it again") from error
-        if not len(block):
-            raise AudioError(f"{name}: holds no samples; expected a recording")
-        _check_finite(block, file.samplerate, name)
-        return to_mono_16k(block, file.samplerate)
 
 
 def audio_blocks(source: str | Path | Encoded, *, name: str | None = None) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
 from rwkv_speech.files import printable
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_excerpt, to_mono_16k
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, load_audio, to_mono_16k
 
 log = logging.getLogger("rwkv_speech")
 
@@ -60,7 +62,7 @@ class WaveformAugmentation:
             for index in range(first, first + len(self.noise)):
                 path = self.noise[index % len(self.noise)]
                 try:
-                    noise = load_excerpt(path, start=start, seconds=len(waveform) / SAMPLE_RATE, name=printable(path))
+                    noise = _excerpt(path, start, len(waveform) / SAMPLE_RATE)
                 except AudioError as error:
                     _warn(str(error))
                     continue
@@ -128,6 +130,29 @@ def _stretch(draw: np.random.Generator, size: int, part: float) -> tuple[int, in
     length = int(draw.integers(int(part * size) + 1))
     first = int(draw.integers(size - length + 1))
     return first, first + length
+
+
+def _excerpt(path: Path, start: float, seconds: float) -> Tensor:
+    """Part of a recording, (samples,) at 16 kHz, which begins at a fraction `start` of it.
+
+    It goes round behind the recording's end, and is no longer than that. The whole is read only where libsndfile
+    doesn't know the format.
+
+    Raises:
+        AudioError: what is read can't be used.
+    """
+    name = printable(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            first, frames = int(start * file.frames), math.ceil(seconds * file.samplerate)
+            file.seek(first)
+            block = file.read(frames, "float32", always_2d=True)
+            file.seek(0)
+            block = np.concatenate([block, file.read(min(first, frames - len(block)), "float32", always_2d=True)])
+            return check_waveform(to_mono_16k(block, file.samplerate), name)
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError):
+        whole = load_audio(path, name=name)
+        return whole.roll(-int(start * len(whole)))
 
 
 @functools.lru_cache

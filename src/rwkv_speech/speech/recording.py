@@ -1,7 +1,5 @@
 """A recording, wherever it lies: read when it is asked for, and known again by a stamp."""
 
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -68,14 +66,11 @@ class Recording:
         if isinstance(encoded, bytes):
             return encoded, stamp
         try:
-            if not stat.S_ISREG(os.stat(encoded).st_mode):
-                raise AudioError(f"{self}: is not a file; expected an audio file")
             # The stamp of a row says nothing of a file that the row points to.
             return Path(encoded).read_bytes(), stamp if encoded is self.source else None
-        except (OSError, ValueError) as error:  # a ValueError of names that no file can have
-            raise AudioError(
-                f"{self}: cannot be read ({getattr(error, 'strerror', error)}); expected an audio file"
-            ) from error
+        except (OSError, ValueError) as error:  # a ValueError of a name with a NUL
+            problem = getattr(error, "strerror", None) or error
+            raise AudioError(f"{self}: cannot be read ({problem}); expected an audio file") from error
 
     def _encoded(self) -> Path | bytes | str:
         return self.source if isinstance(self.source, Path) else self.source.fetch()
