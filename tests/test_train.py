@@ -378,7 +378,7 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
 
 @pytest.fixture
 def flawed(world, tmp_path):
-    """A manifest of 8 good utterances, an empty file, a missing one, a long one, one without a word, names of no file."""
+    """A manifest of 8 good utterances, an empty file, a missing one, a long one, one without a word, odd names."""
     (tmp_path / "empty.wav").touch()
     soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
     good = [{"audio": str(path), "text": text} for path, text in world.utterances[:8]]
