@@ -68,7 +68,7 @@ def read_lines(path: Path) -> list[str]:
         UserError: no such file, or not UTF-8.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; expected a text file")
+        raise UserError(f"{path}: {'is no file' if os.path.lexists(path) else 'no such file'}; expected a text file")
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")

@@ -3,6 +3,7 @@
 All of it goes piece by piece, so that what is in memory is one batch of segments, however long and many the recordings.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -11,7 +12,6 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import json_line
 from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
 from rwkv_speech.speech.segments import AudioSegment, cut
 
@@ -137,7 +137,7 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
     content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
-    return json_line(content).decode()
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:

@@ -14,7 +14,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import printable
 from rwkv_speech.speech.recording import Recording
 
-# Of the first of these groups of which a column is there.
+# The column is of the first of these groups of which one is there; of that group there must be no other.
 AUDIO = (("audio", "audio_filepath"), ("file_name",), ("wav", "path", "file", "speech"))
 TEXT = (("text",), ("sentence", "transcription", "transcript", "translation", "normalized_text", "txt"))
 PAIR = ("source", "target")  # audio and text, where none of those is there
@@ -49,7 +49,8 @@ def _column(names: tuple[str, ...], asked: str | None, known: tuple[tuple[str, .
     groups = ((asked,),) if asked else known
     found = next(filter(None, ([name for name in names if name in group] for group in groups)), [])
     if not found:
-        raise ValueError(f"no {groups[0][0]!r} among {', '.join(names) or 'nothing'}; --{what}_column can name another")
+        there = printable(", ".join(names))[:200] or "nothing"
+        raise ValueError(f"no {groups[0][0]!r} among {there}; --{what}_column can name another")
     if len(found) > 1:
         raise ValueError(f"both {' and '.join(map(repr, found))}; --{what}_column can name one")
     return found[0]
@@ -94,8 +95,10 @@ def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row
     audio, text = (_string(entry, columns[field]) for field in ("audio", "text"))
     if not audio:
         raise ValueError(f"{columns['audio']!r} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{columns['text']!r} holds half of a pair of surrogates, {reprlib.repr(text)}: no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{columns['text']!r} holds half of a pair of surrogates, {reprlib.repr(text)}") from None
     given = {field: entry.get(column) for field, column in columns.items() if entry.get(column) not in (None, "")}
     return Row(
         _name(given, "id") or printable(audio),

@@ -114,7 +114,7 @@ def _read(
     path = Path(os.path.expanduser(place))
     if place.endswith(FILE_SUFFIXES):
         if split is not None:
-            raise UserError(f"{place} is a manifest, without splits: give a manifest as the split, not {split!r}")
+            raise UserError(f"{place} is a manifest, without splits: give a file as the split, not {split!r}")
         return _read_file(path, **columns), False
     if place != LIBRISPEECH:
         if not os.path.isdir(path):

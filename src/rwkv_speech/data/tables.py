@@ -27,7 +27,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import read_lines
 
 SUFFIXES = (".csv", ".tsv")
-METADATA = tuple(f"metadata{suffix}" for suffix in (*SUFFIXES, *manifest.SUFFIXES))
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 SEPARATORS = (",", ";", "\t", "|")
 EXPECTED = (
     "expected as many columns in each line as in the first; a text that holds the separator or a quotation mark stands "

@@ -29,7 +29,6 @@ from rwkv_speech.engine.runs import StopRequest, find_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import printable
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits
 from rwkv_speech.options import Options, TrainingOptions
@@ -183,7 +182,7 @@ def _noise_files(folder: str, *, skip: bool) -> list[Path]:
     found = []
     for path in audio_files(Path(folder).expanduser()):
         try:
-            duration(path, name=printable(path))
+            duration(path)
         except AudioError as error:
             if not skip:
                 raise UserError(
