@@ -145,12 +145,13 @@ def test_prediction_prints_a_line_for_each_file_and_nothing_else(trained, world,
 
 
 def test_a_folder_and_a_glob_stand_for_their_files(trained, world, tmp_path, monkeypatch, capsys):
-    for name, (path, _) in zip(("b.wav", "a.WAV", "sub/c.wav"), world.utterances, strict=False):
+    for name, (path, _) in zip(("b.wav", "a.WAV", "sub/c.wav", "._b.wav"), world.utterances, strict=False):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / name)
     (tmp_path / "notes.txt").write_text("no audio")
+    (tmp_path / "sub" / "round").symlink_to(tmp_path)
     flags = ["--op=predict", f"--proj_dir={trained}", "--max_new_tokens=4", *world.flags[:1], "--accelerator=cpu"]
-    for pattern, count in ((tmp_path, 3), (tmp_path / "*.wav", 1), (tmp_path / "**/*.wav", 2)):
+    for pattern, count in ((tmp_path, 3), (tmp_path / "*.wav", 1), (tmp_path / "s*", 3)):
         status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", pattern)
         assert (status, len(printed.out.splitlines())) == (0, count)
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", tmp_path / "*.flac")
@@ -377,7 +378,7 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
 
 @pytest.fixture
 def flawed(world, tmp_path):
-    """A manifest of 8 good utterances, an empty file, a missing one, a long one and one without a word."""
+    """A manifest of 8 good utterances, an empty file, a missing one, a long one, one without a word, odd names."""
     (tmp_path / "empty.wav").touch()
     soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
     good = [{"audio": str(path), "text": text} for path, text in world.utterances[:8]]
@@ -387,20 +388,22 @@ def flawed(world, tmp_path):
         {"audio": "long.wav", "text": "abc"},
         {"audio": str(world.utterances[8][0]), "text": "  ", "id": "wordless"},
     ]
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    bad += [{"audio": name, "text": "abc"} for name in ("loop.wav", "nul\0.wav", "caf\udce9.wav")]
     path = tmp_path / "flawed.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (*good, *bad)))
     return path
 
 
 REASONS = {"empty.wav": "empty", "missing.wav": "no such file", "long.wav": "--ctx_len 40", "wordless": "no tokens"}
+REASONS |= dict.fromkeys(("loop.wav", r"nul\x00.wav", r"caf\udce9.wav"), "")  # whatever the system says
 
 
 @pytest.mark.parametrize("bad", REASONS)
 def test_a_bad_sample_stops_the_run_by_its_name(world, flawed, tmp_path, monkeypatch, capsys, bad):
     lines = flawed.read_text().splitlines()
-    keep = [line for line in lines if bad in line or not any(name in line for name in REASONS)]
-    assert len(keep) == 9
-    flawed.write_text("\n".join(keep))
+    kept = [*lines[:8], lines[8 + list(REASONS).index(bad)]]
+    flawed.write_text("\n".join(kept))
     flags = [*world.flags, *QUICK, f"--data={flawed}", f"--proj_dir={tmp_path / 'out'}", "--ctx_len=40"]
     status, printed = at_door(monkeypatch, capsys, *flags)
     assert status == 2
@@ -411,19 +414,53 @@ def test_a_bad_sample_stops_the_run_by_its_name(world, flawed, tmp_path, monkeyp
     assert "Traceback" not in printed.err
 
 
-def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path, caplog):
+@pytest.mark.parametrize("cache", [False, True], ids=["", "frames-cached"])
+def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path, caplog, cache):
     caplog.set_level("INFO", "rwkv_speech")
     flags = [f"--data={flawed}", "--ctx_len=40", "--on_bad_audio=skip", "--micro_bsz=1", "--epoch_count=2"]
+    flags += [f"--cache_features={tmp_path / 'cache'}"] * cache
     assert do("train", world, tmp_path / "out", *flags) == 0
     lines = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == len(REASONS)
     found = {line["id"]: line["reason"] for line in lines}
     for name, reason in REASONS.items():
         assert reason in found[name]
-    assert caplog.records[-1].getMessage().startswith("4 bad samples skipped, listed in ")
-    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 24, "a step of none is a step"
+    assert caplog.records[-1].getMessage().startswith("7 bad samples skipped, listed in ")
+    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 30, "a step of none is a step"
     for x in last(tmp_path / "out").values():
         assert x.isfinite().all()
+
+
+def test_what_a_folder_lacks_stops_the_run_or_is_left_out(trained, world, librispeech, tmp_path, capsys):
+    shutil.copytree(librispeech / "test-clean", tmp_path / "part")
+    chapter = tmp_path / "part" / "2" / "7"
+    (chapter / "2-7-0001.flac").rename(chapter / "2-7-0009.flac")
+    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("eval", "checkpoints"))
+    for op in ("train", "eval"):
+        flags = ["--data=librispeech", f"--data_dir={tmp_path / 'part'}", "--epoch_count=1", "--max_new_tokens=5"]
+        with pytest.raises(UserError, match=r"without an audio file: 1 \(2-7-0001\), .* line: 1 \(2-7-0009\)"):
+            do(op, world, tmp_path / "out", *flags)
+        assert do(op, world, tmp_path / "out", *flags, "--on_bad_audio=skip") == 0
+        lines = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+        assert sorted(line["id"] for line in lines) == ["2-7-0001", "2-7-0009"]
+    (split,) = json.loads((tmp_path / "out/eval/summary.json").read_text())["splits"].values()
+    assert (split["utterances"], split["left_out"]) == (4, 1)
+
+
+def test_columns_of_tables_and_a_plus_in_their_path(trained, world, tmp_path):
+    rows = [f"{path}\t{text}\t{text[::-1]}\n" for path, text in world.utterances[:3]]
+    for place in ("c++ talks/one.tsv", "two.tsv"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("".join(["clip\there\tthere\n", *rows]))
+    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("eval", "checkpoints"))
+    splits = f"--eval_split={tmp_path}/c++ talks/one.tsv+{tmp_path}/two.tsv"
+    flags = [splits, "--audio_column=clip", "--text_column=there", "--max_new_tokens=5"]
+    assert do("eval", world, tmp_path / "out", *flags) == 0
+    assert do("train", world, tmp_path / "out", splits.replace("eval", "train"), *flags[1:], "--epoch_count=1") == 0
+    for name in ("one", "two"):
+        (records,) = (tmp_path / "out/eval").glob(f"{name}*.jsonl")
+        references = [json.loads(line)["reference"] for line in records.read_text().splitlines()]
+        assert references == [text[::-1] for _, text in world.utterances[:3]]
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,10 +1,13 @@
-"""Files that are there whole or not at all, and one clear line where the disk is full."""
+"""Files that are there whole or not at all, lines of text, and names that anything may be in."""
 
 import contextlib
 import errno
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rwkv_speech.errors import UserError
 
@@ -15,6 +18,8 @@ _NO_ROOM = {
     errno.EDQUOT: "the quota of the disk is used up",
     errno.EFBIG: "the file would be larger than allowed here",
 }
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @contextlib.contextmanager
@@ -52,3 +57,34 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[str]:
+    r"""The lines of a UTF-8 text file, without what ends them: `\n`, `\r\n`, or `\r` where no `\n` is in the file.
+
+    What else Unicode takes for the end of a line (U+2028, U+0085) is part of a text, unlike to `str.splitlines`.
+
+    Raises:
+        UserError: no such file, or not UTF-8.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'is no file' if os.path.lexists(path) else 'no such file'}; expected a text file")
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: line {line}: can't be read as UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+    return [line.removesuffix("\r") for line in text.split("\n")] if "\n" in text else text.split("\r")
+
+
+def json_line(content: dict[str, Any]) -> bytes:
+    r"""One line of JSON in UTF-8; what UTF-8 can't hold, as in a file's name of other bytes, as JSON's `\udcff`."""
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def printable(name: str | os.PathLike) -> str:
+    r"""A name on one line and in UTF-8: control characters, ends of lines and bytes of no UTF-8 as `\n` or `\udcff`."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(name))

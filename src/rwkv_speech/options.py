@@ -91,10 +91,10 @@ class ModelOptions:
 class DataOptions:
     """Where samples come from, and how they are read."""
 
-    data: str = flag("librispeech", "librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset")
+    data: str = flag("librispeech", "librispeech, a manifest or table, a folder, or a Hugging Face dataset")
     data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout")
     train_split: str | None = flag(
-        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
+        None, "split or file to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
     )
     valid_split: str | None = flag(
         None, "split to validate on while training, joined by + (default: no validation)", resume_ignored=True
@@ -104,8 +104,8 @@ class DataOptions:
         "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)",
         resume_ignored=True,
     )
-    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)")
-    text_column: str | None = flag(None, "column of the transcript in a Hugging Face dataset (default: guessed)")
+    audio_column: str | None = flag(None, "column of the audio in a dataset, table or manifest (default: guessed)")
+    text_column: str | None = flag(None, "column of the transcript in a dataset, table or manifest (default: guessed)")
     download: bool = flag(False, "fetch the LibriSpeech splits that data_dir lacks")
     on_bad_audio: str = flag(
         "stop",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.sample import Row
-from rwkv_speech.data.sources import LIBRISPEECH, load_split
+from rwkv_speech.data.sources import LIBRISPEECH, load_split, split_names
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import wkv
@@ -89,16 +90,22 @@ def load_model(
 
 
 def load_splits(
-    options: DataOptions, asked: str | None, defaults: Sequence[str], *, join: bool = False
+    options: DataOptions,
+    asked: str | None,
+    defaults: Sequence[str],
+    *,
+    bad_samples: BadSamples,
+    join: bool = False,
 ) -> dict[str, list[Row]]:
     """The rows of each split by its name: those asked for, joined by "+", else those of the defaults that are there.
 
+    bad_samples: takes what a folder in LibriSpeech's layout holds that can't be used.
     join: all of them as one split, named "all".
 
     Raises:
         UserError: see `load_split`.
     """
-    names: list[str | None] = asked.split("+") if asked else [None]
+    names: list[str | None] = split_names(asked, options.data_dir or options.data) if asked else [None]
     if not asked and options.data == LIBRISPEECH:
         root = Path(options.data_dir).expanduser() if options.data_dir else None
         here = [n for n in defaults if not root or (root / n).is_dir() or (root / "LibriSpeech" / n).is_dir()]
@@ -115,6 +122,7 @@ def load_splits(
             audio_column=options.audio_column,
             text_column=options.text_column,
             download=options.download,
+            bad_audio=bad_samples,
         )
         for name in names
     }

@@ -33,7 +33,8 @@ def evaluate(options: Options) -> int:
     adapter = chosen_adapter(options)
     log.info("evaluating %s", adapter)
     bad_samples = BadSamples(options.data.on_bad_audio, options.project / "bad_audio.jsonl")
-    splits = load_splits(options.data, options.data.eval_split, librispeech.EVAL_SPLITS)
+    splits = load_splits(options.data, options.data.eval_split, librispeech.EVAL_SPLITS, bad_samples=bad_samples)
+    without_rows = bad_samples.count  # audio without a transcript
     perturbations = (None, *(ROBUSTNESS if options.perturb else ()))
     lines = {f"{name}, {x.name}" if x else name: (name, x) for name in splits for x in perturbations}
     files = _file_names(lines)
@@ -75,7 +76,7 @@ def evaluate(options: Options) -> int:
     Console().print(score_table(results))
     for line, result in results.items():
         print(f"{line}: {result.scores.headline}")
-    left_out = sum(result.cost.left_out for result in results.values())
+    left_out = without_rows + sum(result.cost.left_out for result in results.values())
     bad = f"{left_out} bad samples left out, listed in {bad_samples.path}" if left_out else "no bad samples"
     log.info("%s; %s holds hypotheses, summary.json and report.html", bad, folder)
     return 0

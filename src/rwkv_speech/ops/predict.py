@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rwkv_speech.data.librispeech import AUDIO_SUFFIXES
+from rwkv_speech.data.listing import audio_files
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
@@ -54,12 +54,10 @@ def predict(options: Options) -> int:
 def _audio_files(patterns: list[str]) -> Iterator[str]:
     """Files, the audio files of folders, and what globs find, in the order given."""
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = sorted(str(p) for p in Path(pattern).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-        elif os.path.exists(pattern) or not glob.has_magic(pattern):
-            found = [pattern]
-        else:
-            found = sorted(glob.glob(pattern, recursive=True))
+        is_there = os.path.lexists(pattern) or not glob.has_magic(pattern)
+        found = []
+        for place in [pattern] if is_there else sorted(glob.glob(pattern, recursive=True)):
+            found += map(str, audio_files(Path(place))) if os.path.isdir(place) else [place]
         if not found:
             raise UserError(f"--file_path {pattern}: no audio files there")
         yield from found

@@ -16,6 +16,7 @@ from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset, loader
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
+from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.rendering import Rendered
 from rwkv_speech.data.sample import Row
 from rwkv_speech.engine.callbacks import FillFrames, NonFiniteLosses, ReportBadSamples
@@ -31,7 +32,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits
 from rwkv_speech.options import Options, TrainingOptions
-from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, duration
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
 from rwkv_speech.speech.frame_cache import FrameCache
 from rwkv_speech.trained import newest_mission_file
@@ -46,8 +47,9 @@ def train(options: Options) -> int:
     run = find_run(options)
     training, data = options.training, options.data
     bad_samples = BadSamples(data.on_bad_audio, options.project / "bad_audio.jsonl")
-    rows = load_splits(data, data.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True)["all"]
-    validation_rows = load_splits(data, data.valid_split, (), join=True)["all"] if data.valid_split else []
+    read = partial(load_splits, data, bad_samples=bad_samples, join=True)
+    rows = read(data.train_split, librispeech.TRAIN_SPLIT.split("+"))["all"]
+    validation_rows = read(data.valid_split, ())["all"] if data.valid_split else []
     pl.seed_everything(training.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
@@ -136,7 +138,7 @@ def _training_batches(
     augmentation = WaveformAugmentation(
         training.random_seed,
         speeds=SPEEDS if training.speed_perturb else (1.0,),
-        noise=_noise_files(training.noise_dir) if training.noise_dir else (),
+        noise=_noise_files(training.noise_dir, skip=options.data.on_bad_audio == "skip") if training.noise_dir else (),
         snr_db=training.noise_snr or NOISE_SNR_DB,
     )
     lengths = partial(augmentation.lengths, [row.id for row in rows], seconds)
@@ -172,9 +174,23 @@ def _training_batches(
     return batches
 
 
-def _noise_files(folder: str) -> list[Path]:
-    suffixes = librispeech.AUDIO_SUFFIXES
-    found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in suffixes)
+def _noise_files(folder: str, *, skip: bool) -> list[Path]:
+    """The recordings of a folder that can be opened.
+
+    skip: whether others are left out, with a warning, or stop the run.
+    """
+    found = []
+    for path in audio_files(Path(folder).expanduser()):
+        try:
+            duration(path)
+        except AudioError as error:
+            if not skip:
+                raise UserError(
+                    f"--noise_dir: {error}; put it right or remove it, or go on without it by --on_bad_audio skip"
+                ) from error
+            log.warning("noise that is left out: %s", error)
+        else:
+            found.append(path)
     if not found:
         raise UserError(f"--noise_dir {folder}: no audio files there; expected recordings of noise")
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rwkv_speech.files import printable
 from rwkv_speech.speech.encoder import SpeechEncoder
 
 _VERSION = 1  # of what this package itself does to audio on its way to frames: raised when frames change
@@ -67,8 +68,8 @@ def file_stamp(path: Path) -> str | None:
     try:
         path = path.resolve()
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # also a name with a NUL, and links in a circle
         return None
     if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED * 1e9:
         return None
-    return f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    return f"{printable(path)} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"

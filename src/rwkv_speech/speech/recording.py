@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rwkv_speech.files import printable
 from rwkv_speech.speech.audio import AudioError, duration, load_audio
 from rwkv_speech.speech.identity import file_stamp
 
@@ -32,7 +33,7 @@ class Recording:
     duration: float | None = None
 
     def __str__(self) -> str:
-        return str(self.source)
+        return printable(str(self.source))
 
     def waveform(self) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
@@ -67,8 +68,9 @@ class Recording:
         try:
             # The stamp of a row says nothing of a file that the row points to.
             return Path(encoded).read_bytes(), stamp if encoded is self.source else None
-        except OSError as error:
-            raise AudioError(f"{self}: cannot be read ({error.strerror}); expected an audio file") from error
+        except (OSError, ValueError) as error:  # a ValueError of a name with a NUL
+            problem = getattr(error, "strerror", None) or error
+            raise AudioError(f"{self}: cannot be read ({problem}); expected an audio file") from error
 
     def _encoded(self) -> Path | bytes | str:
         return self.source if isinstance(self.source, Path) else self.source.fetch()
