@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 from wkv_cases import CASES
-from wkv_cases import Case as OperatorCase
+from wkv_cases import Case as Generation
 
 from rwkv_speech.lm import wkv
 
@@ -47,13 +47,13 @@ class Case:
         return f"{self.name}-B{self.B}-T{self.T}-H{self.H}-N{self.N}-{self.dtype}{state}{lengths}{split}"
 
     @property
-    def of(self) -> OperatorCase:
+    def generation(self) -> Generation:
         return CASES[self.name]
 
     def inputs(self) -> list[Tensor]:
         """The operator's inputs and the state."""
         shape = self.B, self.T, self.H, self.N
-        return [x.detach() for x in self.of.inputs(*shape, dtype=DTYPES[self.dtype], shared=self.shared)]
+        return [x.detach() for x in self.generation.inputs(*shape, dtype=DTYPES[self.dtype], shared=self.shared)]
 
 
 def output_gradients(case: Case, *, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -68,19 +68,19 @@ def by_autograd(operator: Callable, case: Case, inputs: Sequence[Tensor], *, dev
     outputs = operator(*inputs, lengths)
     grad_outputs = [g.to(device, x.dtype) for g, x in zip(output_gradients(case), outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, inputs, grad_outputs)
-    return dict(zip(case.of.names, (*outputs, *gradients), strict=True))
+    return dict(zip(case.generation.names, (*outputs, *gradients), strict=True))
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], case: Case) -> None:
     errors = {}
-    for name in case.of.names:
+    for name in case.generation.names:
         difference = (got[name].detach().cpu().double() - want[name].detach().double()).norm()
         errors[name] = (difference / want[name].detach().double().norm().clamp_min(1e-30)).item()
     bound = BOUNDS[DTYPES[case.dtype]]
     assert all(error <= bound for error in errors.values()), errors  # a NaN is not <= either
     if case.lengths is not None:
         for b, length in enumerate(case.lengths):
-            by_step = ("y", *(f"g{name}" for name in case.of.operator.steps))
+            by_step = ("y", *(f"g{name}" for name in case.generation.operator.steps))
             assert all(not got[name][b, length:].any() for name in by_step)
 
 
@@ -131,7 +131,7 @@ def run_stand_in(
     library: ctypes.CDLL, case: Case, inputs: Sequence[Tensor], *, seed: int, skipped_line: int = 0
 ) -> dict[str, Tensor]:
     """Forward and backward pass with threads in an order drawn from `seed`, without the barrier of `skipped_line`."""
-    B, T, H, N, operator = case.B, case.T, case.H, case.N, case.of.operator
+    B, T, H, N, operator = case.B, case.T, case.H, case.N, case.generation.operator
     *inputs, state = (x.clone() for x in inputs)
     gy, g_final = output_gradients(case)
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
@@ -169,7 +169,7 @@ def run_stand_in(
     n = len(operator.steps)
     g_state = gstate.sum(0) if case.shared else gstate
     results = (y, final_state, *gradients[:n], *(x.sum(0) for x in gradients[n:]), g_state)
-    return dict(zip(case.of.names, results, strict=True))
+    return dict(zip(case.generation.names, results, strict=True))
 
 
 def sizes() -> list[Case]:
@@ -202,7 +202,9 @@ def large_sizes() -> list[Case]:
 @pytest.mark.parametrize("case", [*sizes(), *split_sizes()], ids=str)
 def test_stand_in_matches_reference(stand_in, case):
     inputs = case.inputs()
-    assert_close(run_stand_in(stand_in, case, inputs, seed=case.T), by_autograd(case.of.reference, case, inputs), case)
+    assert_close(
+        run_stand_in(stand_in, case, inputs, seed=case.T), by_autograd(case.generation.reference, case, inputs), case
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -221,10 +223,12 @@ EXTREMES = {"wkv6": [-40.0, 0.0, 5.0, 20.0, 100.0], "wkv7": [-torch.inf, -100.0,
 @pytest.mark.parametrize("name", CASES)
 def test_extreme_decays(stand_in, name):
     case = Case(name, 1, 30, 1, 32)
-    inputs, at = case.inputs(), case.of.operator.inputs.index("w")
+    inputs, at = case.inputs(), case.generation.operator.inputs.index("w")
     choices = torch.tensor(EXTREMES[name])
     inputs[at] = choices[torch.randint(len(choices), inputs[at].shape, generator=torch.Generator().manual_seed(2))]
-    assert_close(run_stand_in(stand_in, case, inputs, seed=0), by_autograd(case.of.reference, case, inputs), case)
+    assert_close(
+        run_stand_in(stand_in, case, inputs, seed=0), by_autograd(case.generation.reference, case, inputs), case
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -245,7 +249,7 @@ def test_a_missing_barrier_shows(stand_in, name, line):
     # bf16: threads stage eight values at a time and read four, so that each reads what others have staged.
     case = Case(name, 2, 2 * getattr(stand_in, f"{name}_chunk")() + 5, 1, 64, "bf16")
     inputs = case.inputs()
-    want = by_autograd(case.of.reference, case, inputs)
+    want = by_autograd(case.generation.reference, case, inputs)
     assert_close(run_stand_in(stand_in, case, inputs, seed=0), want, case)
     with pytest.raises(AssertionError):
         assert_close(run_stand_in(stand_in, case, inputs, seed=0, skipped_line=line), want, case)
@@ -319,8 +323,8 @@ def cuda_backend():
 @pytest.mark.parametrize("case", [*sizes(), *large_sizes()], ids=str)
 def test_gpu_matches_reference(cuda_backend, case):
     inputs = case.inputs()
-    got = by_autograd(case.of.run, case, inputs, device="cuda")
-    assert_close(got, by_autograd(case.of.reference, case, inputs), case)
+    got = by_autograd(case.generation.run, case, inputs, device="cuda")
+    assert_close(got, by_autograd(case.generation.reference, case, inputs), case)
 
 
 @pytest.mark.parametrize("name", CASES)
