@@ -37,7 +37,8 @@ __device__ inline void row_sums(float (&x)[TILE], const float (&m)[TILE][TILE], 
 #pragma unroll
     for (int j = 1; j < TILE; j++) x[i] = fmaf(m[i][j], c[j], x[i]);
   }
-  all_reduce<LANES, TILE>(x);
+  reduce_scatter<LANES, TILE>(x);
+  all_gather<LANES, TILE>(x);
 }
 
 // d = exp(-exp(-1/2) sigmoid(w)), and its slope in w. With e = exp(-|w|), sigmoid' = e / (1 + e)^2 for either sign.

@@ -23,9 +23,9 @@
 namespace wkv {
 namespace {
 
-constexpr int WARP = 32;
-constexpr int TILE = 4;  // values that a thread moves at a time: one float4
-constexpr int ROWS = 8;  // steps are staged in multiples of this
+constexpr int WARP = 32;              // threads
+constexpr int TILE = 4;               // values that a thread moves at a time: one float4
+constexpr int ROWS = 8;               // steps are staged in multiples of this
 constexpr int GROUP = 4;              // steps between two reductions, and of states recomputed in registers
 constexpr int VALUES = GROUP * TILE;  // what a thread brings to a reduction: index = step * TILE + place in its tile
 static_assert(ROWS % GROUP == 0, "chunks are walked in whole groups");
@@ -126,27 +126,17 @@ __device__ inline void reduce_scatter(float *x) {
   }
 }
 
-// Sums x over LANES neighbouring lanes and gives all of them every sum: the way back undoes the halving.
+// Undoes the halving of reduce_scatter: all lanes get all sums.
 template <int LANES, int COUNT>
-__device__ inline void all_reduce(float *x) {
-  if constexpr (LANES > 1) {
+__device__ inline void all_gather(float *x) {
+  if constexpr (LANES > 1 && COUNT > 1) {
     constexpr int half = LANES / 2;
-    if constexpr (COUNT > 1) {
-      const bool upper = threadIdx.x & half;
+    all_gather<half, COUNT / 2>(x);
+    const bool upper = threadIdx.x & half;
 #pragma unroll
-      for (int q = 0; q < COUNT / 2; q++) {
-        const float low = x[q], high = x[q + COUNT / 2];
-        x[q] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, half);
-      }
-      all_reduce<half, COUNT / 2>(x);
-#pragma unroll
-      for (int q = 0; q < COUNT / 2; q++) {
-        const float mine = x[q], other = __shfl_xor_sync(0xffffffffu, mine, half);
-        x[q] = upper ? other : mine, x[q + COUNT / 2] = upper ? mine : other;
-      }
-    } else {
-      x[0] += __shfl_xor_sync(0xffffffffu, x[0], half);
-      all_reduce<half, 1>(x);
+    for (int q = 0; q < COUNT / 2; q++) {
+      const float mine = x[q], other = __shfl_xor_sync(0xffffffffu, mine, half);
+      x[q] = upper ? other : mine, x[q + COUNT / 2] = upper ? mine : other;
     }
   }
 }

@@ -71,6 +71,10 @@ def by_autograd(operator: Callable, case: Case, inputs: Sequence[Tensor], *, dev
     return dict(zip(case.generation.names, (*outputs, *gradients), strict=True))
 
 
+def in_fp64(case: Case, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    return by_autograd(case.generation.reference, case, inputs)
+
+
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], case: Case) -> None:
     errors = {}
     for name in case.generation.names:
@@ -203,7 +207,7 @@ def large_sizes() -> list[Case]:
 def test_stand_in_matches_reference(stand_in, case):
     inputs = case.inputs()
     assert_close(
-        run_stand_in(stand_in, case, inputs, seed=case.T), by_autograd(case.generation.reference, case, inputs), case
+        run_stand_in(stand_in, case, inputs, seed=case.T), in_fp64(case, inputs), case
     )
 
 
@@ -212,8 +216,8 @@ def test_stand_in_matches_reference(stand_in, case):
 def test_any_order_of_threads_gives_the_same_bits(stand_in, name, N):
     case = Case(name, 2, 27, 2, N, shared=True, lengths=(27, 25), multiprocessors=132)
     results = [run_stand_in(stand_in, case, case.inputs(), seed=seed) for seed in range(4)]
-    for of, first in results[0].items():
-        assert all(torch.equal(result[of], first) for result in results[1:]), of
+    for output, first in results[0].items():
+        assert all(torch.equal(result[output], first) for result in results[1:]), output
 
 
 # Of RWKV-6 in fp32 the decay is 1 at w = -40, and 0 from w = 5 on; exp(w) itself overflows at w = 100.
@@ -227,7 +231,7 @@ def test_extreme_decays(stand_in, name):
     choices = torch.tensor(EXTREMES[name])
     inputs[at] = choices[torch.randint(len(choices), inputs[at].shape, generator=torch.Generator().manual_seed(2))]
     assert_close(
-        run_stand_in(stand_in, case, inputs, seed=0), by_autograd(case.generation.reference, case, inputs), case
+        run_stand_in(stand_in, case, inputs, seed=0), in_fp64(case, inputs), case
     )
 
 
@@ -249,7 +253,7 @@ def test_a_missing_barrier_shows(stand_in, name, line):
     # bf16: threads stage eight values at a time and read four, so that each reads what others have staged.
     case = Case(name, 2, 2 * getattr(stand_in, f"{name}_chunk")() + 5, 1, 64, "bf16")
     inputs = case.inputs()
-    want = by_autograd(case.generation.reference, case, inputs)
+    want = in_fp64(case, inputs)
     assert_close(run_stand_in(stand_in, case, inputs, seed=0), want, case)
     with pytest.raises(AssertionError):
         assert_close(run_stand_in(stand_in, case, inputs, seed=0, skipped_line=line), want, case)
@@ -324,7 +328,7 @@ def cuda_backend():
 def test_gpu_matches_reference(cuda_backend, case):
     inputs = case.inputs()
     got = by_autograd(case.generation.run, case, inputs, device="cuda")
-    assert_close(got, by_autograd(case.generation.reference, case, inputs), case)
+    assert_close(got, in_fp64(case, inputs), case)
 
 
 @pytest.mark.parametrize("name", CASES)

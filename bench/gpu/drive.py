@@ -22,8 +22,8 @@ PHASES = (
     {"operator": 110, "operator7": 110, "sanitizer": 120, "whole": 90, "training": 120, "commands": 150}
     | {"warm-fla": 140, "warm-step": 120, "warm-decode": 120},  # compiled now, so that nothing timed waits for it
     {"wkv": 50},
-    {"step": 90},
-    {"decode": 70},
+    {"step": 105},
+    {"decode": 80},
     {"fla": 90},
 )
 GRACE = 5.0  # from TERM to KILL, and from KILL to giving a process up
