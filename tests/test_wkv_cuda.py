@@ -206,9 +206,7 @@ def large_sizes() -> list[Case]:
 @pytest.mark.parametrize("case", [*sizes(), *split_sizes()], ids=str)
 def test_stand_in_matches_reference(stand_in, case):
     inputs = case.inputs()
-    assert_close(
-        run_stand_in(stand_in, case, inputs, seed=case.T), in_fp64(case, inputs), case
-    )
+    assert_close(run_stand_in(stand_in, case, inputs, seed=case.T), in_fp64(case, inputs), case)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -230,9 +228,7 @@ def test_extreme_decays(stand_in, name):
     inputs, at = case.inputs(), case.generation.operator.inputs.index("w")
     choices = torch.tensor(EXTREMES[name])
     inputs[at] = choices[torch.randint(len(choices), inputs[at].shape, generator=torch.Generator().manual_seed(2))]
-    assert_close(
-        run_stand_in(stand_in, case, inputs, seed=0), in_fp64(case, inputs), case
-    )
+    assert_close(run_stand_in(stand_in, case, inputs, seed=0), in_fp64(case, inputs), case)
 
 
 @pytest.mark.parametrize("name", CASES)
