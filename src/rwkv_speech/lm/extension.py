@@ -45,7 +45,7 @@ def load_cuda() -> None:
         BuildError: no nvcc, or the build failed.
     """
     architectures = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    _load("cuda", ["wkv6_cuda.cpp", "wkv6.cu"], ["-O3"], variant=str(architectures))
+    _load("cuda", ["wkv_cuda.cpp", "wkv6.cu", "wkv7.cu"], ["-O3"], variant=str(architectures))
 
 
 def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> None:
