@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from rwkv_speech.speech import audio
+from rwkv_speech.speech import decoders
 from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform, duration, load_audio, to_mono_16k
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -65,7 +65,7 @@ def test_lossy_formats(container, width):
 def test_long_files_are_decoded_in_blocks(container, width, monkeypatch):
     data = encode(np.random.default_rng(0).uniform(-0.5, 0.5, 2 * RATE), RATE, container, width)
     whole, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    monkeypatch.setattr(audio, "_BLOCK", 5_000)
+    monkeypatch.setattr(decoders, "_BLOCK", 5_000)
     np.testing.assert_allclose(load_audio(data).numpy(), whole, atol=1e-6)
     assert max(len(block) for block in audio_blocks(data)) == 5_000
 
@@ -73,12 +73,12 @@ def test_long_files_are_decoded_in_blocks(container, width, monkeypatch):
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
 def test_resampling_in_blocks_is_that_of_the_whole(rate, monkeypatch):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * rate + 7).astype(np.float32)
-    monkeypatch.setattr(audio, "_BLOCK", 1_000)
+    monkeypatch.setattr(decoders, "_BLOCK", 1_000)
     assert torch.equal(load_audio(encode(samples, rate, width="FLOAT")), to_mono_16k(samples, rate))
 
 
 def test_non_finite_samples_of_later_blocks_are_located(monkeypatch):
-    monkeypatch.setattr(audio, "_BLOCK", 1_000)
+    monkeypatch.setattr(decoders, "_BLOCK", 1_000)
     samples = sine(1.0, RATE)
     samples[12_000] = np.nan
     with pytest.raises(AudioError, match=r"the first at 0\.750 s"):

@@ -24,6 +24,7 @@ def segment(start: float, end: float, text: str) -> Segment:
 
 TALK = Transcript(
     name="talk.flac",
+    seconds=360_002.0,
     segments=(
         segment(0.064, 29.824, "so, café\n\nand & so"),
         segment(31.0, 59.9995, ""),
@@ -31,7 +32,7 @@ TALK = Transcript(
         segment(360_000.25, 360_001.0, "the end"),
     ),
 )
-SILENCE = Transcript(name="silence.wav", segments=())
+SILENCE = Transcript(name="silence.wav", seconds=5.0, segments=())
 
 EXPECTED = {
     "text": "so, café and & so 1 <b> --> 2 the end\n",

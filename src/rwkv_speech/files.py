@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ _NO_ROOM = {
     errno.EDQUOT: "the quota of the disk is used up",
     errno.EFBIG: "the file would be larger than allowed here",
 }
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @contextlib.contextmanager
@@ -52,3 +55,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def printable(name: str | os.PathLike) -> str:
+    r"""A name on one line and in UTF-8: control characters, ends of lines and bytes of no UTF-8 as `\n` or `\udcff`."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(name))

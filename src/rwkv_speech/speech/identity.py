@@ -67,7 +67,7 @@ def file_stamp(path: Path) -> str | None:
     try:
         path = path.resolve()
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # also a name with a NUL, and links in a circle
         return None
     if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED * 1e9:
         return None
