@@ -355,7 +355,7 @@ def test_cached_frames_stand_for_recordings():
     """Of samples of two recordings, none, and one; three channels to a frame."""
 
     class Cache:
-        def read(self, audio: torch.Tensor) -> tuple[torch.Tensor, int]:
+        def read(self, audio: torch.Tensor, longest: None) -> tuple[torch.Tensor, int]:
             frames = len(audio) // 16
             return torch.full((frames, 3), float(frames)), len(audio)
 

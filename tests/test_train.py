@@ -25,6 +25,8 @@ from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
 from tests.tiny import QUICK, do, last, missions
 
+pytestmark = pytest.mark.usefixtures("voiced")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -155,7 +155,8 @@ def _by_libsndfile(source: str | Path | Encoded, name: str, stack: ExitStack) ->
             content: Any = file.getbuffer()
         else:
             content = file = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        content[place : place + 4] = b"\xff" * 4
+        there = min(size - place - 4, 0xFFFFFFFF) & ~1  # even: padding that is missing would be looked for
+        content[place : place + 4] = there.to_bytes(4, "little")
     try:
         by = file if isinstance(file, io.BytesIO | mmap.mmap) else file.fileno()
         sound = stack.enter_context(soundfile.SoundFile(by, closefd=False))
@@ -166,7 +167,7 @@ def _by_libsndfile(source: str | Path | Encoded, name: str, stack: ExitStack) ->
         raise _UnknownFormatError("its header does not say how long it is")
     if frames > size * _FRAMES_PER_BYTE.get(sound.format, _FRAMES_PER_BYTE_ELSE):
         raise AudioError(f"{name}: claims {frames / max(rate, 1) / 3600:,.1f} hours, which its {size} bytes can't hold")
-    if any(int(stated) >= _OPEN for stated, _ in _SHORT_CHUNK.findall(sound.extra_info)):
+    if place is not None or any(int(stated) >= _OPEN for stated, _ in _SHORT_CHUNK.findall(sound.extra_info)):
         log.warning("%s: its header was never closed; going on with the %.2f s there are", name, frames / max(rate, 1))
     return Decoded(rate, None if sound.format in _STREAMS else frames, frames, _sound_blocks(sound, name))
 
