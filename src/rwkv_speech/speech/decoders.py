@@ -135,6 +135,22 @@ class _UnknownFormatError(Exception):
     """libsndfile does not know what this is."""
 
 
+class _QuietSeek:
+    """soundfile prints a traceback where libsndfile goes to a place that is not there, as damaged files have it do."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
+        with suppress(ValueError):
+            super().seek(offset, whence)
+
+
+class _Bytes(_QuietSeek, io.BytesIO):
+    pass
+
+
+class _Copy(_QuietSeek, mmap.mmap):
+    """Of a file, that can be written to and takes no memory beyond that."""
+
+
 def _block_frames(rate: int, channels: int) -> int:
     """To decode at a time: no more than a minute, in whose length resampling will not change a block's memory."""
     return max(1, min(_BLOCK // channels, 60 * rate))
@@ -144,21 +160,21 @@ def _by_libsndfile(source: str | Path | Encoded, name: str, stack: ExitStack) ->
     if isinstance(source, Encoded):
         if not len(source):
             raise AudioError(f"{name}: is empty (0 bytes); expected an audio file")
-        file: Any = io.BytesIO(source)
+        file: Any = _Bytes(source)
     else:
         file = stack.enter_context(open_file(source, name))
-    size = file.seek(0, os.SEEK_END)
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
     place = _unset_size(file)
     file.seek(0)
     if place is not None:
-        if isinstance(file, io.BytesIO):
+        if isinstance(file, _Bytes):
             content: Any = file.getbuffer()
         else:
-            content = file = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        there = min(size - place - 4, 0xFFFFFFFF) & ~1  # even: padding that is missing would be looked for
-        content[place : place + 4] = there.to_bytes(4, "little")
+            content = file = stack.enter_context(_Copy(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        content[place : place + 4] = min(size - place - 4, 0xFFFFFFFF).to_bytes(4, "little")
     try:
-        by = file if isinstance(file, io.BytesIO | mmap.mmap) else file.fileno()
+        by = file if isinstance(file, _QuietSeek) else file.fileno()
         sound = stack.enter_context(soundfile.SoundFile(by, closefd=False))
     except soundfile.LibsndfileError as error:
         raise _UnknownFormatError(error.error_string.strip().rstrip(".")) from error
