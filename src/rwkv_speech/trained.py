@@ -115,7 +115,7 @@ class MissionFile:
             MissionFileError: it says something else.
         """
         seconds = self.info.get("trained_audio_s")
-        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
             raise MissionFileError(
                 f"{self.path.with_suffix('.json')}: trained_audio_s is {seconds!r}, expected seconds; mend or remove it"
             )
