@@ -154,8 +154,8 @@ def long(world, missions, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     parts = [part for path, _ in world.utterances[:7] for part in (soundfile.read(path)[0], np.zeros(8_000))]
     soundfile.write(folder / "long.wav", np.concatenate(parts), 16_000)
-    audio = [world.utterances[0][0], folder / "long.wav", world.utterances[1][0]]
-    lines = [{"audio": str(path), "text": "a b c", "id": f"r{i}"} for i, path in enumerate(audio)]
+    audio = [world.utterances[0][0], world.utterances[1][0], folder / "long.wav"]
+    lines = [{"audio": str(path), "text": "a b c", "id": path.stem} for path in audio]
     (folder / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in (missions[0], missions[0].with_suffix(".json")):
         shutil.copy(path, folder / f"remembers{path.suffix}")
@@ -182,24 +182,24 @@ def test_evaluation_cuts_as_prediction_does(flags, long, voiced, tmp_path, caplo
     assert OPS["predict"](Options.parse(predicted)) == 0
     assert caplog.messages.count(cut) == 2
     whole = json.loads(capsys.readouterr().out)
-    assert found["r1"]["hypothesis"] == whole["text"]
+    assert found["long"]["hypothesis"] == whole["text"]
     segments = whole["segments"]
     empty = sum(not segment["text"] for segment in segments)
-    assert found["r1"]["details"] == {"pieces": len(segments), "empty_pieces": empty}
+    assert found["long"]["details"] == {"pieces": len(segments), "empty_pieces": empty}
     assert len(segments) > 5
-    assert found["r1"]["seconds"] == soundfile.info(long / "long.wav").duration
+    assert found["long"]["seconds"] == soundfile.info(long / "long.wav").duration
     assert f"all: 1 recordings were cut into {len(segments)} pieces; {empty} of these gave no text" in caplog.messages
     probabilities = [segment["average_log_prob"] for segment in segments]
-    assert min(probabilities) < found["r1"]["score"] < max(probabilities)
+    assert min(probabilities) < found["long"]["score"] < max(probabilities)
     slow = records(tmp_path / "eval", "all-speed-0.9")
-    assert slow["r1"]["details"]["pieces"] == len(segments)
-    assert slow["r1"]["hypothesis"] != found["r1"]["hypothesis"]
+    assert slow["long"]["details"]["pieces"] == len(segments)
+    assert slow["long"]["hypothesis"] != found["long"]["hypothesis"]
 
     short = tmp_path / "some.jsonl"
     lines = (long / "some.jsonl").read_text().splitlines(keepends=True)
-    short.write_text(lines[0] + lines[2])
+    short.write_text(lines[0] + lines[1])
     here(flags, tmp_path / "short", f"--data={short}")
-    assert records(tmp_path / "short") == {id: found[id] for id in ("r0", "r2")}, "to the last bit"
+    assert records(tmp_path / "short") == {id: found[id] for id in ("0", "1")}, "to the last bit"
 
 
 def test_what_is_not_known_to_be_short_is_cut_at_30_s(flags, long, missions, tmp_path, caplog):
