@@ -36,6 +36,8 @@ from rwkv_speech.ops import OPS
 from rwkv_speech.options import MachineOptions, Options
 from rwkv_speech.scoring import EvalRecord
 
+pytestmark = pytest.mark.usefixtures("voiced")
+
 ROOT = Path(__file__).parents[1]
 WER = get_mission("transcribe").leading
 QUICK = ["--num_workers=0", "--warmup_steps=4", "--lr_init=1e-3", "--lr_final=1e-3"]

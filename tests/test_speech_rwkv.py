@@ -16,6 +16,8 @@ from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.trained import MissionFile
 
+pytestmark = pytest.mark.usefixtures("voiced")
+
 HASH = 36  # the token of "#"
 TEXTS = ["abcab", "j", "feed a cab", "de"]
 

@@ -25,6 +25,8 @@ from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
 from tests.tiny import QUICK, do, last, missions
 
+pytestmark = pytest.mark.usefixtures("voiced")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -98,6 +100,8 @@ def test_training_lowers_the_loss_and_writes_a_mission_file(trained, world):
     epochs = np.array([curve[step] for step in sorted(curve)]).reshape(15, 4).mean(axis=1)
     assert epochs[0] > 5, "the first loss is about ln 257"
     assert epochs[-1] < epochs[0] - 0.7
+    longest = max(soundfile.info(path).frames for path, _ in world.utterances[:16])
+    assert info["trained_audio_s"] == longest / 16_000
     assert info["train_loss"] == pytest.approx(epochs[-5:].mean(), rel=0.02), "up to the weights of the steps"
 
 
@@ -361,7 +365,7 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     for step, loss in enumerate([3.0, 2.0, 4.0, 2.5, 1.0, 1.5], start=1):
         outputs = {"stats": SimpleNamespace(loss_sum=loss * 10, tokens=10)}
         trainer = SimpleNamespace(global_step=step, current_epoch=0, is_global_zero=True, strategy=None)
-        callback.on_train_batch_end(trainer, module, outputs, None, step)
+        callback.on_train_batch_end(trainer, module, outputs, SimpleNamespace(samples=[8_000 * step, 40_000]), step)
         files = {path.name for path in tmp_path.iterdir()} - set(foreign)
         assert {name.replace(".json", ".pth") for name in files} == {name for name in files if "pth" in name}
         kept.append(sorted(name.removeprefix("rwkv-adapter-") for name in files if "pth" in name))
@@ -371,6 +375,8 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     best = "2-run5.pth"  # its name was taken
     assert kept == [["1.pth"], [best], [best, "3.pth"], [best, "4.pth"], ["5.pth"], ["5.pth", "6.pth"]]
     assert all((tmp_path / name).read_text() == "of another run" for name in foreign)
+    lengths = [json.loads((tmp_path / f"rwkv-adapter-{step}.json").read_text())["trained_audio_s"] for step in (5, 6)]
+    assert lengths == [2.5, 3.0], "the longest so far, over the interruptions"
 
 
 # --- bad samples -----------------------------------------------------------------------------------------------------

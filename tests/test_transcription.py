@@ -12,8 +12,9 @@ import train as door
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError, load_audio
 from rwkv_speech.speech.segments import AudioSegment, cut
-from rwkv_speech.speech.voice import FRAME
 from rwkv_speech.transcription import FORMATS, Alternative, Segment, Transcript, output_files, transcripts
+
+pytestmark = pytest.mark.usefixtures("voiced")
 
 # --- forms -----------------------------------------------------------------------------------------------------------
 
@@ -24,6 +25,7 @@ def segment(start: float, end: float, text: str) -> Segment:
 
 TALK = Transcript(
     name="talk.flac",
+    seconds=360_002.0,
     segments=(
         segment(0.064, 29.824, "so, café\n\nand & so"),
         segment(31.0, 59.9995, ""),
@@ -31,7 +33,7 @@ TALK = Transcript(
         segment(360_000.25, 360_001.0, "the end"),
     ),
 )
-SILENCE = Transcript(name="silence.wav", segments=())
+SILENCE = Transcript(name="silence.wav", seconds=5.0, segments=())
 
 EXPECTED = {
     "text": "so, café and & so 1 <b> --> 2 the end\n",
@@ -212,16 +214,6 @@ def predict(flags, monkeypatch, capsys):
 
 
 @pytest.fixture
-def voiced(monkeypatch):
-    """The voice-activity network hears speech wherever there is sound."""
-
-    def told(samples, memory):
-        return torch.stack([frame.abs().max() > 0.05 for frame in samples.split(FRAME)]).float(), memory
-
-    monkeypatch.setattr("rwkv_speech.speech.segments.voice_activity", lambda: told)
-
-
-@pytest.fixture
 def long_file(world, tmp_path):
     """7 recordings with half a second of silence between any two."""
     parts = [part for path, _ in world.utterances[:7] for part in (soundfile.read(path)[0], np.zeros(8_000))]
@@ -229,7 +221,7 @@ def long_file(world, tmp_path):
     return tmp_path / "long.wav"
 
 
-def test_a_long_file_is_what_its_segments_are_one_by_one(voiced, world, flags, predict, long_file):
+def test_a_long_file_is_what_its_segments_are_one_by_one(world, flags, predict, long_file):
     found = list(cut([load_audio(long_file)], max_seconds=2.0))
     assert len(found) > 3
     adapter = next(flag for flag in flags if flag.startswith("--adapter=")).partition("=")[2]
@@ -266,7 +258,7 @@ def test_a_beam_search_tells_what_else_may_have_been_said(world, predict):
     assert scores[0] < 0
 
 
-def test_subtitles_of_one_file_go_to_standard_output(voiced, predict, long_file):
+def test_subtitles_of_one_file_go_to_standard_output(predict, long_file):
     status, out, _ = predict("--max_audio_s=2", "--format=vtt", "--file_path", long_file)
     assert status == 0
     assert out.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:0")

@@ -40,6 +40,7 @@ log = logging.getLogger("rwkv_speech")
 DEFAULT_ENCODER = "microsoft/wavlm-large"
 DOWNSAMPLE_K = 5
 ADAPTER_HIDDEN = 2048
+MAX_AUDIO_S = 30.0
 
 
 class SpeechRWKV(nn.Module):
@@ -47,6 +48,7 @@ class SpeechRWKV(nn.Module):
 
     mission: what is asked of the model, one of `rwkv_speech.missions`.
     answers: the texts that an answer is chosen from; None: free text.
+    trained_audio_s: the longest recording that it was trained on, in seconds, where its mission file says so.
     renderer: makes sequences of samples.
     """
 
@@ -64,6 +66,7 @@ class SpeechRWKV(nn.Module):
         self.adapter = adapter
         self.mission = get_mission(mission)
         self.answers: list[str] | None = None
+        self.trained_audio_s: float | None = None
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.renderer = Renderer(
             self.tokenizer, frame_count=speech_encoder.frame_count, group_count=adapter.group_count
@@ -126,6 +129,7 @@ class SpeechRWKV(nn.Module):
         if file:
             model.load_mission_file(file)
             model.answers = info.get("answers") if mission == info.get("mission") else None
+            model.trained_audio_s = file.trained_audio_s
         return model
 
     @property
@@ -264,7 +268,7 @@ class SpeechRWKV(nn.Module):
         audio: Sequence[str | Path | Tensor],
         *,
         batch_size: int = 8,
-        max_audio_s: float = 30.0,
+        max_audio_s: float | None = None,
         **search: Any,
     ) -> list[str]:
         """Transcripts of recordings, in their order.
@@ -272,7 +276,8 @@ class SpeechRWKV(nn.Module):
         Args:
             audio: paths, or 1-D float arrays at 16 kHz.
             batch_size: how many are decoded together; recordings of like length share a batch.
-            max_audio_s: longer recordings are cut in pauses, as `segments.cut` does, and decoded piece by piece.
+            max_audio_s: longer recordings are cut in pauses, as `segments.cut` does, and decoded piece by piece; None:
+                see `longest_piece`.
             search: fields of `rwkv_speech.options.DecodingOptions`: `beam=4`, `max_new_tokens=100`, ...
 
         Raises:
@@ -299,7 +304,7 @@ class SpeechRWKV(nn.Module):
         audio: Iterable[str | Path | Tensor],
         *,
         batch_size: int = 8,
-        max_audio_s: float = 30.0,
+        max_audio_s: float | None = None,
         options: DecodingOptions = DecodingOptions(),
     ) -> Iterator[Transcript | AudioError]:
         """As `transcribe`, with times and scores, one by one, and with an error in the place of a bad recording.
@@ -313,11 +318,25 @@ class SpeechRWKV(nn.Module):
         def decode_waveforms(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
             samples = [self.mission.sample(Row(str(next(number)), None, waveform)) for waveform in waveforms]
             results = self.decode(self.prepare(samples).to(self.device), options)
-            return [self._alternatives(result) for result in results]
+            return [self.alternatives(result) for result in results]
 
-        return transcripts(audio, decode_waveforms, batch_size=batch_size, max_seconds=max_audio_s)
+        return transcripts(
+            audio,
+            decode_waveforms,
+            batch_size=batch_size,
+            max_seconds=self.longest_piece(max_audio_s),
+            cut_longer=self.mission.cut,
+        )
 
-    def _alternatives(self, result: DecodingResult) -> list[Alternative]:
+    def longest_piece(self, asked: float | None = None) -> float:
+        """Seconds of audio that are decoded in one go: those asked for, else the longest that it was trained on, or 30
+        where that isn't known. Where longer audio is not cut, 30 at least.
+
+        Of audio that is much longer than what it was trained on, a model says the beginning and loses the rest.
+        """
+        return asked or max(1.0 if self.mission.cut else MAX_AUDIO_S, self.trained_audio_s or MAX_AUDIO_S)
+
+    def alternatives(self, result: DecodingResult) -> list[Alternative]:
         """Best first, each text once: several rows of tokens may spell the same."""
         scores: dict[str, float] = {}
         for x in (result, *result.alternatives):

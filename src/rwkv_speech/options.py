@@ -286,8 +286,12 @@ class Options:
     )
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped", resume_ignored=True)
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
-    max_audio_s: float = flag(
-        30.0, "predict: seconds; longer audio is cut in pauses of speech and joined again", resume_ignored=True
+    max_audio_s: float | None = flag(
+        None,
+        "eval, predict: seconds; longer audio is cut in pauses of speech and joined again (default: the longest that "
+        "the mission file was trained on, or 30)",
+        type=float,
+        resume_ignored=True,
     )
     format: str = flag(
         "text",
@@ -313,7 +317,7 @@ class Options:
             )
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
-        if not 1 <= self.max_audio_s < math.inf:
+        if self.max_audio_s is not None and not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
         if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
             changer = "--speed_perturb" if self.training.speed_perturb else "--noise_dir"

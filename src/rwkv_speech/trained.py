@@ -10,6 +10,7 @@ tensors.
 
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -105,6 +106,20 @@ class MissionFile:
     def inputs(self) -> int:
         """Inputs of the adapter: K times the width of the encoder."""
         return self.tensors[f"{ADAPTER}0.weight"].shape[1]
+
+    @property
+    def trained_audio_s(self) -> float | None:
+        """The longest recording of its training, in seconds; None where the JSON file doesn't say.
+
+        Raises:
+            MissionFileError: it says something else.
+        """
+        seconds = self.info.get("trained_audio_s")
+        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
+            raise MissionFileError(
+                f"{self.path.with_suffix('.json')}: trained_audio_s is {seconds!r}, expected seconds; mend or remove it"
+            )
+        return seconds
 
 
 def read_mission_file(path: str | Path) -> MissionFile:

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, audio_blocks, check_waveform
+from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.segments import AudioSegment, cut
 
 
@@ -45,37 +47,47 @@ class Transcript:
 
     name: str
     """The recording's path, or whatever else it is called."""
+    seconds: float
+    """Length of the recording."""
     segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
         return " ".join(segment.text for segment in self.segments if segment.text)
 
+    @property
+    def empty(self) -> int:
+        """Segments in which there is speech, and for which the model has no text."""
+        return sum(not segment.text for segment in self.segments)
+
 
 DecodeFn = Callable[[Sequence[Tensor]], Sequence[Sequence[Alternative]]]
 
 
 def transcripts(
-    audio: Iterable[str | Path | Tensor],
+    audio: Iterable[str | Path | Recording | Tensor],
     decode: DecodeFn,
     *,
     batch_size: int,
     max_seconds: float,
+    cut_longer: bool = True,
 ) -> Iterator[Transcript | AudioError]:
     """The transcript of each recording, or what is wrong with it, in their order and as soon as it is complete.
 
     Args:
-        audio: paths, or 1-D float arrays at 16 kHz.
+        audio: paths, recordings, or 1-D float arrays at 16 kHz.
         decode: gives what is said in each waveform (samples,) of a batch, the best reading first.
         batch_size: segments in a batch; only the last has fewer.
         max_seconds: the longest segment; longer recordings are cut in pauses, see `segments.cut`.
+        cut_longer: without, each recording is one segment, whatever is in it, and longer ones are errors.
     """
     segments: list[Segment] = []
-    for piece in _decoded(_cut_all(audio, max_seconds), decode, batch_size):
+    longest = Longest(max_seconds, "are answered in one go")
+    for piece in _decoded(_cut_all(audio, longest, cut_longer), decode, batch_size):
         if isinstance(piece, Segment):
             segments.append(piece)
         else:
-            yield piece.error or Transcript(name=piece.name, segments=tuple(segments))
+            yield piece.error or Transcript(name=piece.name, seconds=piece.seconds, segments=tuple(segments))
             segments = []
 
 
@@ -84,19 +96,45 @@ class _End:
     """Of a recording."""
 
     name: str
+    seconds: float
     error: AudioError | None
 
 
-def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterator[AudioSegment | _End]:
+def _cut_all(
+    audio: Iterable[str | Path | Recording | Tensor], longest: Longest, cut_longer: bool
+) -> Iterator[AudioSegment | _End]:
     for index, source in enumerate(audio):
-        is_path = isinstance(source, str | Path)
-        name = str(source) if is_path else f"audio {index}"
-        error = None
-        try:
-            yield from cut(audio_blocks(source) if is_path else [check_waveform(source, name)], max_seconds=max_seconds)
-        except AudioError as caught:
-            error = caught
-        yield _End(name, error)
+        is_encoded = isinstance(source, str | Path | Recording)
+        yield from _cut(source, str(source) if is_encoded else f"audio {index}", longest, cut_longer)
+
+
+def _cut(
+    source: str | Path | Recording | Tensor, name: str, longest: Longest, cut_longer: bool
+) -> Iterator[AudioSegment | _End]:
+    samples, error = 0, None
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal samples
+        for block in _blocks(source, name, None if cut_longer else longest):
+            samples += len(block)
+            yield block
+
+    try:
+        if cut_longer:
+            yield from cut(blocks(), max_seconds=longest.seconds)
+        else:
+            yield AudioSegment(0.0, torch.cat(list(blocks())))
+    except AudioError as caught:
+        error = caught
+    yield _End(name, samples / SAMPLE_RATE, error)
+
+
+def _blocks(source: str | Path | Recording | Tensor, name: str, longest: Longest | None) -> Iterable[Tensor]:
+    if isinstance(source, Recording):
+        return source.blocks(longest)
+    if isinstance(source, str | Path):
+        return audio_blocks(source, longest=longest)
+    return [check_waveform(source, name, longest)]
 
 
 def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size: int) -> Iterator[Segment | _End]:

@@ -1,27 +1,35 @@
 """Decoding a split and keeping the record of it, in one process or several, in one go or several."""
 
 import json
+import logging
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import SpeechDataset, loader
-from rwkv_speech.data.sample import Row
+from rwkv_speech.data.sample import BadSample, Row
+from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.missions.mission import Mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import EvalRecord, RecordWriter, read_records
+from rwkv_speech.speech.audio import AudioError, Longest
 from rwkv_speech.speech.augmentation import Perturbation
+from rwkv_speech.transcription import Alternative, transcripts
+
+log = logging.getLogger("rwkv_speech")
 
 UNFINISHED = "unfinished"  # folder of what each process has written of the split at hand
 SCORE_SECONDS = 2.0  # between two looks at the score so far
@@ -34,11 +42,15 @@ def evaluate_split(
     *,
     name: str,
     perturbation: Perturbation | None,
+    max_audio_s: float,
     options: Options,
     fabric: Fabric,
     bad_samples: BadSamples,
 ) -> list[EvalRecord]:
     """Answers to the samples of a split, each exactly once over all processes.
+
+    Recordings longer than `max_audio_s` are cut, and answered, as prediction does it; where the mission doesn't have
+    them cut, they are bad samples.
 
     Every process writes its records as it goes; the first one then joins them to `eval/<name>.jsonl` in the project.
     What stands there of the evaluation that `open_eval_run` goes on with is not decoded again.
@@ -58,6 +70,8 @@ def evaluate_split(
             renderer=model.renderer,
             extract=model.speech_encoder.extract,
             transform=perturbation,
+            longest=Longest(max_audio_s, "are answered in one go"),
+            set_apart=model.mission.cut,
         ),
         batch_size=options.eval_bsz,
         shuffle=False,
@@ -85,18 +99,68 @@ def evaluate_split(
                 )
                 writer.write(record)
                 progress.add(record)
-            progress.advance(len(batch) + len(batch.bad))
+            for index in batch.long:
+                try:
+                    record = answer_in_pieces(model, left[index], perturbation, max_audio_s, options)
+                except AudioError as error:
+                    bad_samples.add([BadSample(left[index].id, str(left[index].audio), str(error))])
+                else:
+                    writer.write(record)
+                    progress.add(record)
+            progress.advance(len(batch) + len(batch.bad) + len(batch.long))
     fabric.barrier()
     if not fabric.is_global_zero:
         return []
     found = done | _by_id(parts.iterdir())
     records = [found[row.id] for row in rows if row.id in found]
+    if cut := [record.details for record in records if "pieces" in record.details]:
+        pieces, empty = (sum(details[what] for details in cut) for what in ("pieces", "empty_pieces"))
+        log.info("%s: %d recordings were cut into %d pieces; %d of these gave no text", name, len(cut), pieces, empty)
     write_whole(folder / f"{name}.jsonl", b"".join(record.line() for record in records))
     _note_finished(folder, name)
     shutil.rmtree(parts)
     if not any(parts.parent.iterdir()):
         parts.parent.rmdir()
     return records
+
+
+def answer_in_pieces(
+    model: SpeechRWKV, row: Row, perturbation: Perturbation | None, max_audio_s: float, options: Options
+) -> EvalRecord:
+    """The record of a recording that is cut in its pauses; `details` count the pieces, and those without an answer.
+
+    Raises:
+        AudioError: audio that can't be used.
+    """
+    results: list[DecodingResult] = []
+    wall = 0.0
+
+    def decode(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
+        nonlocal wall
+        ids = [f"{row.id} {len(results) + i}" for i in range(len(waveforms))]
+        if perturbation:
+            waveforms = [perturbation(id, waveform) for id, waveform in zip(ids, waveforms, strict=True)]
+        pieces = [replace(row, id=id, text=None, audio=x) for id, x in zip(ids, waveforms, strict=True)]
+        batch = model.prepare([model.mission.sample(piece) for piece in pieces])
+        start = time.perf_counter()
+        found = model.decode(batch.to(model.device), options.decoding)
+        wall += time.perf_counter() - start
+        results.extend(found)
+        return [model.alternatives(result) for result in found]
+
+    (transcript,) = transcripts([row.audio], decode, batch_size=options.eval_bsz, max_seconds=max_audio_s)
+    if isinstance(transcript, AudioError):
+        raise transcript
+    scored = sum(result.n_scored for result in results)
+    record = model.mission.record(
+        row,
+        transcript.text,
+        seconds=transcript.seconds,
+        score=sum(result.score for result in results) / scored if scored else None,
+        loop=any(result.loop for result in results),
+        wall_seconds=wall,
+    )
+    return replace(record, details=record.details | {"pieces": len(results), "empty_pieces": transcript.empty})
 
 
 def open_eval_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:

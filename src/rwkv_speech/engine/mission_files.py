@@ -14,9 +14,11 @@ from torch import Tensor
 
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.deepspeed import gathered
+from rwkv_speech.engine.machine import gather
 from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring import MetricKind
+from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.trained import read_mission_file, write_mission_file
 
 
@@ -52,10 +54,11 @@ class MissionFiles(Callback):
         self.written: list[str] = []  # names of the files that are there, oldest first
         self.best: tuple[float, str] | None = None
         self.loss_sum, self.tokens = 0.0, 0.0  # since the latest
+        self.longest = 0  # samples of a recording
         self.saved_step, self.loss = 0, 0.0  # of the latest
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("written", "best", "loss_sum", "tokens", "saved_step", "loss")
+        names = ("written", "best", "loss_sum", "tokens", "longest", "saved_step", "loss")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -71,6 +74,7 @@ class MissionFiles(Callback):
     ) -> None:
         self.loss_sum += outputs["stats"].loss_sum
         self.tokens += outputs["stats"].tokens
+        self.longest = max(self.longest, *batch.samples, 0)
         if self.save_steps and trainer.global_step % self.save_steps == 0:
             self.save(trainer, pl_module)
 
@@ -93,6 +97,8 @@ class MissionFiles(Callback):
         if step != self.saved_step:
             self.saved_step, self.loss = step, self.loss_sum / max(1.0, self.tokens)
             self.loss_sum = self.tokens = 0.0
+        self.longest = max(gather(self.longest))
+        self.info["trained_audio_s"] = self.longest / SAMPLE_RATE
         tensors = pl_module.model.trainable_state_dict()
         info = self.info | {"step": step, "epoch": trainer.current_epoch, "train_loss": round(self.loss, 6)} | scores
         with gathered(trainer, list(tensors.values())):

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from rwkv_speech.data.batches import AccumulationLoader
+from rwkv_speech.data.batches import AccumulationLoader, reading
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, StopRequest, WholeFiles
@@ -65,10 +65,10 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: AccumulationLo
     """Trains to the end, or until asked to stop: then it logs how to go on, and gives False.
 
     Raises:
-        UserError: the disk is full, or what callbacks and the model raise.
+        UserError: the disk is full, a process that reads was killed, or what callbacks and the model raise.
     """
     try:
-        with writing(run.folder):
+        with writing(run.folder), reading():
             trainer.fit(module, batches, ckpt_path=run.resume_point, weights_only=True)
     except Interrupted as interrupted:
         log.info("%s", interrupted)

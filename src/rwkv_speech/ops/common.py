@@ -89,6 +89,17 @@ def load_model(
     return model
 
 
+def longest_piece(model: SpeechRWKV, options: Options, adapter: Path) -> float:
+    """Seconds of audio that are decoded in one go; the log says how many, and why."""
+    seconds = model.longest_piece(options.max_audio_s)
+    if options.max_audio_s:
+        why = "--max_audio_s"
+    else:
+        why = f"the longest that {adapter} was trained on" if seconds == model.trained_audio_s else "the default"
+    log.info("audio of more than %.2f s is %s: %s", seconds, "cut in pauses" if model.mission.cut else "refused", why)
+    return seconds
+
+
 def load_splits(
     options: DataOptions,
     asked: str | None,

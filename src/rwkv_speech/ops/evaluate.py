@@ -9,10 +9,18 @@ from rich.console import Console
 
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.batches import reading
 from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_run, write_json
 from rwkv_speech.engine.machine import fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
-from rwkv_speech.ops.common import check_missions, check_model_file, chosen_adapter, load_model, load_splits
+from rwkv_speech.ops.common import (
+    check_missions,
+    check_model_file,
+    chosen_adapter,
+    load_model,
+    load_splits,
+    longest_piece,
+)
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
 from rwkv_speech.speech.augmentation import ROBUSTNESS
@@ -44,15 +52,16 @@ def evaluate(options: Options) -> int:
     model = load_model(options.model, adapter, fabric.device, machine)
     for rows in splits.values():
         check_missions(rows, model)
+    max_audio_s = longest_piece(model, options, adapter)
     folder = options.project / "eval"
     results: dict[str, SplitResult] = {}
-    with launched(fabric):
+    with launched(fabric), reading():
         if fabric.is_global_zero:
             flat = options.flat()
             written = datetime.fromtimestamp(adapter.stat().st_mtime).isoformat()
             settings = {name: flat[name] for name in EVAL_SETTINGS} | {
                 **{"adapter": str(adapter), "adapter_written": written},
-                **{"encoder": model.speech_encoder.name, "precision": machine.precision},
+                **{"encoder": model.speech_encoder.name, "precision": machine.precision, "max_audio_s": max_audio_s},
             }
             open_eval_run(folder, settings, resume=options.resume)
         for line, (name, perturbation) in lines.items():
@@ -61,6 +70,7 @@ def evaluate(options: Options) -> int:
                 splits[name],
                 name=files[line],
                 perturbation=perturbation,
+                max_audio_s=max_audio_s,
                 options=options,
                 fabric=fabric,
                 bad_samples=bad_samples,

@@ -11,7 +11,7 @@ from rwkv_speech.data.listing import audio_files
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
-from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model
+from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model, longest_piece
 from rwkv_speech.options import Options
 from rwkv_speech.transcription import FORMATS, output_files
 
@@ -30,11 +30,12 @@ def predict(options: Options) -> int:
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    model = load_model(options.model, chosen_adapter(options), machine.first_device, machine)
+    adapter = chosen_adapter(options)
+    model = load_model(options.model, adapter, machine.first_device, machine)
     transcripts = model.transcripts(
         paths,
         batch_size=options.eval_bsz,
-        max_audio_s=options.max_audio_s,
+        max_audio_s=longest_piece(model, options, adapter),
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0
@@ -42,7 +43,13 @@ def predict(options: Options) -> int:
         if isinstance(transcript, UserError):
             log.error("%s", transcript)
             failed += 1
-        elif places:
+            continue
+        if not transcript.segments:
+            log.info("%s: no speech in it", transcript.name)
+        if transcript.empty:
+            segments = len(transcript.segments)
+            log.warning("%s: %d of %d segments gave no text", transcript.name, transcript.empty, segments)
+        if places:
             write_whole(places[index], FORMATS[options.format](transcript).encode())
         else:
             print(FORMATS[options.format](transcript), end="", flush=True)

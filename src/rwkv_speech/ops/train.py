@@ -32,7 +32,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits
 from rwkv_speech.options import Options, TrainingOptions
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, duration
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
 from rwkv_speech.speech.frame_cache import FrameCache
 from rwkv_speech.trained import newest_mission_file
@@ -70,9 +70,8 @@ def train(options: Options) -> int:
     metrics = Metrics(options.project, run.id, model.mission.leading)
     callbacks = [ReportBadSamples(bad_samples), metrics, Bar(metrics), mission_files]
     if cache:
-        callbacks.insert(
-            0, FillFrames(cache, [row for row in rows if (row.text or "").strip()] + validation_rows, bad_samples)
-        )
+        usable = [row for row in rows if (row.text or "").strip()]
+        callbacks.insert(0, FillFrames(cache, usable + validation_rows, bad_samples, _longest(training, model)))
     if validation_rows:
         validation = Validation(
             training, options.decoding, mission_files=mission_files, metrics=metrics, bad_samples=bad_samples
@@ -82,7 +81,7 @@ def train(options: Options) -> int:
     trainer = make_trainer(options, machine, run, callbacks, stop)
     if validation_rows:
         validation.batches = loader(
-            _dataset(model, validation_rows, cache),
+            _dataset(model, validation_rows, cache, longest=_longest(training, model)),
             batch_size=options.eval_bsz,
             shuffle=False,
             num_workers=data.num_workers,
@@ -149,6 +148,7 @@ def _training_batches(
         cache,
         transform=augmentation if training.speed_perturb or training.noise_dir else None,
         filter=_too_long(training, slowest),
+        longest=_longest(training, model, slowest),
         spec_augment=SpecAugment(training.random_seed, model.speech_encoder.width) if training.spec_augment else None,
         needs_answer=True,
     )
@@ -194,6 +194,19 @@ def _noise_files(folder: str, *, skip: bool) -> list[Path]:
     if not found:
         raise UserError(f"--noise_dir {folder}: no audio files there; expected recordings of noise")
     return found
+
+
+def _longest(training: TrainingOptions, model: SpeechRWKV, slowest: float | None = None) -> Longest:
+    """What a recording certainly can't exceed, so that no more of it is read; `_too_long` then knows it exactly.
+
+    slowest: the lowest speed that augmentation draws; None: batches have no bound.
+    """
+    # Two positions more, since the frames of an encoder's edges, and of an incomplete last position, are missing.
+    seconds = (training.ctx_len + 2) * model.adapter.downsample_k / model.speech_encoder.frame_rate
+    context = Longest(seconds, f"--ctx_len {training.ctx_len} has room for")
+    if not slowest or not training.max_batch_s:
+        return context
+    return min(context, Longest(training.max_batch_s * slowest, f"--max_batch_s {training.max_batch_s:g} leaves"))
 
 
 def _too_long(training: TrainingOptions, slowest: float) -> Callable[[Rendered, Sequence[int]], str | None]:

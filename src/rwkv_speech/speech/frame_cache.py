@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
 from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
 from rwkv_speech.speech.recording import Recording
@@ -113,6 +114,7 @@ class FrameCache:
         self,
         recordings: Sequence[Recording],
         *,
+        longest: Longest | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
@@ -126,6 +128,7 @@ class FrameCache:
 
         Args:
             recordings: the same in all processes; one may occur several times.
+            longest: recordings that are longer can't be used.
             device: where the encoder works.
             rank, world_size: which share is this process's.
             barrier: returns when all processes have called it.
@@ -138,27 +141,28 @@ class FrameCache:
         mine = list({recording.stamp() or recording: recording for recording in recordings[rank::world_size]}.values())
         with ShardWriter(self._shards) as writer:
             missing = {i for i, recording in enumerate(mine) if not self._known(recording, writer)}
-            work = self._plan(mine, missing, on_bad) if missing else []
+            work = self._plan(mine, missing, longest, on_bad) if missing else []
             self._check_room([entry for batch in work for entry in batch if entry.index in missing], rank, world_size)
             barrier()  # no process writes before all have measured the free space
             if work:
-                self._encode([[mine[entry.index] for entry in batch] for batch in work], writer, device, rank, on_bad)
+                batches = [[mine[entry.index] for entry in batch] for batch in work]
+                self._encode(batches, writer, longest, device, rank, on_bad)
         self._loaded = None
         barrier()
         self._shards.reload()
 
-    def read(self, recording: Recording) -> tuple[Tensor, int]:
+    def read(self, recording: Recording, longest: Longest | None = None) -> tuple[Tensor, int]:
         """The frames of a recording, (F, width) float16 or float32, and its samples at 16 kHz.
 
         Raises:
-            AudioError: it can't be used, or changed since the cache was filled.
+            AudioError: it can't be used, is longer than `longest`, or changed since the cache was filled.
         """
         record = self._find_stamp(recording.stamp())
         if record is None:
             content, _ = recording.read()
             record = self._shards.find(_key("audio", content))
             if record is None:
-                load_audio(content, name=str(recording))  # says what is wrong with it
+                load_audio(content, name=str(recording), longest=longest)  # says what is wrong with it
                 raise AudioError(f"{recording}: changed since its frames were cached; start again to renew them")
         return self._shards.read(record), int(record["samples"])
 
@@ -181,13 +185,17 @@ class FrameCache:
         return record is not None
 
     def _plan(
-        self, recordings: Sequence[Recording], missing: set[int], on_bad: Callable[[Recording, AudioError], None]
+        self,
+        recordings: Sequence[Recording],
+        missing: set[int],
+        longest: Longest | None,
+        on_bad: Callable[[Recording, AudioError], None],
     ) -> list[list["_Entry"]]:
         """All recordings in batches of like length, of which those remain that lack something."""
         entries = []
         for index, recording in enumerate(recordings):
             try:
-                entries.append(_Entry(recording.seconds(), index))
+                entries.append(_Entry(recording.seconds(longest), index))
             except AudioError as error:
                 on_bad(recording, error)
         entries.sort(reverse=True)
@@ -219,6 +227,7 @@ class FrameCache:
         self,
         batches: list[list[Recording]],
         writer: ShardWriter,
+        longest: Longest | None,
         device: torch.device | str,
         rank: int,
         on_bad: Callable[[Recording, AudioError], None],
@@ -228,9 +237,10 @@ class FrameCache:
         start, seconds = time.perf_counter(), 0.0
         columns = (TextColumn("caching frames"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
         console = Console(stderr=True)
+        read = partial(_read_audio, longest=longest)
         with ThreadPoolExecutor(_READERS) as pool, Progress(*columns, console=console, disable=rank > 0) as progress:
             task = progress.add_task("", total=sum(map(len, batches)), speed="")
-            for batch, results in zip(batches, _ahead(pool, _read_audio, batches), strict=True):
+            for batch, results in zip(batches, _ahead(pool, read, batches), strict=True):
                 usable: list[tuple[Recording, _AudioFile]] = []
                 for recording, result in zip(batch, results, strict=True):
                     if isinstance(result, AudioError):
@@ -294,10 +304,10 @@ def _key(kind: str, content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16, person=kind.encode()).digest()
 
 
-def _read_audio(recording: Recording) -> _AudioFile | AudioError:
+def _read_audio(recording: Recording, *, longest: Longest | None) -> _AudioFile | AudioError:
     try:
         content, stamp = recording.read()
-        return _AudioFile(_key("audio", content), stamp, load_audio(content, name=str(recording)))
+        return _AudioFile(_key("audio", content), stamp, load_audio(content, name=str(recording), longest=longest))
     except AudioError as error:
         return error
 

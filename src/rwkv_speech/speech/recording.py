@@ -1,5 +1,6 @@
 """A recording, wherever it lies: read when it is asked for, and known again by a stamp."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -7,7 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from rwkv_speech.files import printable
-from rwkv_speech.speech.audio import AudioError, duration, load_audio
+from rwkv_speech.speech.audio import AudioError, Longest, audio_blocks, duration, load_audio
+from rwkv_speech.speech.decoders import open_file
 from rwkv_speech.speech.identity import file_stamp
 
 
@@ -35,21 +37,29 @@ class Recording:
     def __str__(self) -> str:
         return printable(str(self.source))
 
-    def waveform(self) -> Tensor:
+    def waveform(self, longest: Longest | None = None) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
 
         Raises:
             AudioError: the recording is missing or can't be decoded.
+            TooLongError: it is longer than `longest`; no more of it has been decoded.
         """
-        return load_audio(self._encoded(), name=str(self))
+        return load_audio(self._encoded(), name=str(self), longest=longest)
 
-    def seconds(self) -> float:
+    def blocks(self, longest: Longest | None = None) -> Iterator[Tensor]:
+        """The same block by block, see `audio_blocks`."""
+        yield from audio_blocks(self._encoded(), name=str(self), longest=longest)
+
+    def seconds(self, longest: Longest | None = None) -> float:
         """Length in seconds, from the data source where it gives one, else from the recording's header.
 
         Raises:
             AudioError: the recording can't be opened.
+            TooLongError: by its header it is longer than `longest`.
         """
-        return self.duration if self.duration is not None else duration(self._encoded(), name=str(self))
+        if self.duration is not None and not (longest and self.duration > longest.seconds):
+            return self.duration
+        return duration(self._encoded(), name=str(self), longest=longest)
 
     def stamp(self) -> str | None:
         """Stands for the recording's content until that changes; None where only reading it can show a change."""
@@ -66,11 +76,11 @@ class Recording:
         if isinstance(encoded, bytes):
             return encoded, stamp
         try:
-            # The stamp of a row says nothing of a file that the row points to.
-            return Path(encoded).read_bytes(), stamp if encoded is self.source else None
-        except (OSError, ValueError) as error:  # a ValueError of a name with a NUL
-            problem = getattr(error, "strerror", None) or error
-            raise AudioError(f"{self}: cannot be read ({problem}); expected an audio file") from error
+            with open_file(encoded, str(self)) as file:
+                # The stamp of a row says nothing of a file that the row points to.
+                return file.read(), stamp if encoded is self.source else None
+        except OSError as error:
+            raise AudioError(f"{self}: cannot be read ({error.strerror}); expected an audio file") from error
 
     def _encoded(self) -> Path | bytes | str:
         return self.source if isinstance(self.source, Path) else self.source.fetch()
