@@ -301,6 +301,20 @@ def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
     assert second.report() == f"2 bad samples skipped, listed in {path}"
 
 
+def test_a_line_that_a_killed_process_left_half_written_goes(tmp_path):
+    path = tmp_path / "bad_audio.jsonl"
+    a, b, c = (BadSample(name, f"{name}.wav", "stümm") for name in "abc")
+    BadSamples("skip", path).add([a, b])
+    whole = path.read_bytes()
+    for left in (whole.index(b"\xbc"), len(whole) - 1, whole.index(b"\n") + 1, 5):  # within a letter of two bytes first
+        path.write_bytes(whole[:left])
+        running = BadSamples("skip", path)
+        running.add([c])
+        running.add([b, a, c])
+        listed = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
+        assert sorted(listed) == ["a", "b", "c"]
+
+
 def test_unknown_policy_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected 'stop' or 'skip'"):
         BadSamples("ignore", tmp_path / "bad_audio.jsonl")

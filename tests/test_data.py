@@ -433,12 +433,18 @@ def test_recording_of_a_row(tmp_path, datasets, monkeypatch):
     assert not {*changed} & {*stamps, None}
 
 
-def test_row_that_points_to_a_file_has_no_stamp_for_its_content(tmp_path, datasets, monkeypatch):
+def test_row_that_points_to_a_file_has_the_stamp_of_the_file(tmp_path, datasets, monkeypatch):
     monkeypatch.setattr(identity, "SETTLED", -1.0)
     paths = [write_tone(tmp_path / "a.wav", 300), tmp_path / "absent.wav"]
     datasets.Dataset.from_dict({"audio": list(map(str, paths)), "text": ["x", "y"]}).save_to_disk(tmp_path / "saved")
     here, absent = (row.audio for row in load_split(None, data=str(tmp_path / "saved")))
-    assert here.read() == (paths[0].read_bytes(), None)
+    stamp = here.stamp()
+    assert stamp == Recording(paths[0]).stamp() is not None
+    assert here.read() == (paths[0].read_bytes(), stamp)
+    assert absent.stamp() is None
+    time.sleep(0.02)  # a tick of the file system's clock
+    write_tone(paths[0], 500)
+    assert here.stamp() != stamp
     for method in (Recording.waveform, Recording.seconds, Recording.read):
         with pytest.raises(AudioError, match="saved row 1: "):
             method(absent)

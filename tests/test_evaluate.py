@@ -308,6 +308,131 @@ def test_a_finished_evaluation_is_not_done_again_but_changed_texts_are(world, fl
     assert summary["splits"][str(changed)]["utterances"] == 24
 
 
+def manifest_of(folder, world, audio):
+    """A manifest `all.jsonl` with the transcripts and ids of the first six recordings of the world."""
+    path = folder / "all.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = [
+        {"audio": str(x), "text": text, "id": f"u{i}"}
+        for i, (x, (_, text)) in enumerate(zip(audio, world.utterances, strict=False))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def hypotheses(project):
+    return [json.loads(line)["hypothesis"] for line in (project / "eval" / "all.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def truth(world, missions):
+    """What the model says of recordings, asked for one by one."""
+    model = world.speech_rwkv(adapter=missions[0])
+    return lambda audio: model.transcribe([str(path) for path in audio], batch_size=1, max_new_tokens=50)
+
+
+def test_records_of_other_recordings_count_for_nothing(world, flags, truth, tmp_path, cut_power):
+    """Ids and transcripts are the same: another folder, a file that was recorded anew, another column of a dataset."""
+    clean, noisy = [path for path, _ in world.utterances[:6]], [path for path, _ in world.utterances[6:12]]
+    said = {True: truth(clean), False: truth(noisy)}
+    assert sum(a != b for a, b in zip(said[True], said[False], strict=True)) > 3, "the case is void"
+    project, more = tmp_path / "project", f"--eval_split={manifest_of(tmp_path / 'clean', world, clean)}"
+    here(flags, project, more)
+    assert hypotheses(project) == said[True]
+    more = f"--eval_split={manifest_of(tmp_path / 'noisy', world, noisy)}"
+    here(flags, project, "--resume", more)
+    assert hypotheses(project) == said[False]
+
+    own = [shutil.copy(path, tmp_path / f"{i}.wav") for i, path in enumerate(clean)]
+    more = f"--eval_split={manifest_of(tmp_path / 'own', world, own)}"
+    here(flags, project, "--resume", more)
+    shutil.copy(noisy[4], own[4])
+    cut_power(2)  # the second batch would fail: one recording is all that is left to do
+    here(flags, project, "--resume", more)
+    cut_power(100)
+    assert hypotheses(project) == [*said[True][:4], said[False][4], said[True][5]]
+
+    datasets = pytest.importorskip("datasets")
+    cells = {name: [{"bytes": path.read_bytes(), "path": None} for path in audio]
+             for name, audio in (("clean", clean), ("noisy", noisy))}  # fmt: skip
+    texts = {"text": [text for _, text in world.utterances[:6]], "id": [f"u{i}" for i in range(6)]}
+    saved = datasets.Dataset.from_dict(cells | texts)
+    for name in cells:
+        saved = saved.cast_column(name, datasets.Audio(decode=False))
+    saved.save_to_disk(tmp_path / "saved")
+    project = tmp_path / "columns"
+    for column in ("clean", "noisy"):
+        here(flags, project, f"--data={tmp_path / 'saved'}", f"--audio_column={column}", "--resume")
+        assert hypotheses(project) == said[column == "clean"]
+    cut_power(1)
+    here(flags, project, f"--data={tmp_path / 'saved'}", "--audio_column=noisy", "--resume")
+
+
+@pytest.mark.parametrize("part", ["load_model", "encoder", "adapter"])
+def test_a_part_with_other_weights_under_its_old_name_is_noticed(world, flags, tmp_path, missions, part):
+    if part == "adapter":
+        places = {"adapter": Path(shutil.copy(missions[0], tmp_path / "0.pth"))}
+        shutil.copy(missions[0].with_suffix(".json"), tmp_path)
+    else:
+        place = world.model if part == "load_model" else Path(world.encoder)
+        copied = tmp_path / place.name
+        places = {part: shutil.copy(place, copied) if place.is_file() else shutil.copytree(place, copied)}
+    flags = [
+        *flags,
+        f"--{part}={places[part]}",
+        f"--eval_split={manifest_of(tmp_path / 'few', world, [world.utterances[0][0]])}",
+    ]
+    here(flags, tmp_path / "project")
+    if part == "encoder":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(copied / "model.safetensors")
+        save_file(
+            {name: x * 1.5 for name, x in tensors.items()}, copied / "model.safetensors", metadata={"format": "pt"}
+        )
+    else:
+        torch.save({name: x * 1.5 for name, x in torch.load(places[part]).items()}, places[part])
+    with pytest.raises(UserError, match=rf"--resume, but .* another one: {part}\S* was .*, is .*; leave --resume out"):
+        here(flags, tmp_path / "project", "--resume")
+
+
+def test_samples_are_counted_and_never_inferred(flags, tmp_path, monkeypatch):
+    """What another process takes away is no bad sample."""
+    plain = SpeechRWKV.decode
+
+    def decode(self, *args, **how):
+        (path,) = (tmp_path / "eval" / "unfinished" / "all").iterdir()
+        if len(path.read_bytes().splitlines()) == 5:
+            os.truncate(path, 0)
+        return plain(self, *args, **how)
+
+    monkeypatch.setattr(SpeechRWKV, "decode", decode)
+    with pytest.raises(UserError, match="lacks records that this evaluation has written"):
+        here(flags, tmp_path)
+    assert not (tmp_path / "eval" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 3, "finished": []}', '{"settings": {}}'])
+def test_a_damaged_ledger_is_one_line(flags, whole, tmp_path, content):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "eval" / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged; leave --resume out"):
+        here(flags, tmp_path / "copy", "--resume")
+
+
+def test_splits_that_are_named_by_dots_are_named_by_what_they_mean(librispeech, flags, tmp_path, monkeypatch):
+    flags = [flag for flag in flags if not flag.startswith("--data")]
+    for place, split in (
+        ("test-other/3", "../"),
+        ("test-other", "./"),
+        ("test-clean", "../test-clean/../test-other/3/.."),
+    ):
+        monkeypatch.chdir(librispeech / place)
+        here(flags, tmp_path, f"--eval_split={split}", "--max_new_tokens=2")
+        names = {path.name for path in (tmp_path / "eval").iterdir()}
+        assert names == {"test-other.jsonl", "evaluation.json", "summary.json", "report.html"}
+
+
 def test_perturbed_rows_resume_where_they_stopped(flags, tmp_path, cut_power):
     cut_power(24 * 3 + 10)
     with pytest.raises(PowerCutError):

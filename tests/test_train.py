@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as door
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
-from rwkv_speech.engine.runs import Run
+from rwkv_speech.engine.runs import Run, find_run
+from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.options import Options
+from rwkv_speech.scoring import EvalRecord
 from tests.tiny import QUICK, do, last, missions
 
 pytestmark = pytest.mark.usefixtures("voiced")
@@ -319,6 +323,138 @@ def test_a_killed_process_resumes_in_another(world, tmp_path, uninterrupted):
     assert killed.returncode == -signal.SIGKILL
     do("train", world, tmp_path, *RUN)
     assert equal(last(tmp_path), last(uninterrupted))
+
+
+@pytest.mark.parametrize("change", ["shortened", "other-texts", "another-recording"])
+def test_a_run_whose_data_changed_says_so_and_starts_its_epoch_anew(world, tmp_path, monkeypatch, caplog, change):
+    recordings = [shutil.copy(path, tmp_path / path.name) for path, _ in world.utterances]
+    lines = [{"audio": str(x), "text": t, "id": x.stem} for x, (_, t) in zip(recordings, world.utterances, strict=True)]
+    manifest = tmp_path / "data.jsonl"
+
+    def write(lines):
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    plain, steps, cut = TrainingModule.training_step, [], 9  # of 6 to an epoch; the resume point is of step 8
+
+    def training_step(self, batch, index):
+        if len(steps) == cut:
+            raise PowerCutError
+        weights = {name: x.detach().clone() for name, x in self.model.trainable_state_dict().items()}
+        moments = sum(len(state) for state in self.trainer.optimizers[0].state.values())
+        steps.append(
+            (self.trainer.global_step, self.trainer.current_epoch, batch.names, batch.references, weights, moments)
+        )
+        return plain(self, batch, index)
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    flags = [f"--data={manifest}", "--epoch_count=2", "--save_steps=4", "--lr_final=1e-4"]
+    write(lines)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "out", *flags)
+    before = next(weights for step, *_, weights, _ in steps if step == 8)
+    assert "changed since" not in caplog.text
+    steps.clear()
+    cut = None
+    if change == "shortened":
+        lines = lines[:7]
+    elif change == "other-texts":
+        lines[3]["text"] = "jjj"
+    elif change == "another-recording":
+        shutil.copy(world.utterances[5][0], recordings[3])
+    write(lines)
+    assert do("train", world, tmp_path / "out", *flags) == 0
+    first, *_ = steps
+    assert first[:2] == (8, 1)
+    assert equal(first[4], before), "the weights go on"
+    assert first[5] == 3 * len(before), "so do both moments of each, and the number of steps"
+    texts = {line["id"]: line["text"] for line in lines}
+    seen = [pair for _, _, names, said, *_ in steps for pair in zip(names, said, strict=True)]
+    assert sorted(seen) == sorted(texts.items()), "each sample once, as it is now"
+    (warning,) = [record.getMessage() for record in caplog.records if "changed since" in record.getMessage()]
+    assert warning.startswith("the training data changed since ")
+    assert "step=8.ckpt" in warning
+    assert warning.endswith("weights and optimiser go on, epoch 1 starts anew")
+
+
+def test_scores_on_other_samples_are_not_compared(world, tmp_path, cut_power, monkeypatch):
+    """Validated on another split since it was interrupted, the best file is the best of that split."""
+    manifests = []
+    for name, part in (("easy", slice(3)), ("hard", slice(3, 6))):
+        manifests.append(world.folder / f"{name}.jsonl")
+        manifests[-1].write_text("".join((world.folder / "train.jsonl").read_text().splitlines(keepends=True)[part]))
+    rates = {"easy": iter([0.1]), "hard": iter([0.9, 0.8, 0.7])}
+
+    def share(self, module):
+        errors = round(10 * next(rates["hard" if self.batches.dataset.rows[0].id == "u3" else "easy"]))
+        words = " ".join(["x"] * errors + ["y"] * (10 - errors))
+        return 1.0, 1, [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0)]
+
+    monkeypatch.setattr(Validation, "_share", share)
+    flags = ["--epoch_count=2", "--valid_steps=4", "--save_steps=5", "--early_stop=3"]
+    cut_power(6)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path, *flags, f"--valid_split={manifests[0]}")
+    cut_power(100)
+    do("train", world, tmp_path, *flags, f"--valid_split={manifests[1]}")
+    files = missions(tmp_path)
+    assert files["rwkv-adapter-12.pth"][1]["wer"] == 0.8
+    point = torch.load(*tmp_path.glob("checkpoints/run-1/*.ckpt"), weights_only=True)
+    (state,) = [state for name, state in point["callbacks"].items() if name == "MissionFiles"]
+    assert state["best"] == (0.9, "rwkv-adapter-8.pth")
+
+
+@pytest.mark.parametrize("part", ["load_model", "encoder"])
+def test_a_run_whose_frozen_parts_have_other_weights_is_another_run(world, tmp_path, cut_power, caplog, part):
+    place = tmp_path / "part"
+    if part == "load_model":
+        content = torch.load(world.model, weights_only=True)
+        torch.save(content, place)
+    else:
+        shutil.copytree(world.encoder, place)
+    cut_power(2)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "out", f"--{part}={place}")
+    if part == "load_model":
+        torch.save(content | {"emb.weight": content["emb.weight"] * 1.5}, place)
+    else:
+        content = load_file(place / "model.safetensors")
+        save_file(
+            {name: x * 1.5 for name, x in content.items()}, place / "model.safetensors", metadata={"format": "pt"}
+        )
+    caplog.set_level("INFO", "rwkv_speech")
+    cut_power(1)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "out", f"--{part}={place}")
+    assert f"had other {part}_weights; this is run 2" in caplog.text
+
+
+def test_a_damaged_resume_point_is_one_line_that_says_what_to_remove(
+    world, tmp_path, uninterrupted, cut_power, monkeypatch, capsys
+):
+    cut_power(6)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path, *RUN)
+    monkeypatch.undo()
+    (point,) = tmp_path.glob("checkpoints/run-1/step=4.ckpt")
+    whole = point.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]  # one bit, which torch.load takes
+    for content in (b"", whole[:middle], b"no archive", flipped):
+        point.write_bytes(content)
+        status, printed = at_door(monkeypatch, capsys, *world.flags, *QUICK, *RUN, f"--proj_dir={tmp_path}")
+        assert status == 2
+        assert f"train.py: {point} is damaged: remove it, and the same command" in printed.err
+        assert "Traceback" not in printed.err
+    assert missions(tmp_path)
+    point.unlink()
+    monkeypatch.undo()
+    do("train", world, tmp_path, *RUN)
+    assert equal(last(tmp_path), last(uninterrupted))
+    assert not list(tmp_path.glob("checkpoints/run-2"))
+    for content in ("", "{", "[]", '{"finished": false}'):
+        (tmp_path / "checkpoints/run-1/run.json").write_text(content)
+        options = Options.parse([*world.flags, f"--proj_dir={tmp_path}"])
+        assert find_run(options, {}).number == 2
 
 
 def test_a_run_with_other_options_leaves_an_unfinished_one_alone(world, tmp_path, cut_power, monkeypatch, caplog):

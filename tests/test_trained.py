@@ -3,13 +3,20 @@
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.trained import MissionFileError, newest_mission_file, read_mission_file, write_mission_file
+from rwkv_speech.trained import (
+    MissionFileError,
+    newest_mission_file,
+    read_mission_file,
+    read_newest_mission_file,
+    write_mission_file,
+)
 
 # The world's encoder has width 32, its language model 2 layers of width 64 in heads of 32.
 PUBLISHED = {
@@ -206,13 +213,51 @@ def test_a_crash_while_writing_leaves_the_old_files(tmp_path, monkeypatch, modul
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_the_newest_is_told_by_modification_time(tmp_path):
+@pytest.mark.parametrize(
+    ("files", "newest"),  # name -> when its run began
+    [
+        ({"294": "", "300": "", "300-avg2": "", "8": ""}, "300-avg2"),
+        ({"20": "", "20-run2": "", "20-run10": "", "20-run2-2": "", "9": ""}, "20-run10"),
+        ({"20-avg5": "", "20-avg5-run2": "", "20-run2": ""}, "20-avg5-run2"),
+        ({"300": "2026-01-02", "300-avg2": "2026-01-02", "40": "2026-11-01", "9000": ""}, "40"),
+        ({"mine": "", "7": ""}, "7"),
+        ({"mine": ""}, "mine"),
+    ],
+    ids=["step-and-kind", "names-taken", "means-of-runs", "later-run", "other-name", "only-other-name"],
+)
+def test_the_newest_is_told_by_run_step_and_kind_whatever_its_time(tmp_path, files, newest):
     assert "rwkv-adapter-*.pth" in refusal(newest_mission_file, tmp_path)
     assert "train first" in refusal(newest_mission_file, tmp_path / "nowhere")
-    for name, when in (("9000", 1), ("20", 3), ("20-run2", 2)):
-        path = tmp_path / f"rwkv-adapter-{name}.pth"
-        path.touch()
-        os.utime(path, (when, when))
     for name in ("other.pth", "rwkv-adapter-30.json", ".rwkv-adapter-31.pth.99", "rwkv-adapter-32.pth.tmp"):
         (tmp_path / name).touch()
-    assert newest_mission_file(tmp_path).name == "rwkv-adapter-20.pth"
+    for order in (list(files), list(files)[::-1]):
+        for when, name in enumerate(order):
+            path = tmp_path / f"rwkv-adapter-{name}.pth"
+            path.touch()
+            os.utime(path, (when, when))
+            path.with_suffix(".json").write_text(json.dumps({"run_began": files[name]}) if files[name] else "{")
+        assert newest_mission_file(tmp_path).name == f"rwkv-adapter-{newest}.pth"
+
+
+def test_the_newest_is_read_while_training_writes_and_removes_files(tmp_path):
+    """As `MissionFiles` does it: a file is written, then the one before it removed, its weights first."""
+    writing = threading.Event()
+
+    def train():
+        for step in range(1, 200):
+            write_mission_file(tmp_path / f"rwkv-adapter-{step}.pth", content, {"step": step})
+            writing.set()
+            for suffix in (".pth", ".json"):
+                (tmp_path / f"rwkv-adapter-{step - 1}.pth").with_suffix(suffix).unlink(missing_ok=True)
+
+    content = tensors()
+    training = threading.Thread(target=train)
+    training.start()
+    writing.wait()
+    steps = []
+    while training.is_alive():
+        file = read_newest_mission_file(tmp_path)
+        assert f"rwkv-adapter-{file.info['step']}.pth" == file.path.name
+        steps.append(file.info["step"])
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 5, "the case is void: nothing changed meanwhile"

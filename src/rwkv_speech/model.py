@@ -80,7 +80,7 @@ class SpeechRWKV(nn.Module):
         load_model: str | Path,
         *,
         encoder: str | None = None,
-        adapter: str | Path | None = None,
+        adapter: str | Path | MissionFile | None = None,
         mission: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -93,8 +93,8 @@ class SpeechRWKV(nn.Module):
         Args:
             load_model: an RWKV-6 or RWKV-7 weight file, .pth or .safetensors.
             encoder: a Hugging Face name or folder; None is the one that the mission file names, or WavLM-large.
-            adapter: a mission file; None starts from torch's initialisation of the adapter and the model's own
-                initial state (zero, unless its file holds one).
+            adapter: a mission file, or what was read of one; None starts from torch's initialisation of the adapter and
+                the model's own initial state (zero, unless its file holds one).
             mission: what is asked of the model; None is what the mission file names, or "transcribe".
             device: where to compute.
             dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
@@ -105,7 +105,7 @@ class SpeechRWKV(nn.Module):
         Raises:
             UserError: a file or encoder that can't be read, or parts that don't fit each other.
         """
-        file = read_mission_file(adapter) if adapter is not None else None
+        file = adapter if isinstance(adapter, MissionFile | None) else read_mission_file(adapter)
         info = file.info if file else {}
         named = info.get("encoder")
         if encoder and named and encoder != named:

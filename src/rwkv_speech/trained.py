@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rwkv_speech.speech.frame_cache import AbsentEncoder
 
 STATE = "language_model.blocks.{}.att.time_state"
 ADAPTER = "speech_encoder.adapter."
+_FILE = re.compile(r"rwkv-adapter-(\d+)(-avg\d+)?(?:-run(\d+)(?:-(\d+))?)?")
 _NAME = re.compile(r"language_model\.blocks\.\d+\.att\.time_state|speech_encoder\.adapter\.[02]\.(weight|bias)")
 
 
@@ -129,6 +131,8 @@ def read_mission_file(path: str | Path) -> MissionFile:
         MissionFileError: no such file, not a state dict of tensors, names missing or unknown, or inconsistent shapes.
     """
     path = Path(path).expanduser()
+    beside = path.with_suffix(".json")
+    info = beside.read_bytes() if beside.is_file() else None  # before the weights, which training removes first
     if not path.is_file():
         raise MissionFileError(f"mission file {path}: no such file")
     try:
@@ -152,7 +156,7 @@ def read_mission_file(path: str | Path) -> MissionFile:
         raise MissionFileError(f"mission file {path}: {'; '.join(problems)}")
     if problem := _inconsistency(tensors, n_layer):
         raise MissionFileError(f"mission file {path}: {problem}")
-    return MissionFile(path, tensors, _read_info(path.with_suffix(".json")))
+    return MissionFile(path, tensors, {} if info is None else _parse_info(beside, info))
 
 
 def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -176,7 +180,10 @@ def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[
 
 
 def newest_mission_file(folder: Path) -> Path:
-    """The mission file written last.
+    """The mission file that training in a folder has come to, whatever times its files have: a copy has new ones.
+
+    In this order: of the run that began last, by the JSON beside it (without that, before all that have it); of its
+    highest step; of the files of that step the mean (`-avg<N>`), which is written last.
 
     Raises:
         MissionFileError: the folder holds none.
@@ -186,7 +193,32 @@ def newest_mission_file(folder: Path) -> Path:
         raise MissionFileError(
             f"{folder} holds no mission file (rwkv-adapter-*.pth): train first, or name one by --adapter"
         )
-    return max(files, key=lambda path: path.stat().st_mtime_ns)
+    return max(files, key=_age)
+
+
+def read_newest_mission_file(folder: Path) -> MissionFile:
+    """`newest_mission_file`, read; also while training beside it writes newer ones and removes this one.
+
+    Raises:
+        MissionFileError: the folder holds none, or it can't be read.
+    """
+    while True:
+        path = newest_mission_file(folder)
+        try:
+            return read_mission_file(path)
+        except MissionFileError:
+            if path.exists():
+                raise
+
+
+def _age(path: Path) -> tuple[str, int, bool, int, int, str]:
+    """What orders mission files from the oldest to the newest."""
+    began = ""
+    with suppress(OSError, ValueError, AttributeError):
+        began = str(json.loads(path.with_suffix(".json").read_bytes()).get("run_began", ""))
+    found = _FILE.fullmatch(path.stem)
+    step, mean, run, copy = found.groups() if found else (None,) * 4
+    return began, int(step or -1), mean is not None, int(run or 0), int(copy or 0), path.name
 
 
 def check_fit(
@@ -248,11 +280,9 @@ def _inconsistency(tensors: Mapping[str, Tensor], n_layer: int) -> str | None:
     return f"{strange[0][0]} holds {strange[0][1]}, expected floating-point numbers" if strange else None
 
 
-def _read_info(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _parse_info(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(content))
     except (ValueError, TypeError) as error:
         raise MissionFileError(f"{path}: cannot be read as JSON ({_line(error)}); mend or remove it") from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -71,14 +73,19 @@ class BadSamples:
         return sample.reason if sample.audio in sample.reason else f"{sample.audio}: {sample.reason}"
 
     def _list(self, samples: list[BadSample]) -> None:
-        # No lock: some cluster file systems have none, and a race costs no more than a doubled line.
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
+            with suppress(OSError):  # without locks, as on some cluster file systems, a race may double a line
+                fcntl.lockf(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
-            for line in file.read().split(b"\n"):
+            whole, _, torn = file.read().rpartition(b"\n")
+            if torn:  # by a process that was killed
+                file.truncate(self._read_to + len(whole) + bool(whole))
+            for line in whole.split(b"\n"):
                 with suppress(ValueError, KeyError, TypeError):  # what others have written there
                     entry = json.loads(line)
                     self._listed.add((entry["id"], entry["audio"]))
+            file.seek(0, os.SEEK_END)
             for sample in samples:
                 if (sample.id, sample.audio) not in self._listed:
                     self._listed.add((sample.id, sample.audio))

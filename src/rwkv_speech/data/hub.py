@@ -48,12 +48,14 @@ class DatasetRow:
     column: name of the audio column.
     index: row number.
     name: what messages call it.
+    embedded: whether all rows of the dataset hold their bytes; others may point to files.
     """
 
     rows: datasets.Dataset
     column: str
     index: int
     name: str
+    embedded: bool
 
     def __str__(self) -> str:
         return self.name
@@ -72,19 +74,28 @@ class DatasetRow:
             raise AudioError(f"{self.name}: the row holds no audio")
         return source
 
-    def stamp(self) -> str | None:
-        """Stands for the row as long as neither the dataset's files nor what was done to it change.
+    def stamp(self, *, strict: bool = True) -> str | None:
+        """That of the file which the row points to; else one that changes with the dataset's files and rows.
+
+        strict: as in `file_stamp`.
 
         Returns:
-            None where the dataset isn't made of files with stamps.
+            None where the file has none, or the dataset isn't made of files that have.
         """
-        files = _files_stamp(tuple(file["filename"] for file in self.rows.cache_files))
+        if not self.embedded:
+            try:
+                source = self.fetch()
+            except AudioError:
+                return None
+            if isinstance(source, str):
+                return file_stamp(Path(source), strict=strict)
+        files = _files_stamp(tuple(file["filename"] for file in self.rows.cache_files), strict)
         return f"{files} {self.rows._fingerprint} {self.column} {self.index}" if files else None
 
 
 @functools.lru_cache
-def _files_stamp(files: tuple[str, ...]) -> str | None:
-    stamps = [file_stamp(Path(file)) for file in files]
+def _files_stamp(files: tuple[str, ...], strict: bool) -> str | None:
+    stamps = [file_stamp(Path(file), strict=strict) for file in files]
     return None if None in stamps else " ".join(stamps)  # type: ignore[arg-type]
 
 
@@ -178,6 +189,7 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
             optional[field] = column
     rows = rows.with_format(None)
     recordings = rows.select_columns([audio_column]).cast_column(audio_column, datasets.Audio(decode=False))
+    embedded = all(piece.field("bytes").null_count == 0 for piece in recordings.data.column(audio_column).chunks)
     table = rows.select_columns(list({text_column, *optional.values()}))[:]
     ids = [id for id in table[optional["id"]] if id is not None] if "id" in optional else []
     if len(set(ids)) < len(ids):  # FLEURS: that of the sentence, which several people read
@@ -192,7 +204,7 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
                 id=_text_or_none(values.pop("id", None)) or label,
                 text=text or "",
                 audio=Recording(
-                    DatasetRow(recordings, audio_column, index, label),
+                    DatasetRow(recordings, audio_column, index, label, embedded),
                     duration=_seconds_or_none(values.pop("duration", None)),
                 ),
                 **{field: _text_or_none(value) for field, value in values.items()},

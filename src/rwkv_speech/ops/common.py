@@ -1,5 +1,6 @@
 """What the operations share: opening the model and the data."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.frame_cache import FrameCache
-from rwkv_speech.trained import newest_mission_file
+from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
+from rwkv_speech.speech.identity import encoder_identity, hash_tensors
+from rwkv_speech.trained import MissionFile, read_mission_file, read_newest_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -48,19 +50,21 @@ def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
             )
 
 
-def chosen_adapter(options: Options) -> Path:
-    """The mission file that is named, else the newest of the project.
+def chosen_mission_file(options: Options) -> MissionFile:
+    """The mission file that is named, else the newest of the project, read; the log says which.
 
     Raises:
-        UserError: none is named, and the project has none.
+        UserError: none is named and the project has none, or it can't be read.
     """
     named = options.model.adapter
-    return Path(named).expanduser() if named else newest_mission_file(options.project)
+    file = read_mission_file(named) if named else read_newest_mission_file(options.project)
+    log.info("%s %s", "evaluating" if options.op == "eval" else "using", file.path)
+    return file
 
 
 def load_model(
     options: ModelOptions,
-    adapter: str | Path | None,
+    adapter: str | Path | MissionFile | None,
     device: torch.device | str,
     machine: Machine,
     cache: FrameCache | None = None,
@@ -89,15 +93,27 @@ def load_model(
     return model
 
 
-def longest_piece(model: SpeechRWKV, options: Options, adapter: Path) -> float:
+def longest_piece(model: SpeechRWKV, options: Options, file: MissionFile) -> float:
     """Seconds of audio that are decoded in one go; the log says how many, and why."""
     seconds = model.longest_piece(options.max_audio_s)
     if options.max_audio_s:
         why = "--max_audio_s"
     else:
-        why = f"the longest that {adapter} was trained on" if seconds == model.trained_audio_s else "the default"
+        why = f"the longest that {file.path} was trained on" if seconds == model.trained_audio_s else "the default"
     log.info("audio of more than %.2f s is %s: %s", seconds, "cut in pauses" if model.mission.cut else "refused", why)
     return seconds
+
+
+def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled."""
+    encoder = model.speech_encoder
+    weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
+    found = hashlib.blake2b(digest_size=8)
+    hash_tensors(found, {name: x.reshape(-1)[:: max(1, x.numel() // 64)] for name, x in weights.items()})
+    return {
+        "load_model_weights": found.hexdigest(),
+        "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
+    }
 
 
 def load_splits(

@@ -11,7 +11,7 @@ from rwkv_speech.data.listing import audio_files
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
-from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model, longest_piece
+from rwkv_speech.ops.common import check_model_file, chosen_mission_file, load_model, longest_piece
 from rwkv_speech.options import Options
 from rwkv_speech.transcription import FORMATS, output_files
 
@@ -30,12 +30,12 @@ def predict(options: Options) -> int:
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    adapter = chosen_adapter(options)
-    model = load_model(options.model, adapter, machine.first_device, machine)
+    file = chosen_mission_file(options)
+    model = load_model(options.model, file, machine.first_device, machine)
     transcripts = model.transcripts(
         paths,
         batch_size=options.eval_bsz,
-        max_audio_s=longest_piece(model, options, adapter),
+        max_audio_s=longest_piece(model, options, file),
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0

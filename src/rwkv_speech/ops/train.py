@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,10 @@ from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.rendering import Rendered
-from rwkv_speech.data.sample import Row
+from rwkv_speech.data.sample import Row, fingerprint
 from rwkv_speech.engine.callbacks import FillFrames, NonFiniteLosses, ReportBadSamples
-from rwkv_speech.engine.machine import fit_to_machine
+from rwkv_speech.engine.lock import project_lock
+from rwkv_speech.engine.machine import Machine, fit_to_machine
 from rwkv_speech.engine.metrics import Bar, Metrics
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
@@ -30,7 +30,7 @@ from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits
+from rwkv_speech.ops.common import check_missions, check_model_file, frozen_parts, load_model, load_splits
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
@@ -44,7 +44,11 @@ def train(options: Options) -> int:
     """Trains adapter and initial state; writes mission files into the project."""
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    run = find_run(options)
+    with project_lock(options.project, "training"):
+        return _train(options, machine)
+
+
+def _train(options: Options, machine: Machine) -> int:
     training, data = options.training, options.data
     bad_samples = BadSamples(data.on_bad_audio, options.project / "bad_audio.jsonl")
     read = partial(load_splits, data, bad_samples=bad_samples, join=True)
@@ -56,8 +60,10 @@ def train(options: Options) -> int:
     cache = FrameCache(data.cache_features, storage=data.cache_dtype) if data.cache_features else None
     model = load_model(options.model, options.model.adapter, device, machine, cache)
     check_missions(rows + validation_rows, model)
+    run = find_run(options, frozen_parts(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
     model.answers = model.mission.answers(rows) or model.answers
+    judged_by = fingerprint(validation_rows, model.mission.sample)
     mission_files = MissionFiles(
         options.project,
         run,
@@ -65,6 +71,7 @@ def train(options: Options) -> int:
         epoch_save=training.epoch_save,
         save_steps=training.save_steps,
         leading=model.mission.leading if validation_rows else None,
+        judged_by=judged_by,
         average=training.average,
     )
     metrics = Metrics(options.project, run.id, model.mission.leading)
@@ -74,11 +81,20 @@ def train(options: Options) -> int:
         callbacks.insert(0, FillFrames(cache, usable + validation_rows, bad_samples, _longest(training, model)))
     if validation_rows:
         validation = Validation(
-            training, options.decoding, mission_files=mission_files, metrics=metrics, bad_samples=bad_samples
+            training,
+            options.decoding,
+            mission_files=mission_files,
+            judged_by=judged_by,
+            metrics=metrics,
+            bad_samples=bad_samples,
         )
         callbacks.append(validation)
     stop = StopRequest()
-    trainer = make_trainer(options, machine, run, callbacks, stop)
+    what = {
+        "the training data": fingerprint(rows, model.mission.sample),
+        "the number of processes": machine.per_node * machine.num_nodes,
+    }
+    trainer = make_trainer(options, machine, run, callbacks, stop, what)
     if validation_rows:
         validation.batches = loader(
             _dataset(model, validation_rows, cache, longest=_longest(training, model)),
@@ -104,7 +120,7 @@ def train(options: Options) -> int:
         on_nonfinite=NonFiniteLosses(training.on_nonfinite, options.project / "nonfinite.jsonl", model),
     )
     if not fit(trainer, module, batches, run):
-        return 128 + signal.SIGTERM if trainer.is_global_zero else 0
+        return stop.exit_status if trainer.is_global_zero else 0
     if trainer.is_global_zero:
         if training.average:
             mission_files.write_mean()

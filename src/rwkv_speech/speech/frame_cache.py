@@ -44,12 +44,15 @@ _READERS = 4  # threads that read and decode
 class AbsentEncoder(nn.Module):
     """Knows the sizes of a `SpeechEncoder`, and encodes nothing: its frames are cached.
 
+    identity: see `encoder_identity`.
+
     Attributes: as those of `SpeechEncoder` by these names.
     """
 
-    def __init__(self, name: str, *, width: int, convolutions: Convolutions) -> None:
+    def __init__(self, name: str, *, width: int, convolutions: Convolutions, identity: str = "") -> None:
         super().__init__()
         self.name = name
+        self.identity = identity
         self.width = width
         self.convolutions = convolutions
         self.frame_rate = SAMPLE_RATE / math.prod(stride for _, stride in convolutions)
@@ -105,7 +108,9 @@ class FrameCache:
                 write_whole(known, json.dumps(facts, indent=2).encode())
         self._dtype = dtype
         self._identity: str = facts["identity"]
-        self._absent = AbsentEncoder(name, width=facts["width"], convolutions=facts["convolutions"])
+        self._absent = AbsentEncoder(
+            name, width=facts["width"], convolutions=facts["convolutions"], identity=self._identity
+        )
         folder = self.folder / f"{self._identity}-{self.storage}"
         self._shards = Shards(folder, width=self._absent.width, storage=self.storage)
         return self._absent
@@ -155,7 +160,8 @@ class FrameCache:
         """The frames of a recording, (F, width) float16 or float32, and its samples at 16 kHz.
 
         Raises:
-            AudioError: it can't be used, is longer than `longest`, or changed since the cache was filled.
+            AudioError: it can't be used, is longer than `longest`, changed since the cache was filled, or its frames are
+                damaged.
         """
         record = self._find_stamp(recording.stamp())
         if record is None:
@@ -164,7 +170,10 @@ class FrameCache:
             if record is None:
                 load_audio(content, name=str(recording), longest=longest)  # says what is wrong with it
                 raise AudioError(f"{recording}: changed since its frames were cached; start again to renew them")
-        return self._shards.read(record), int(record["samples"])
+        try:
+            return self._shards.read(record), int(record["samples"])
+        except UserError as error:  # in one of the loader's workers, from where only bad samples come back as one line
+            raise AudioError(f"{recording}: {error}") from error
 
     def _find_stamp(self, stamp: str | None) -> Any:
         return None if stamp is None else self._shards.find(_key("stamp", stamp.encode()))
@@ -294,9 +303,12 @@ class _AudioFile(NamedTuple):
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
+    """What is known of an encoder; None where there is nothing that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        facts = json.loads(path.read_text())
+        convolutions = [(int(kernel), int(stride)) for kernel, stride in facts["convolutions"]]
+        return {"identity": str(facts["identity"]), "width": int(facts["width"]), "convolutions": convolutions}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

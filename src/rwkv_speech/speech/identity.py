@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rwkv_speech.files import printable
 from rwkv_speech.speech.encoder import SpeechEncoder
@@ -24,10 +27,15 @@ def encoder_identity(encoder: SpeechEncoder) -> str:
         "feature_extractor": _lasting(encoder.feature_extractor.to_dict()),
     }
     found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, tensor in sorted(encoder.model.state_dict().items()):
+    hash_tensors(found, encoder.model.state_dict())
+    return found.hexdigest()
+
+
+def hash_tensors(found: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
+    """Takes tensors into a hash: names, types, shapes and values."""
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
@@ -56,20 +64,23 @@ def encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
 SETTLED = 2.0  # s; no file system's clock ticks more slowly
 
 
-def file_stamp(path: Path) -> str | None:
+def file_stamp(path: Path, *, strict: bool = True) -> str | None:
     """Path, size and times of a file, links followed; any change of the content changes the stamp.
 
-    The time of the inode's change is part of it: unlike that of the content, it can't be set back.
+    strict: the time of the inode's change is part of it: unlike that of the content, it can't be set back, nor does a
+        copy keep it. A file that changed so recently that one more change could leave the same times has no stamp.
 
     Returns:
-        None where there is no such file, or where it changed so recently that one more change could leave the same
-        times.
+        None where there is no such file, or no stamp for it.
     """
     try:
-        path = path.resolve()
-        found = path.stat()
+        path = path.resolve() if strict else os.path.abspath(path)  # much faster
+        found = os.stat(path)
     except (OSError, ValueError, RuntimeError):  # also a name with a NUL, and links in a circle
         return None
+    stamp = f"{printable(path)} {found.st_size} {found.st_mtime_ns}"
+    if not strict:
+        return stamp
     if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED * 1e9:
         return None
-    return f"{printable(path)} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    return f"{stamp} {found.st_ctime_ns}"

@@ -19,8 +19,11 @@ class EncodedAudio(Protocol):
     def fetch(self) -> bytes | str:
         """The encoded bytes, or the path of a file; raises AudioError."""
 
-    def stamp(self) -> str | None:
-        """Stands for the content for as long as it doesn't change; None: nothing but the content itself does."""
+    def stamp(self, *, strict: bool = True) -> str | None:
+        """Stands for the content for as long as it doesn't change; None: nothing but the content itself does.
+
+        strict: as in `file_stamp`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,14 @@ class Recording:
             return self.duration
         return duration(self._encoded(), name=str(self), longest=longest)
 
-    def stamp(self) -> str | None:
-        """Stands for the recording's content until that changes; None where only reading it can show a change."""
-        return file_stamp(self.source) if isinstance(self.source, Path) else self.source.stamp()
+    def stamp(self, *, strict: bool = True) -> str | None:
+        """Stands for the recording's content until that changes; None where only reading it can show a change.
+
+        strict: as in `file_stamp`.
+        """
+        if isinstance(self.source, Path):
+            return file_stamp(self.source, strict=strict)
+        return self.source.stamp(strict=strict)
 
     def read(self) -> tuple[bytes, str | None]:
         """The recording as it is encoded, and a stamp that stood for it before it was read, or None.
@@ -77,8 +85,7 @@ class Recording:
             return encoded, stamp
         try:
             with open_file(encoded, str(self)) as file:
-                # The stamp of a row says nothing of a file that the row points to.
-                return file.read(), stamp if encoded is self.source else None
+                return file.read(), stamp
         except OSError as error:
             raise AudioError(f"{self}: cannot be read ({error.strerror}); expected an audio file") from error
 
