@@ -30,6 +30,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
+from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, Storage
@@ -104,6 +105,7 @@ class FrameCache:
                 write_whole(known, json.dumps(facts, indent=2).encode())
         self._dtype = dtype
         self._identity: str = facts["identity"]
+        name = str(encoder_folder(name) or name)
         self._absent = AbsentEncoder(name, width=facts["width"], convolutions=facts["convolutions"])
         folder = self.folder / f"{self._identity}-{self.storage}"
         self._shards = Shards(folder, width=self._absent.width, storage=self.storage)
