@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,13 +49,27 @@ def is_compressed(path: str | os.PathLike) -> bool:
         return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
 
 
+def check_folder(path: Path, flag: str) -> None:
+    """Makes the folder that a flag names, and tries to write there, before hours of work.
+
+    Raises:
+        UserError: it can't be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: {error.strerror}; expected a folder to write to") from None
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes under another name, down to the disk, and renames.
 
     Raises:
         UserError: there is no room; `path` is as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    # Not all of its name, which may be as long as a name can be.
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}{PARTIAL}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -12,10 +12,12 @@ from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_run, write_json
 from rwkv_speech.engine.machine import fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import check_folder
 from rwkv_speech.ops.common import check_missions, check_model_file, chosen_adapter, load_model, load_splits
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
 from rwkv_speech.speech.augmentation import ROBUSTNESS
+from rwkv_speech.terminal import printable, say
 
 log = logging.getLogger("rwkv_speech")
 
@@ -39,6 +41,7 @@ def evaluate(options: Options) -> int:
     files = _file_names(lines)
     for rows in splits.values():
         check_ids(rows)
+    check_folder(options.project, "proj_dir")
     fabric = make_fabric(machine)
     model = load_model(options.model, adapter, fabric.device, machine)
     for rows in splits.values():
@@ -72,9 +75,11 @@ def evaluate(options: Options) -> int:
         return 0
     write_json(folder / "summary.json", {"adapter": str(adapter)} | summary(results))
     write_report(folder / "report.html", results)
-    Console().print(score_table(results))
-    for line, result in results.items():
-        print(f"{line}: {result.scores.headline}")
+    console = Console()
+    with console.capture() as table:
+        console.print(score_table(results))
+    headlines = [f"{printable(line)}: {result.scores.headline}\n" for line, result in results.items()]
+    say(table.get() + "".join(headlines))
     left_out = sum(result.cost.left_out for result in results.values())
     bad = f"{left_out} bad samples left out, listed in {bad_samples.path}" if left_out else "no bad samples"
     log.info("%s; %s holds hypotheses, summary.json and report.html", bad, folder)

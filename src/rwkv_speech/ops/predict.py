@@ -10,9 +10,10 @@ from pathlib import Path
 from rwkv_speech.data.librispeech import AUDIO_SUFFIXES
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import write_whole
+from rwkv_speech.files import check_folder, write_whole
 from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model
 from rwkv_speech.options import Options
+from rwkv_speech.terminal import ESCAPED, say
 from rwkv_speech.transcription import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
@@ -29,6 +30,8 @@ def predict(options: Options) -> int:
     if not places and len(paths) > 1 and options.format in ("srt", "vtt"):
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     check_model_file(options.model)
+    if folder:
+        check_folder(folder, "output_dir")
     machine = fit_to_machine(options.machine)
     model = load_model(options.model, chosen_adapter(options), machine.first_device, machine)
     transcripts = model.transcripts(
@@ -43,9 +46,9 @@ def predict(options: Options) -> int:
             log.error("%s", transcript)
             failed += 1
         elif places:
-            write_whole(places[index], FORMATS[options.format](transcript).encode())
+            write_whole(places[index], FORMATS[options.format](transcript).encode(errors=ESCAPED))
         else:
-            print(FORMATS[options.format](transcript), end="", flush=True)
+            say(FORMATS[options.format](transcript))
     if failed:
         log.error("%d of %d files could not be transcribed", failed, len(paths))
     return int(failed > 0)

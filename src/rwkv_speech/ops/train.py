@@ -28,6 +28,7 @@ from rwkv_speech.engine.runs import StopRequest, find_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import check_folder
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits
 from rwkv_speech.options import Options, TrainingOptions
@@ -48,6 +49,7 @@ def train(options: Options) -> int:
     bad_samples = BadSamples(data.on_bad_audio, options.project / "bad_audio.jsonl")
     rows = load_splits(data, data.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True)["all"]
     validation_rows = load_splits(data, data.valid_split, (), join=True)["all"] if data.valid_split else []
+    check_folder(options.project, "proj_dir")
     pl.seed_everything(training.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
