@@ -18,7 +18,10 @@ import torch
 
 log = logging.getLogger("rwkv_speech")
 
-SOURCES = Path(__file__).parents[3] / "cuda"
+# Of an installation they lie in the package, of a checkout beside src/.
+SOURCES = Path(__file__).parents[1] / "cuda"
+if not SOURCES.is_dir():
+    SOURCES = Path(__file__).parents[3] / "cuda"
 
 
 class BuildError(RuntimeError):
@@ -52,6 +55,8 @@ def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> N
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     from torch.utils import cpp_extension
 
+    if not SOURCES.is_dir():
+        raise BuildError(f"its sources are not in {SOURCES}")
     digest = hashlib.sha256(repr((torch.__version__, platform.python_version(), flags, variant)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():
@@ -61,7 +66,11 @@ def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> N
     library, done = folder / f"{name}.so", folder / "done"
     if not done.exists():
         _check_tools(kind)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "build.lock").touch()
+        except OSError as error:
+            raise BuildError(f"{folder} cannot be written to ({error.strerror})") from error
         # The kernel drops this lock with the process, unlike torch's own lock file, which a killed build leaves behind.
         with open(folder / "build.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
