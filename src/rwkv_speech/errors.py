@@ -1,4 +1,6 @@
-"""The one exception that is shown to the user as a single line."""
+"""The one exception that is shown to the user as a single line, and other libraries' errors in a few words."""
+
+import re
 
 
 class UserError(Exception):
@@ -8,6 +10,10 @@ class UserError(Exception):
     """
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: Exception) -> str:
+    """The first sentence of an error's text, or its class where it has none.
+
+    Not torch's own beginning and advice, which is to run the code that a weight file brings.
+    """
+    text = str(error).split("WeightsUnpickler error:")[-1].strip()
+    return re.split(r"\. |\n", text)[0][:150].rstrip(". ") or type(error).__name__

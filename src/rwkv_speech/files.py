@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import re
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ _NO_ROOM = {
     errno.EFBIG: "the file would be larger than allowed here",
 }
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Control characters, ends of lines, those that reverse the direction of writing, and bytes that are no UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @contextlib.contextmanager
@@ -40,13 +43,39 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def is_compressed(path: str | os.PathLike) -> bool:
+    """Whether a zip file has compressed parts, as torch.save never writes them.
+
+    torch would map them into memory and take them for numbers; unpacked, they could fill the memory.
+
+    Raises:
+        zipfile.BadZipFile: it is no whole zip file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Makes the folder that a flag names, and tries to write there, before hours of work.
+
+    Raises:
+        UserError: it can't be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: {error.strerror}; expected a folder to write to") from None
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes under another name, down to the disk, and renames.
 
     Raises:
         UserError: there is no room; `path` is as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    # Not all of its name, which may be as long as a name can be.
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}{PARTIAL}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -85,6 +114,6 @@ def json_line(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def printable(name: str | os.PathLike) -> str:
-    r"""A name on one line and in UTF-8: control characters, ends of lines and bytes of no UTF-8 as `\n` or `\udcff`."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(name))
+def printable(text: str | os.PathLike) -> str:
+    r"""On one line, in UTF-8, and nothing that a terminal would obey: `\n`, `\x1b`, `\udcff` in the place of such."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))

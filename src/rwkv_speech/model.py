@@ -7,8 +7,7 @@ which holds it and knows how to train it.
 """
 
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,18 @@ from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, du
 from rwkv_speech.speech.augmentation import apply_masks
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
-from rwkv_speech.trained import MissionFile, TrainedTensor, check_fit, read_mission_file, trained_tensors
+from rwkv_speech.speech.hub import encoder_folder
+from rwkv_speech.speech.identity import encoder_digest
+from rwkv_speech.trained import (
+    MissionFile,
+    TrainedTensor,
+    check_fit,
+    chosen_encoder,
+    read_mission_file,
+    read_states,
+    trained_tensors,
+)
 from rwkv_speech.transcription import Alternative, Transcript, transcripts
-
-log = logging.getLogger("rwkv_speech")
 
 DEFAULT_ENCODER = "microsoft/wavlm-large"
 DOWNSAMPLE_K = 5
@@ -81,6 +88,7 @@ class SpeechRWKV(nn.Module):
         *,
         encoder: str | None = None,
         adapter: str | Path | MissionFile | None = None,
+        load_state: str | Path | None = None,
         mission: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -95,6 +103,7 @@ class SpeechRWKV(nn.Module):
             encoder: a Hugging Face name or folder; None is the one that the mission file names, or WavLM-large.
             adapter: a mission file, or what was read of one; None starts from torch's initialisation of the adapter and
                 the model's own initial state (zero, unless its file holds one).
+            load_state: a file of initial states alone, as RWKV-PEFT writes it; they replace those of `adapter`.
             mission: what is asked of the model; None is what the mission file names, or "transcribe".
             device: where to compute.
             dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
@@ -107,14 +116,10 @@ class SpeechRWKV(nn.Module):
         """
         file = adapter if isinstance(adapter, MissionFile | None) else read_mission_file(adapter)
         info = file.info if file else {}
-        named = info.get("encoder")
-        if encoder and named and encoder != named:
-            log.warning("%s was trained with the encoder %s, not %s", file.path, named, encoder)
+        encoder = (chosen_encoder(file, encoder) if file else encoder) or DEFAULT_ENCODER
         language_model = lm.load(load_model, device=device, dtype=dtype)
         with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
-            speech_encoder = load_encoder(
-                encoder or named or DEFAULT_ENCODER, device=device, dtype=language_model.dtype
-            )
+            speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)
         if file:
             check_fit(file, language_model, speech_encoder, downsample_k, adapter_hidden)
             downsample_k, adapter_hidden = file.inputs // speech_encoder.width, file.hidden
@@ -127,9 +132,11 @@ class SpeechRWKV(nn.Module):
         mission = mission or info.get("mission") or "transcribe"
         model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
         if file:
-            model.load_mission_file(file)
+            model.load_trained(file.tensors)
             model.answers = info.get("answers") if mission == info.get("mission") else None
             model.trained_audio_s = file.trained_audio_s
+        if load_state is not None:
+            model.load_trained(read_states(load_state, language_model.sizes))
         return model
 
     @property
@@ -149,10 +156,12 @@ class SpeechRWKV(nn.Module):
     def describe(self, **more: Any) -> dict[str, Any]:
         """What a reader of a mission file must know beside its weights, and `more`."""
         sizes = self.language_model.sizes
+        folder = encoder_folder(self.speech_encoder.name)
         return {
             "mission": self.mission.name,
             **({"answers": self.answers} if self.answers else {}),
             "encoder": self.speech_encoder.name,
+            **({"encoder_digest": encoder_digest(folder)} if folder else {}),
             "encoder_width": self.speech_encoder.width,
             "downsample_k": self.adapter.downsample_k,
             "adapter_hidden": self.adapter.layers[0].out_features,
@@ -165,10 +174,11 @@ class SpeechRWKV(nn.Module):
         } | more
 
     @torch.no_grad()
-    def load_mission_file(self, file: MissionFile) -> None:
-        """Takes over the trained tensors of a mission file that fits."""
-        for name, parameter in self.trainable_state_dict().items():
-            parameter.copy_(file.tensors[name])
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over tensors, of shapes that fit, under their names in a mission file."""
+        parameters = self.trainable_state_dict()
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
 
     # From samples to hidden vectors
 

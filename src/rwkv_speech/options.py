@@ -76,6 +76,9 @@ class ModelOptions:
     adapter: str | None = flag(
         None, "mission file to train on from, or that eval and predict use (default: the newest in proj_dir)"
     )
+    load_state: str | None = flag(
+        None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
+    )
     mission: str | None = flag(None, "what is asked of the model (default: the mission file's, or transcribe)")
     downsample_k: int | None = flag(None, "encoder frames to a position (default: 5)", type=positive)
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)

@@ -4,6 +4,7 @@ All of it goes piece by piece, so that what is in memory is one batch of segment
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import UNPRINTABLE, printable
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, audio_blocks, check_waveform
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.segments import AudioSegment, cut
+from rwkv_speech.subtitles import Cue, cues, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        return " ".join(segment.text for segment in self.segments if segment.text)
+        return joined(segment.text for segment in self.segments if segment.text)
 
     @property
     def empty(self) -> int:
@@ -175,23 +178,20 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
     content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    line = json.dumps(content, ensure_ascii=False)
+    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:
     """SubRip: numbered cues with times like 00:01:02,345; segments without text have none."""
-    cues = [(_times(segment, ","), _line(segment.text)) for segment in transcript.segments if segment.text]
-    return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(cues, 1))
+    shown = [f"{_times(cue, ',')}\n" + "\n".join(cue.lines) for cue in _cues(transcript)]
+    return "\n".join(f"{number}\n{cue}\n" for number, cue in enumerate(shown, 1))
 
 
 def as_vtt(transcript: Transcript) -> str:
     """WebVTT (https://www.w3.org/TR/webvtt1/): times like 00:01:02.345, `&`, `<` and `>` escaped."""
-    cues = [
-        f"{_times(segment, '.')}\n{escape(_line(segment.text), quote=False)}\n"
-        for segment in transcript.segments
-        if segment.text
-    ]
-    return "\n".join(["WEBVTT\n", *cues])
+    shown = [f"{_times(cue, '.')}\n{escape(chr(10).join(cue.lines), quote=False)}\n" for cue in _cues(transcript)]
+    return "\n".join(["WEBVTT\n", *shown])
 
 
 FORMATS: dict[str, Callable[[Transcript], str]] = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
@@ -202,11 +202,13 @@ def output_files(recordings: Sequence[str | Path], folder: Path, format: str) ->
     """Where the transcript of each recording goes: into the folder, under the recording's name.
 
     Raises:
-        UserError: two recordings of one name.
+        UserError: two recordings of one name, or a name that gets too long.
     """
     taken: dict[Path, str | Path] = {}
     for recording in recordings:
         file = folder / f"{Path(recording).stem}{_SUFFIXES[format]}"
+        if len(os.fsencode(file.name)) > 255:
+            raise UserError(f"{recording}: the name of its transcript would be longer than 255 bytes: rename it")
         if file in taken:
             raise UserError(f"{taken[file]} and {recording} would both go to {file}: do them one by one, or rename one")
         taken[file] = recording
@@ -215,11 +217,15 @@ def output_files(recordings: Sequence[str | Path], folder: Path, format: str) ->
 
 def _line(text: str) -> str:
     """A line break would end the line that a text is, and an empty line would end a cue."""
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
-def _times(segment: Segment, point: str) -> str:
-    return f"{_clock(segment.start, point)} --> {_clock(segment.end, point)}"
+def _cues(transcript: Transcript) -> list[Cue]:
+    return [cue for passage in transcript.segments for cue in cues(_line(passage.text), passage.start, passage.end)]
+
+
+def _times(cue: Cue, point: str) -> str:
+    return f"{_clock(cue.start, point)} --> {_clock(cue.end, point)}"
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_speech.data.columns import OPTIONAL, TEXT
 from rwkv_speech.data.sample import Row
-from rwkv_speech.errors import UserError, first_line
+from rwkv_speech.errors import UserError, reason
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.identity import file_stamp
 from rwkv_speech.speech.recording import Recording
@@ -69,7 +69,7 @@ class DatasetRow:
         try:
             cell = self.rows[self.index][self.column] or {}
         except Exception as error:  # damaged files make a dozen kinds
-            raise AudioError(f"{self.name}: the row can't be read ({first_line(error)})") from error
+            raise AudioError(f"{self.name}: the row can't be read ({reason(error)})") from error
         if (source := cell.get("bytes") or cell.get("path")) is None:
             raise AudioError(f"{self.name}: the row holds no audio")
         return source
@@ -144,8 +144,8 @@ def _reading(name: str | Path, split: str | None) -> Iterator[None]:
         raise
     except Exception as error:  # of a dozen kinds: of `datasets`, pyarrow, the hub
         where = f"split {split} of {name}" if split else name
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"can't read {where} as a Hugging Face dataset: {reason}") from error
+        why = reason(error.__cause__ or error)
+        raise UserError(f"can't read {where} as a Hugging Face dataset: {why}") from error
 
 
 def _open(name: str | Path, split: str | None, *, data_files: dict[str, str] | None = None) -> datasets.Dataset:

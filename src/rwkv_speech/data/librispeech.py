@@ -18,7 +18,7 @@ import torch
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.listing import AUDIO_SUFFIXES, entries, folders, is_hidden
 from rwkv_speech.data.sample import BadSample, Row
-from rwkv_speech.errors import UserError, first_line
+from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import printable, read_lines
 from rwkv_speech.speech.recording import Recording
 
@@ -121,7 +121,7 @@ def download(splits: Iterable[str], root: str | Path) -> None:
             archive.unlink()
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(
-                f"downloading LibriSpeech {split} into {root} failed ({first_line(error)}); "
+                f"downloading LibriSpeech {split} into {root} failed ({reason(error)}); "
                 "start again, or fetch it by hand from https://www.openslr.org/12"
             ) from error
 

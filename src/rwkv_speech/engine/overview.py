@@ -63,4 +63,4 @@ def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterance
         ("time per epoch", f"known once {WARM_UP + MEASURED} steps are done"),
     ):
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False).print(table)  # paths may have brackets

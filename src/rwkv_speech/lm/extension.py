@@ -19,7 +19,10 @@ import torch
 
 log = logging.getLogger("rwkv_speech")
 
-SOURCES = Path(__file__).parents[3] / "cuda"
+# Of an installation they lie in the package, of a checkout beside src/.
+SOURCES = Path(__file__).parents[1] / "cuda"
+if not SOURCES.is_dir():
+    SOURCES = Path(__file__).parents[3] / "cuda"
 
 
 class BuildError(RuntimeError):
@@ -53,6 +56,8 @@ def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> N
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     from torch.utils import cpp_extension
 
+    if not SOURCES.is_dir():
+        raise BuildError(f"its sources are not in {SOURCES}")
     digest = hashlib.sha256(repr((torch.__version__, platform.python_version(), flags, variant)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():

@@ -103,10 +103,16 @@ def _choose(device_type: str, operator: str, requested: str) -> Backend:
     except extension.BuildError as error:
         if requested != "auto":
             raise UserError(f"--wkv {requested} cannot be built: {error}") from error
-        log.warning("the WKV operator falls back to plain torch, which is slower: %s", error)
+        _warn(f"the WKV operator falls back to plain torch, which is slower: {error}")
         chosen = _load("torch", _OPERATORS[operator])
     log.info("%s on %s: %s", operator, device_type, chosen.name)
     return chosen
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once, though both operators may be asked for."""
+    log.warning(message)
 
 
 def _load(name: str, operator: Operator) -> Backend:

@@ -79,6 +79,7 @@ def load_model(
         options.load_model,
         encoder=options.encoder,
         adapter=adapter,
+        load_state=options.load_state,
         mission=options.mission,
         device=device,
         dtype=machine.dtype,

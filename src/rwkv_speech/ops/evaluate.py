@@ -16,6 +16,7 @@ from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_r
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import check_folder, printable
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -30,6 +31,7 @@ from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
 from rwkv_speech.speech.augmentation import ROBUSTNESS, Perturbation
 from rwkv_speech.speech.identity import hash_tensors
+from rwkv_speech.terminal import say
 from rwkv_speech.trained import MissionFile
 
 log = logging.getLogger("rwkv_speech")
@@ -42,6 +44,7 @@ def evaluate(options: Options) -> int:
     """Measures the scores of splits; records, summary and report go to `eval/` in the project."""
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
+    check_folder(options.project, "proj_dir")
     with project_lock(options.project, "evaluation"):
         return _evaluate(options, machine)
 
@@ -87,9 +90,11 @@ def _evaluate(options: Options, machine: Machine) -> int:
         return 0
     write_json(folder / "summary.json", {"adapter": str(file.path)} | summary(results))
     write_report(folder / "report.html", results)
-    Console().print(score_table(results))
-    for line, result in results.items():
-        print(f"{line}: {result.scores.headline}")
+    console = Console()
+    with console.capture() as table:
+        console.print(score_table(results))
+    headlines = [f"{printable(line)}: {result.scores.headline}\n" for line, result in results.items()]
+    say(table.get() + "".join(headlines))
     left_out = without_rows + sum(result.cost.left_out for result in results.values())
     bad = f"{left_out} bad samples left out, listed in {bad_samples.path}" if left_out else "no bad samples"
     log.info("%s; %s holds hypotheses, summary.json and report.html", bad, folder)

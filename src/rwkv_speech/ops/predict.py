@@ -10,9 +10,10 @@ from pathlib import Path
 from rwkv_speech.data.listing import audio_files
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import write_whole
+from rwkv_speech.files import check_folder, write_whole
 from rwkv_speech.ops.common import check_model_file, chosen_mission_file, load_model, longest_piece
 from rwkv_speech.options import Options
+from rwkv_speech.terminal import ESCAPED, say
 from rwkv_speech.transcription import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
@@ -29,6 +30,8 @@ def predict(options: Options) -> int:
     if not places and len(paths) > 1 and options.format in ("srt", "vtt"):
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     check_model_file(options.model)
+    if folder:
+        check_folder(folder, "output_dir")
     machine = fit_to_machine(options.machine)
     file = chosen_mission_file(options)
     model = load_model(options.model, file, machine.first_device, machine)
@@ -50,9 +53,9 @@ def predict(options: Options) -> int:
             segments = len(transcript.segments)
             log.warning("%s: %d of %d segments gave no text", transcript.name, transcript.empty, segments)
         if places:
-            write_whole(places[index], FORMATS[options.format](transcript).encode())
+            write_whole(places[index], FORMATS[options.format](transcript).encode(errors=ESCAPED))
         else:
-            print(FORMATS[options.format](transcript), end="", flush=True)
+            say(FORMATS[options.format](transcript))
     if failed:
         log.error("%d of %d files could not be transcribed", failed, len(paths))
     return int(failed > 0)

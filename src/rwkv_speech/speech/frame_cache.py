@@ -31,6 +31,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
+from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, Storage
@@ -108,6 +109,7 @@ class FrameCache:
                 write_whole(known, json.dumps(facts, indent=2).encode())
         self._dtype = dtype
         self._identity: str = facts["identity"]
+        name = str(encoder_folder(name) or name)
         self._absent = AbsentEncoder(
             name, width=facts["width"], convolutions=facts["convolutions"], identity=self._identity
         )
@@ -160,8 +162,7 @@ class FrameCache:
         """The frames of a recording, (F, width) float16 or float32, and its samples at 16 kHz.
 
         Raises:
-            AudioError: it can't be used, is longer than `longest`, changed since the cache was filled, or its frames are
-                damaged.
+            AudioError: it can't be used, is longer than `longest`, changed since, or its frames are damaged.
         """
         record = self._find_stamp(recording.stamp())
         if record is None:
