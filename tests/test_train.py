@@ -23,7 +23,7 @@ from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
-from tests.tiny import QUICK, do, last, missions
+from tests.tiny import NO_FILES, QUICK, do, last, missions, no_file
 
 pytestmark = pytest.mark.usefixtures("voiced")
 
@@ -430,6 +430,42 @@ def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path
     assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 24, "a step of none is a step"
     for x in last(tmp_path / "out").values():
         assert x.isfinite().all()
+
+
+def test_what_is_no_file_is_a_bad_sample_everywhere(world, tmp_path, monkeypatch, capsys):
+    """In caching and training, in evaluation, and in prediction, where each is a line; and so is what is too long."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
+    paths = {"long": tmp_path / "long.wav"}
+    for kind in NO_FILES:
+        (tmp_path / kind).mkdir()
+        paths[kind] = no_file(tmp_path / kind, kind)
+    manifest = tmp_path / "special.jsonl"
+    lines = [{"audio": str(path), "text": "abc", "id": id} for id, path in paths.items()]
+    lines += [{"audio": str(path), "text": text} for path, text in world.utterances[:4]]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--data={manifest}", "--on_bad_audio=skip", "--epoch_count=1", f"--valid_split={manifest}"]
+    flags += ["--max_new_tokens=4", f"--cache_features={tmp_path / 'cache'}", "--ctx_len=40"]
+    assert do("train", world, tmp_path / "out", *flags) == 0
+    found = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(paths)
+    reasons = {line["id"]: line["reason"] for line in found}
+    assert reasons["long"].endswith("long.wav: lasts 5 s, more than the 4.2 s that --ctx_len 40 leaves")
+
+    assert do("eval", world, tmp_path / "out", f"--data={manifest}", "--on_bad_audio=skip", "--max_new_tokens=4") == 0
+    found = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(paths), "once each, for the same reason"
+    assert len((tmp_path / "out/eval/all.jsonl").read_text().splitlines()) == 5
+
+    del paths["folder"], paths["nul"]  # one stands for its files, the other can't come from a shell
+    flags = [
+        "--op=predict",
+        f"--proj_dir={tmp_path / 'out'}",
+        "--max_new_tokens=4",
+        *world.flags[:1],
+        "--accelerator=cpu",
+    ]
+    status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", *paths.values(), world.utterances[0][0])
+    assert (status, len(printed.out.splitlines())) == (1, 2)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
