@@ -23,6 +23,10 @@ from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.ops.train import _longest
+from rwkv_speech.options import TrainingOptions
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.frame_cache import AbsentEncoder
 from tests.tiny import NO_FILES, QUICK, do, last, missions, no_file
 
 pytestmark = pytest.mark.usefixtures("voiced")
@@ -430,6 +434,29 @@ def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path
     assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 24, "a step of none is a step"
     for x in last(tmp_path / "out").values():
         assert x.isfinite().all()
+
+
+CONVOLUTIONS = {
+    "wavlm": [(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2],
+    "w2v-bert": [(400, 160), (2, 2)],
+    "whisper": [(1, 320)],
+}
+
+
+@pytest.mark.parametrize("convolutions", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("ctx_len", [1, 7, 2048])
+def test_only_what_has_no_room_is_left_undecoded(convolutions, k, ctx_len):
+    encoder, adapter = AbsentEncoder("x", width=4, convolutions=convolutions), Adapter(4, 4, downsample_k=k, hidden=4)
+    options = TrainingOptions(ctx_len=ctx_len, max_batch_s=ctx_len)
+    longest = _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter))
+
+    def positions(samples):
+        return adapter.group_count(encoder.frame_count(samples)) + 1  # the separator
+
+    assert ctx_len < positions(longest.samples + 1)
+    assert positions(longest.samples) <= ctx_len + 3
+    assert _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter), 0.9).seconds <= 0.9 * ctx_len
 
 
 def test_what_is_no_file_is_a_bad_sample_everywhere(world, tmp_path, monkeypatch, capsys):
