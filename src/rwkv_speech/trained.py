@@ -137,6 +137,8 @@ def read_mission_file(path: str | Path) -> MissionFile:
         raise MissionFileError(f"mission file {path}: {'; '.join(problems)}")
     if problem := _inconsistency(tensors, n_layer):
         raise MissionFileError(f"mission file {path}: {problem}")
+    if spoilt := [name for name, x in tensors.items() if not x.isfinite().all()]:
+        raise MissionFileError(f"mission file {path}: {spoilt[0]} holds numbers that are not finite; use another file")
     return MissionFile(path, tensors, _read_info(path.with_suffix(".json")))
 
 
@@ -151,7 +153,7 @@ def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(dict(info), indent=2) + "\n")
+            beside.write_text(json.dumps(dict(info), indent=2, allow_nan=False) + "\n")
             weights.write_bytes(content.getbuffer())
             os.replace(beside, path.with_suffix(".json"))
             os.replace(weights, path)
@@ -172,6 +174,24 @@ def newest_mission_file(folder: Path) -> Path:
             f"{folder} holds no mission file (rwkv-adapter-*.pth): train first, or name one by --adapter"
         )
     return max(files, key=lambda path: path.stat().st_mtime_ns)
+
+
+def best_mission_file(folder: Path) -> tuple[Path, str]:
+    """The best of the run that wrote the newest mission file, by its validation, else the newest; and which it is.
+
+    Raises:
+        MissionFileError: the folder holds none.
+    """
+    newest = newest_mission_file(folder)
+    run = _read_info(newest.with_suffix(".json")).get("run")
+    infos = {path: _read_info(path.with_suffix(".json")) for path in folder.glob("rwkv-adapter-*.pth")}
+    best = {path: info for path, info in infos.items() if run and info.get("run") == run and "best_by" in info}
+    if not best:
+        return newest, "the newest"
+    # Each of these was better than all before it.
+    path, info = max(best.items(), key=lambda item: item[1]["step"])
+    score = f"the best of its run by validation ({info['best_by']} {info[info['best_by']]:.4g})"
+    return path, score if path == newest else f"{score}; the newest is {newest.name}"
 
 
 def check_fit(

@@ -7,7 +7,7 @@ from rwkv_speech.scoring import WER, EvalRecord, TranscriptScores
 
 
 class Transcribe(Mission):
-    """Audio to its transcript; the lowest word error rate is best."""
+    """Audio to its transcript; the lowest word error rate is best, or character error rate where words aren't spaced."""
 
     name = "transcribe"
     leading = WER

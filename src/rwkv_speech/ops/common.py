@@ -16,7 +16,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import FrameCache
-from rwkv_speech.trained import newest_mission_file
+from rwkv_speech.trained import best_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -48,13 +48,15 @@ def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
 
 
 def chosen_adapter(options: Options) -> Path:
-    """The mission file that is named, else the newest of the project.
+    """The mission file that is named, else the best of the project's newest run; the log says which.
 
     Raises:
         UserError: none is named, and the project has none.
     """
     named = options.model.adapter
-    return Path(named).expanduser() if named else newest_mission_file(options.project)
+    path, which = (Path(named).expanduser(), "as named") if named else best_mission_file(options.project)
+    log.info("using %s, %s", path, which)
+    return path
 
 
 def load_model(

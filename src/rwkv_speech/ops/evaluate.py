@@ -31,7 +31,6 @@ def evaluate(options: Options) -> int:
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
     adapter = chosen_adapter(options)
-    log.info("evaluating %s", adapter)
     bad_samples = BadSamples(options.data.on_bad_audio, options.project / "bad_audio.jsonl")
     splits = load_splits(options.data, options.data.eval_split, librispeech.EVAL_SPLITS)
     perturbations = (None, *(ROBUSTNESS if options.perturb else ()))

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model
 from rwkv_speech.options import Options
+from rwkv_speech.progress import Progress
 from rwkv_speech.transcription import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
@@ -38,14 +40,17 @@ def predict(options: Options) -> int:
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0
-    for index, transcript in enumerate(transcripts):
-        if isinstance(transcript, UserError):
-            log.error("%s", transcript)
-            failed += 1
-        elif places:
-            write_whole(places[index], FORMATS[options.format](transcript).encode())
-        else:
-            print(FORMATS[options.format](transcript), end="", flush=True)
+    seen = not places and sys.stdout.isatty()  # then the transcripts themselves show how far it is
+    with Progress("prediction", len(paths), "files", log_every=options.log_every, visible=not seen) as progress:
+        for index, transcript in enumerate(transcripts):
+            if isinstance(transcript, UserError):
+                log.error("%s", transcript)
+                failed += 1
+            elif places:
+                write_whole(places[index], FORMATS[options.format](transcript).encode())
+            else:
+                print(FORMATS[options.format](transcript), end="", flush=True)
+            progress.advance(1)
     if failed:
         log.error("%d of %d files could not be transcribed", failed, len(paths))
     return int(failed > 0)
