@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.trained import MissionFileError, newest_mission_file, read_mission_file, write_mission_file
+from rwkv_speech.trained import (
+    MissionFileError,
+    best_mission_file,
+    newest_mission_file,
+    read_mission_file,
+    write_mission_file,
+)
 
 # The world's encoder has width 32, its language model 2 layers of width 64 in heads of 32.
 PUBLISHED = {
@@ -216,3 +222,41 @@ def test_the_newest_is_told_by_modification_time(tmp_path):
     for name in ("other.pth", "rwkv-adapter-30.json", ".rwkv-adapter-31.pth.99", "rwkv-adapter-32.pth.tmp"):
         (tmp_path / name).touch()
     assert newest_mission_file(tmp_path).name == "rwkv-adapter-20.pth"
+
+
+def test_the_best_is_that_of_the_newest_run(tmp_path):
+    """Of run a, step 20 was better than step 10, and 30 wasn't; run b was never validated."""
+
+    def write(step, run, **info):
+        path = tmp_path / f"rwkv-adapter-{step}.pth"
+        write_mission_file(path, tensors(), {"step": step, "run": run} | info)
+        os.utime(path, ns=(step * 10**9, step * 10**9))
+
+    write(5, "b", wer=0.1, best_by="wer")
+    write(10, "a", wer=0.5, best_by="wer")
+    write(30, "a", wer=0.4)
+    write(20, "a", wer=0.3, best_by="wer")
+    path, which = best_mission_file(tmp_path)
+    assert path.name == "rwkv-adapter-20.pth"
+    assert which == "the best of its run by validation (wer 0.3); the newest is rwkv-adapter-30.pth"
+    write(40, "c", train_loss=1.0)
+    assert best_mission_file(tmp_path) == (tmp_path / "rwkv-adapter-40.pth", "the newest")
+    write(50, "d", wer=0.9, best_by="wer")
+    assert best_mission_file(tmp_path)[1] == "the best of its run by validation (wer 0.9)"
+    foreign = tmp_path / "rwkv-adapter-60.pth"
+    torch.save(tensors(), foreign)
+    os.utime(foreign, ns=(60 * 10**9, 60 * 10**9))
+    assert best_mission_file(tmp_path) == (foreign, "the newest")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+def test_numbers_that_are_none_are_refused(tmp_path, number):
+    spoilt = tensors()
+    name = "speech_encoder.adapter.2.weight"
+    spoilt[name] = spoilt[name].clone()
+    spoilt[name][0, 1] = number
+    torch.save(spoilt, tmp_path / "m.pth")
+    assert f"{name} holds numbers that are not finite" in refusal(read_mission_file, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="JSON"):
+        write_mission_file(tmp_path / "n.pth", tensors(), {"wer": number})
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pth"]

@@ -137,7 +137,7 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
     content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:

@@ -23,7 +23,7 @@ _THREADS = 8  # what they wait for is the disk, or the network behind it
 _PIECE = 256  # utterances to a task
 
 
-def read_durations(rows: Sequence[Row], cache: Path, *, log_every: float, first: bool = True) -> np.ndarray:
+def read_durations(rows: Sequence[Row], cache: Path, *, log_every: float = 30.0, first: bool = True) -> np.ndarray:
     """Lengths in seconds: from the source where it gives them, else from `cache`, else from the file's header.
 
     cache: a JSON file of lengths by the stamps of their files (see `file_stamp`), so that a file that was written to

@@ -132,7 +132,7 @@ def check_ids(rows: Iterable[Row]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes under a temporary name and renames."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def _earlier(folder: Path, name: str, rows: Sequence[Row], mission: Mission) -> dict[str, EvalRecord]:

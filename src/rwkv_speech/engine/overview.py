@@ -87,14 +87,14 @@ def show_run(
     Console(stderr=True).print(table)
     if training.epoch_steps > steps_to_pass:
         log.warning(
-            "--epoch_steps %d, but an epoch ends with its pass over the data, after %d: the run has %d steps; for %d of "
-            "them set --epoch_count %d",
+            "--epoch_steps %d, but an epoch ends with its pass over the data, after %d: the run has %d steps; for %d "
+            "set --epoch_count %d",
             *(training.epoch_steps, steps_to_pass, total, training.epoch_steps * training.epoch_count),
             math.ceil(training.epoch_steps * training.epoch_count / steps_to_pass),
         )
     if training.ctc_align_steps >= total:
         log.warning(
-            "--ctc_align_steps %d is all of the run's %d steps: the language model takes no part, and its initial state "
+            "--ctc_align_steps %d is all of the run's %d steps: the language model has no part, and its initial state "
             "learns nothing; set a smaller one",
             *(training.ctc_align_steps, total),
         )
@@ -105,7 +105,7 @@ def warn_of_warm_up(training: TrainingOptions, steps: int, total: int) -> None:
     """Says so where the first `steps` of `total` lie within the warm-up."""
     if steps <= training.warmup_steps:
         log.warning(
-            "%d steps lie within the warm-up of %d: the learning rate gets to %.3g, where --lr_init is %g, and little is "
+            "%d steps lie within the warm-up of %d: the learning rate gets to %.3g, where --lr_init is %g: little is "
             "learnt; set --warmup_steps to %d, say, or train for longer by --epoch_count",
             *(steps, training.warmup_steps, training.largest_lr(steps, total), training.lr_init, steps // 10),
         )

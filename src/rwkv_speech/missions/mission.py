@@ -28,8 +28,8 @@ class Mission(ABC):
         """The scores of some records; undefined ones are nan. Also called on part of a split, while it is decoded."""
 
     def leading_of(self, rows: Sequence[Row]) -> MetricKind:
-        """The metric that leads the scores of such rows."""
-        return self.score([self.record(row, "", seconds=0.0) for row in rows]).leading.kind
+        """The metric that leads the scores of these rows."""
+        return self.leading
 
     def sample(self, row: Row) -> Sample:
         """What the model reads, and what it is to answer: here the audio, and the row's text.

@@ -62,7 +62,7 @@ def train(options: Options) -> int:
     check_missions(rows + validation_rows, model)
     model.language_model.checkpointing = bool(training.grad_cp)
     model.answers = model.mission.answers(rows) or model.answers
-    leading = model.mission.leading_of(validation_rows) if validation_rows else model.mission.leading
+    leading = model.mission.leading_of(validation_rows)
     mission_files = MissionFiles(
         options.project,
         run,

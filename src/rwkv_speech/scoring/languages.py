@@ -3,9 +3,9 @@
 import re
 
 # By ISO 639, and as data sets spell them out. Korean has spaces.
-_WITHOUT_SPACES = frozenset(
-    "zh zho cmn yue wuu nan hak ja jpn th tha lo lao my mya km khm "
-    "chinese mandarin cantonese japanese thai burmese myanmar khmer".split()
+_WITHOUT_SPACES = (
+    *("zh", "zho", "cmn", "yue", "wuu", "nan", "hak", "ja", "jpn", "th", "tha", "lo", "lao", "my", "mya", "km", "khm"),
+    *("chinese", "mandarin", "cantonese", "japanese", "thai", "burmese", "myanmar", "khmer"),
 )
 # Han with its iteration marks, Kana (also of half width), Bopomofo, Thai, Lao, Burmese, Khmer
 _SCRIPTS = (

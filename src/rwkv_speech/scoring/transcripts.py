@@ -20,6 +20,12 @@ SER = MetricKind("ser", "SER", higher_is_better=False)
 LONGEST_RUN = 40  # words shown of one deletion or insertion: a run-away hypothesis must not bury the page
 
 
+def leading_kind(texts: Iterable[tuple[str | None, str]]) -> MetricKind:
+    """What decides over texts and their languages: the CER where most don't space their words, else the WER."""
+    are_spaced = [spaced(language, text) for language, text in texts]
+    return WER if 2 * sum(are_spaced) >= len(are_spaced) else CER
+
+
 class TranscriptScores(TaskScores):
     """Errors of transcripts, in two forms of the texts. The order of the records changes nothing.
 
@@ -38,10 +44,9 @@ class TranscriptScores(TaskScores):
 
     @cached_property
     def leading(self) -> Metric:
-        """The corpus WER of the lower-cased texts, or their CER where most are of languages without spaces."""
-        records = self.raw.records
-        unspaced = sum(not spaced(record.language, record.reference) for record in records)
-        return self._cer if 2 * unspaced > len(records) else self._wer
+        """The corpus rate of the lower-cased texts: WER, or what suits their languages."""
+        kind = leading_kind((record.language, record.reference) for record in self.raw.records)
+        return self._cer if kind is CER else self._wer
 
     @property
     def _wer(self) -> Metric:
