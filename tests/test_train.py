@@ -107,7 +107,7 @@ def test_evaluation_reads_it_back_and_prints_two_rates(trained, world, librispee
     flags = [flag for flag in flags if not flag.startswith("--encoder")]  # the mission file tells
     status, printed = at_door(monkeypatch, capsys, "--op=eval", f"--proj_dir={trained}", *flags)
     assert status == 0
-    assert f"evaluating {trained / 'rwkv-adapter-60.pth'}" in caplog.text
+    assert f"using {trained / 'rwkv-adapter-60.pth'}, the newest" in caplog.text
     for split, count in (("test-clean", 5), ("test-other", 3)):
         records = [json.loads(line) for line in (trained / f"eval/{split}.jsonl").read_text().splitlines()]
         assert len(records) == count
