@@ -27,6 +27,7 @@ case "$generation" in
     exit 2
     ;;
 esac
+trap 'exit 130' INT # once the command at hand has ended: training saves first
 # A second thread helps models of this size little, and harms much where something else runs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)

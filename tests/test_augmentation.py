@@ -121,13 +121,42 @@ def test_silence_stays_silent(noises, tmp_path):
     assert torch.equal(WaveformAugmentation(0, noise=[tmp_path / "silent.wav"])("a", speech, 0), speech)
 
 
-def test_an_unusable_noise_is_a_bad_sample(tmp_path):
+def test_in_the_place_of_unusable_noise_comes_other(noises, tmp_path, caplog):
     (tmp_path / "noise.wav").write_bytes(b"none")
-    soundfile.write(tmp_path / "a.wav", np.ones(100), SAMPLE_RATE)
-    speech = heard(
-        [Row("a", "x", Recording(tmp_path / "a.wav"))], WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
-    )
-    assert str(tmp_path / "noise.wav") in speech[0].reason
+    speech = sine(440, 1000)
+    change = WaveformAugmentation(0, noise=[tmp_path / "noise.wav", noises[2]], snr_db=(3.0, 3.0))
+    for id in "abcdefgh":
+        noise = change(id, speech, 0) - speech
+        assert 10 * np.log10(power(speech) / power(noise)) == pytest.approx(3, abs=0.01)
+    (said,) = caplog.messages
+    assert str(tmp_path / "noise.wav") in said
+    alone = WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
+    assert torch.equal(alone("a", speech, 0), speech)
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC"])
+def test_of_long_noise_a_part_is_read(tmp_path, monkeypatch, format):
+    """Ten minutes at 8 kHz, whose every sample tells its place; the speech is of half a second."""
+    places = np.linspace(-1, 1, 600 * 8000)
+    soundfile.write(tmp_path / "noise", places, 8000, format=format, subtype="PCM_24")
+    read = []
+    plain = soundfile.SoundFile.read
+
+    def counting(self, frames=-1, *args, **how):
+        read.append(len(found := plain(self, frames, *args, **how)))
+        return found
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    change = WaveformAugmentation(0, noise=[tmp_path / "noise"], snr_db=(0.0, 0.0))
+    silence = torch.zeros(8000)
+    silence[0] = 1  # of known power
+    starts = []
+    for id in range(20):
+        noise = change(str(id), silence, 0)[1000:7000]  # at a level of its own, so its sign and slope tell
+        starts.append(float(noise.mean() / (noise[-1] - noise[0])) * 6000 / 16000 / 300)
+    assert max(read) <= 4000
+    assert min(starts) < -0.5
+    assert max(starts) > 0.5
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -306,6 +335,28 @@ def test_training_with_all_of_it(world, noises, tmp_path, caplog):
     assert list(tmp_path.glob("rwkv-adapter-*.pth"))
     with pytest.raises(UserError, match=r"more than the 0\.72 s that --max_batch_s leaves"):
         train(world, tmp_path / "short", "--speed_perturb", "--max_batch_s=0.8")
+
+
+def test_noise_of_a_level(world, noises, tmp_path):
+    """Noise of no power changes nothing; a file that is none is the noise's fault."""
+
+    def trained(name: str, *flags: str) -> torch.Tensor:
+        train(world, tmp_path / name, "--epoch_count=1", "--epoch_steps=1", *flags)
+        return last(tmp_path / name)["speech_encoder.adapter.0.weight"]
+
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    for path in noises:
+        (folder / path.name).symlink_to(path)
+    (folder / "._a.wav").write_bytes(b"of macOS")
+    plain, faint = trained("plain"), trained("faint", f"--noise_dir={folder}", "--noise_snr=200,200")
+    torch.testing.assert_close(plain, faint, rtol=1e-5, atol=1e-7)
+    (folder / "none.wav").write_bytes(b"none")
+    with pytest.raises(UserError, match=rf"--noise_dir: {folder / 'none.wav'}: "):
+        train(world, tmp_path / "stopped", f"--noise_dir={folder}")
+    loud = trained("loud", f"--noise_dir={folder}", "--noise_snr=-5,-5", "--on_bad_audio=skip")
+    assert not torch.allclose(plain, loud, rtol=1e-3)
+    assert not (tmp_path / "loud" / "bad_audio.jsonl").exists()
 
 
 @pytest.fixture

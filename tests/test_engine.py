@@ -1,15 +1,19 @@
 """The engine: processes that agree, notices, full disks, losses that are none, validation, what a run leaves behind."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
 import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +25,13 @@ from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train as entry
 from rwkv_speech.engine.callbacks import NonFiniteLosses
 from rwkv_speech.engine.deepspeed import STAGES
+from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.engine.metrics import COLUMNS, MetricsFile, draw
+from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.overview import BLOCK_VALUES, POSITIONS
 from rwkv_speech.errors import UserError
@@ -37,6 +44,8 @@ from rwkv_speech.ops import OPS
 from rwkv_speech.options import MachineOptions, Options
 from rwkv_speech.progress import Progress, hours
 from rwkv_speech.scoring import EvalRecord
+
+pytestmark = pytest.mark.usefixtures("voiced")
 
 ROOT = Path(__file__).parents[1]
 WER = get_mission("transcribe").leading
@@ -130,8 +139,17 @@ def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
 # --- ends of other kinds ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tmp_path, monkeypatch, caplog, number):
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, 143, id="SIGUSR1"),
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+    ],
+)
+def test_a_notice_saves_and_stops_and_the_same_command_goes_on(
+    world, single, tmp_path, monkeypatch, caplog, number, status
+):
     caplog.set_level("INFO", "rwkv_speech")
     plain = TrainingModule.training_step
 
@@ -143,7 +161,7 @@ def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tm
     flags = ["--epoch_count=4", "--lr_init=1e-4", "--lr_final=1e-4"]
     monkeypatch.setattr(TrainingModule, "training_step", step)
     before = signal.getsignal(number)
-    assert train(world, tmp_path, *flags) == 128 + signal.SIGTERM
+    assert train(world, tmp_path, *flags) == status
     assert signal.getsignal(number) == before
     assert "stopped at step 9" in caplog.text
     assert [path.name for path in tmp_path.glob("checkpoints/run-1/*.ckpt")] == ["step=9.ckpt"]
@@ -152,6 +170,143 @@ def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tm
     for name, x in mission(single, 24).items():
         assert torch.equal(mission(tmp_path, 24)[name], x)
     assert rows(tmp_path, "loss") == rows(single, "loss")
+
+
+def interruptible():
+    """Of a process that is started: Ctrl-C reaches it, also where whatever runs this test ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_reaches_all_processes_and_they_save_together(world, tmp_path):
+    """As a terminal sends it: to two processes and the loaders' workers of each."""
+    flags = ["--epoch_count=40", "--micro_bsz=2", "--devices=2", "--strategy=ddp", "--num_workers=1"]
+    process = start(world, tmp_path, *flags, "--save_steps=0", start_new_session=True, preexec_fn=interruptible)
+    while not ((tmp_path / "metrics.csv").exists() and len(rows(tmp_path, "loss")) > 2):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err[-2000:]
+    (line,) = [line for line in err.splitlines() if "stopped at step" in line]
+    assert "the same command goes on from there" in line
+    assert "Traceback" not in err
+    (point,) = tmp_path.glob("checkpoints/run-1/*.ckpt")
+    assert point.name in {f"step={step}.ckpt" for step in range(3, 240)}
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_ctrl_c_before_training_or_twice_is_one_line(world, tmp_path, monkeypatch, capsys):
+    plain, steps = TrainingModule.training_step, []
+
+    def step(self, batch, index):
+        steps.append(index)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, batch, index)
+
+    def setup(self, *_, **__):
+        raise KeyboardInterrupt
+
+    flags = [*world.flags, *QUICK, "--epoch_count=1", f"--proj_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(MissionFiles, "setup", setup)
+        assert entry.main() == 130
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from the first one on
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    assert entry.main() == 130
+    signal.signal(signal.SIGINT, before)
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if line.startswith("train.py")] == 2 * [
+        "train.py: interrupted; files that are complete stay"
+    ]
+    assert "Traceback" not in err
+
+
+# --- one at a time ---------------------------------------------------------------------------------------------------
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from rwkv_speech.engine.lock import project_lock
+with project_lock(Path(sys.argv[1]), sys.argv[2]):
+    worker = os.fork()  # as a loader's, that outlives its parent for a while
+    if worker:
+        print(worker, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("op", "operation"), [("train", "training"), ("eval", "evaluation")])
+def test_a_second_one_in_a_folder_is_told_who_is_there(world, tmp_path, op, operation):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path, operation], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    began = datetime.now().astimezone()
+    flags = [f"--op={op}", f"--proj_dir={tmp_path}", *world.flags, *QUICK, "--epoch_count=1", "--epoch_steps=2"]
+    try:
+        with pytest.raises(UserError) as refused:
+            OPS[op](Options.parse(flags))
+    finally:
+        holder.kill()
+        holder.wait()
+    said = re.fullmatch(
+        rf"{tmp_path} is in use: (\w+) by process (\d+) on (\S+), since (\S+ \S+); .*", str(refused.value)
+    )
+    assert said.group(1, 2, 3) == (operation, str(holder.pid), socket.gethostname())
+    assert abs((datetime.fromisoformat(said[4]) - began).total_seconds()) < 10
+    os.kill(worker, 0)  # is still there
+    if op == "train":
+        assert OPS[op](Options.parse(flags)) == 0
+    else:
+        with pytest.raises(UserError, match="holds no mission file"):
+            OPS[op](Options.parse(flags))
+    os.kill(worker, signal.SIGKILL)
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_lock_is_one_process_at_a_time_and_leaves_nothing(tmp_path):
+    """Six processes take it a hundred times each, and it is removed and made anew all the while."""
+    code = """
+import os, sys
+from pathlib import Path
+from rwkv_speech.engine import lock
+from rwkv_speech.errors import UserError
+lock._holder = lambda *_: ""
+project, taken = Path(sys.argv[1]) / "a" / "b", 0
+while taken < 100:
+    try:
+        with lock.project_lock(project, "training"):
+            os.close(os.open(sys.argv[1] + "/alone", os.O_CREAT | os.O_EXCL))
+            os.unlink(sys.argv[1] + "/alone")
+            taken += 1
+    except UserError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path]) for _ in range(6)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 6
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_other_processes_of_a_run_take_no_lock(tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            with project_lock(tmp_path / "out", "training"):
+                assert not (tmp_path / "out").exists()
+            patch.setenv(name, "0")
+            with project_lock(tmp_path / "out", "training"):
+                assert (tmp_path / "out" / ".training.lock").exists()
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with project_lock(tmp_path, "training"):
+        assert "No locks available" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_files_whole(world, tmp_path):
@@ -243,16 +398,32 @@ def test_spoilt_weights_cannot_be_skipped(tmp_path):
     assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"
 
 
-def test_weights_spoilt_under_a_finite_loss_are_not_saved(world, tmp_path, monkeypatch):
-    plain = TrainingModule.training_step
+@pytest.fixture
+def spoilt(monkeypatch):
+    """The gradients of the third step are NaN; a function put into the list is called in it."""
+    plain, then = TrainingModule.training_step, []
 
     def training_step(self, batch, index):
+        if self.trainer.global_step == 2:
+            for call in then:
+                call()
         output = plain(self, batch, index)
         if self.trainer.global_step == 2:
             output["loss"].register_hook(lambda gradient: gradient * math.nan)
         return output
 
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    return then
+
+
+def test_spoilt_weights_are_not_saved_for_a_stop_signal(world, tmp_path, spoilt):
+    spoilt.append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match=r"weights after step 3 are not finite.*--adapter"):
+        train(world, tmp_path, "--epoch_count=1", "--save_steps=0")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_weights_spoilt_under_a_finite_loss_are_not_saved(world, tmp_path, spoilt):
     with pytest.raises(UserError, match=r"weights after step 3 are not finite.*--adapter"):
         train(world, tmp_path, "--epoch_count=1", "--save_steps=1")
     assert [path.name for path in tmp_path.glob("*.pth")] == ["rwkv-adapter-2.pth"]

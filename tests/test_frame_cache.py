@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+import train as entry
 from rwkv_speech.data.batches import Batch, SpeechDataset, loader
 from rwkv_speech.data.hub import DatasetRow, read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
@@ -304,6 +306,17 @@ def test_encoder_that_changes_behind_an_open_cache_is_refused(world, recordings)
         cache.fill(recordings)
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"identity": "x", "width": 32, "convolutions": 5}'])
+def test_damaged_facts_of_an_encoder_are_found_anew(world, recordings, loads, content):
+    before = filled(world, recordings).read(recordings[0])[0]
+    (facts,) = world.glob("cache/encoders/*.json")
+    whole = facts.read_text()
+    facts.write_text(content)
+    assert torch.equal(filled(world, recordings).read(recordings[0])[0], before)
+    assert len(loads) == 2
+    assert facts.read_text() == whole
+
+
 # Whole after any interruption
 
 
@@ -397,6 +410,8 @@ def test_writer_killed_at_random_moments(tmp_path):
         folder = tmp_path / str(attempt)
         process = multiprocessing.get_context("fork").Process(target=_write_forever, args=(folder,))
         process.start()
+        while not any(folder.glob("*.index")):  # on a busy machine it may take long to start
+            time.sleep(0.001)
         time.sleep(rng.uniform(0.01, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -532,6 +547,28 @@ def test_training_with_a_full_cache(world, monkeypatch, tmp_path):
     for name, tensor in full.items():
         assert torch.equal(tensor, filling[name]), name
         torch.testing.assert_close(tensor, plain[name], rtol=0.05, atol=2e-4)
+
+
+def test_damaged_frames_stop_training_by_one_line_and_are_made_anew(world, tmp_path, capsys, monkeypatch):
+    flags = [f"--{flag}={world / value}" for flag, value in (("load_model", "model.pth"), ("encoder", "encoder"))]
+    flags += [
+        f"--data={world / 'train.jsonl'}",
+        f"--cache_features={world / 'cache'}",
+        f"--proj_dir={tmp_path / 'out'}",
+    ]
+    flags += ["--adapter_hidden=32", "--accelerator=cpu", "--epoch_count=1", "--epoch_steps=2", "--num_workers=1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert entry.main() == 0
+    (data,) = world.glob("cache/*/*.frames")
+    raw = bytearray(data.read_bytes())
+    raw[:] = bytes(byte ^ 1 for byte in raw)
+    data.write_bytes(raw)
+    capsys.readouterr()
+    assert entry.main() == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("train.py: ", "Traceback", "Original"))]
+    assert f"{data} is damaged; remove it and start again" in line
+    data.unlink()
+    assert entry.main() == 0
 
 
 # On real speech

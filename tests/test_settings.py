@@ -20,6 +20,8 @@ from rwkv_speech.options import Options
 from rwkv_speech.speech.audio import load_audio
 from tests.tiny import at_door, do, last, losses, missions
 
+pytestmark = pytest.mark.usefixtures("voiced")
+
 # The options of the optimiser, none at its default, and what they are by default.
 OPTIMISER = {
     **{"lr_init": (2e-3, 1e-4), "lr_final": (5e-4, 2e-3), "warmup_steps": (1, 100), "state_lr_scale": (7.0, 1.0)},

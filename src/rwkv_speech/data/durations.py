@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,8 +38,9 @@ def read_durations(rows: Sequence[Row], cache: Path, *, log_every: float = 30.0,
         sample.
     """
     known: dict[str, float] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(cache.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, AttributeError):
+        content = json.loads(cache.read_text(encoding="utf-8")).items()
+        known = {stamp: x for stamp, x in content if isinstance(x, float) and 0 < x < math.inf}
     found: dict[str, float] = {}
     seconds = np.zeros(len(rows))
 

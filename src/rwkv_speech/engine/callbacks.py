@@ -13,6 +13,7 @@ from rwkv_speech.data.batches import Batch
 from rwkv_speech.data.sample import BadSample, Row
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.speech.audio import Longest
 from rwkv_speech.speech.frame_cache import FrameCache
 from rwkv_speech.speech.recording import Recording
 
@@ -37,12 +38,16 @@ class FillFrames(Callback):
     cache: opened, with the encoder of the run.
     rows: all that the run will read from it.
     bad_samples: takes those that can't be used.
+    longest: of these, recordings that are longer.
     log_every: seconds between lines of progress.
     """
 
-    def __init__(self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples, *, log_every: float) -> None:
+    def __init__(
+        self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples, longest: Longest, *, log_every: float
+    ) -> None:
         self.cache = cache
         self.rows = rows
+        self.longest = longest
         self.bad_samples = bad_samples
         self.log_every = log_every
 
@@ -54,6 +59,7 @@ class FillFrames(Callback):
 
         self.cache.fill(
             [row.audio for row in self.rows],
+            longest=self.longest,
             device=trainer.strategy.root_device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,

@@ -84,7 +84,7 @@ def show_run(
         ("time per epoch", f"known once {WARM_UP + MEASURED} steps are done"),
     ):
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False).print(table)  # paths may have brackets
     if training.epoch_steps > steps_to_pass:
         log.warning(
             "--epoch_steps %d, but an epoch ends with its pass over the data, after %d: the run has %d steps; for %d "

@@ -27,6 +27,7 @@ class Validation(Callback):
     options: how often, and after how many validations without improvement to stop.
     decoding: how to decode: as the evaluation of the same settings will.
     mission_files: keeps the best by the mission's leading score.
+    judged_by: what stands for the samples; scores on others are not compared.
     log_every: seconds between lines of progress.
     metrics: takes the scores.
     bad_samples: takes what can't be used.
@@ -43,19 +44,23 @@ class Validation(Callback):
         *,
         log_every: float,
         mission_files: MissionFiles,
+        judged_by: str,
         metrics: Metrics,
         bad_samples: BadSamples,
     ) -> None:
         self.options, self.decoding, self.log_every = options, decoding, log_every
         self.mission_files, self.metrics, self.bad_samples = mission_files, metrics, bad_samples
+        self.judged_by = judged_by
         self.validated_step = 0
         self.best: float | None = None  # leading score
         self.waited = 0  # validations since then
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("validated_step", "best", "waited")}
+        return {name: getattr(self, name) for name in ("validated_step", "best", "waited", "judged_by")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("judged_by") != self.judged_by:
+            state_dict = {}
         for name, value in state_dict.items():
             setattr(self, name, value)
 

@@ -18,10 +18,13 @@ class Mission(ABC):
 
     name: in manifests, options and files.
     leading: the metric by which "best" is decided, that of `score(records).leading`, unless `leading_of` says another.
+    cut: its audio is speech, and the answers to pieces of a recording make its answer together. Then silence has none,
+        and long recordings are cut in pauses; otherwise they are refused.
     """
 
     name: ClassVar[str]
     leading: ClassVar[MetricKind]
+    cut: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, records: Sequence[EvalRecord]) -> TaskScores:

@@ -20,6 +20,7 @@ class EvalRecord:
     reference: the answer, as the data set has it.
     hypothesis: the answer, as the model has it.
     seconds: length of the audio.
+    heard: what stands for the recording and for what was done to it; with another, the answer may be another.
     speaker, language: where the data set has them.
     score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
     loop: the decoder saw itself repeating.
@@ -33,6 +34,7 @@ class EvalRecord:
     reference: str
     hypothesis: str
     seconds: float
+    heard: str | None = None
     speaker: str | None = None
     language: str | None = None
     score: float | None = None
@@ -81,16 +83,16 @@ def read_records(path: str | os.PathLike) -> list[EvalRecord]:
     """The records of a file, in its order; none where there is no file.
 
     A last line without its newline was being written when the process died: it is left out, and its utterance
-    is to be decoded again. An utterance that stands there twice counts once, as first written.
+    is to be decoded again. What was heard twice counts once, as first written.
 
     Raises:
         UserError: a whole line is not a record.
     """
-    records: dict[str, EvalRecord] = {}
+    records: dict[tuple[str, str | None], EvalRecord] = {}
     lines = _whole_lines(Path(path)).split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         record = _parse(line, where=f"{path}, line {number}")
-        records.setdefault(record.id, record)
+        records.setdefault((record.id, record.heard), record)
     if len(records) < len(lines):
         logger.warning("%s: %d records repeat an utterance; the first counts", path, len(lines) - len(records))
     return list(records.values())
