@@ -1,6 +1,7 @@
 """Speed, noise and masks: as much as was asked for, and the same for one seed, epoch and utterance wherever drawn."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -16,13 +17,14 @@ from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset, loader
 from rwkv_speech.data.buckets import bucketed_loader
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
-from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
 from rwkv_speech.speech.augmentation import SPEEDS, Masks, SpecAugment, WaveformAugmentation, apply_masks
 from rwkv_speech.speech.recording import Recording
 from tests.tiny import last, write_world
@@ -355,6 +357,47 @@ def test_noise_of_a_level(world, noises, tmp_path):
     loud = trained("loud", f"--noise_dir={folder}", "--noise_snr=-5,-5", "--on_bad_audio=skip")
     assert not torch.allclose(plain, loud, rtol=1e-3)
     assert not (tmp_path / "loud" / "bad_audio.jsonl").exists()
+
+
+@pytest.fixture
+def batches(world, tmp_path, monkeypatch):
+    """batches(*flags): those of one epoch of training with such flags."""
+    step = TrainingModule.training_step
+
+    def run(*flags):
+        found = []
+        monkeypatch.setattr(TrainingModule, "training_step", lambda self, b, i: found.append(b) or step(self, b, i))
+        train(world, tmp_path / str(flags), "--epoch_count=1", *flags)
+        return found
+
+    return run
+
+
+def test_flags_of_augmentation_and_of_batches_by_seconds(world, noises, batches):
+    """What training reads beside the files: of what length it is, and how loud what was added."""
+    original = {f"u{i}": load_audio(world[0] / f"{i}.wav") for i in range(10)}
+
+    def levels(*flags):
+        found = []
+        for batch in batches(*flags):
+            for name, changed in zip(batch.names, batch.audio.split(batch.audio_sizes), strict=True):
+                noise = changed - original[name]
+                found.append(10 * math.log10(original[name].square().mean() / noise.square().mean()))
+        return found
+
+    folder = f"--noise_dir={noises[0].parent}"
+    assert all(-5.1 < level < 5.1 for level in levels(folder, "--noise_snr=-5,5"))
+    assert all(4.9 < level < 20.1 for level in levels(folder))
+
+    speeds = []
+    for batch in batches("--speed_perturb"):
+        speeds += [len(original[name]) / n for name, n in zip(batch.names, batch.samples, strict=True)]
+    assert {round(speed, 2) for speed in speeds} == {0.9, 1.0, 1.1}
+
+    by_seconds = [(len(batch), max(batch.seconds)) for batch in batches("--max_batch_s=3")]
+    assert all(count * longest <= 3 for count, longest in by_seconds)
+    assert sum(count for count, _ in by_seconds) == 10
+    assert len(by_seconds) < 10
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train as door
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.runs import Run, find_run
@@ -30,19 +28,11 @@ from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.scoring import EvalRecord
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.frame_cache import AbsentEncoder
-from tests.tiny import NO_FILES, QUICK, do, last, missions, no_file
+from tests.tiny import NO_FILES, QUICK, at_door, do, last, losses, missions, no_file
 
 pytestmark = pytest.mark.usefixtures("voiced")
 
 ROOT = Path(__file__).parents[1]
-
-
-def at_door(monkeypatch, capsys, *flags):
-    """The exit status of `train.py`, and what it printed."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    capsys.readouterr()
-    status = door.main()
-    return status, capsys.readouterr()
 
 
 def contents(folder):
@@ -50,13 +40,6 @@ def contents(folder):
     shared = ("metrics.csv", "training.png", "durations.json")
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in shared]
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
-
-
-def losses(project, run=1):
-    """Step -> loss, as TensorBoard has them."""
-    events = EventAccumulator(str(project / "tensorboard" / f"run-{run}"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("loss")}
 
 
 def equal(some, others):
@@ -118,7 +101,7 @@ def test_evaluation_reads_it_back_and_prints_two_rates(trained, world, librispee
     flags = [flag for flag in flags if not flag.startswith("--encoder")]  # the mission file tells
     status, printed = at_door(monkeypatch, capsys, "--op=eval", f"--proj_dir={trained}", *flags)
     assert status == 0
-    assert f"evaluating {trained / 'rwkv-adapter-60.pth'}" in caplog.text
+    assert f"evaluating {trained / 'rwkv-adapter-60.pth'}, the newest" in caplog.text
     for split, count in (("test-clean", 5), ("test-other", 3)):
         records = [json.loads(line) for line in (trained / f"eval/{split}.jsonl").read_text().splitlines()]
         assert len(records) == count

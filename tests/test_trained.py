@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from rwkv_speech.errors import UserError
 from rwkv_speech.trained import (
     MissionFileError,
+    best_mission_file,
     newest_mission_file,
+    read_best_mission_file,
     read_mission_file,
-    read_newest_mission_file,
     write_mission_file,
 )
 
@@ -373,8 +374,43 @@ def test_the_newest_is_read_while_training_writes_and_removes_files(tmp_path):
     writing.wait()
     steps = []
     while training.is_alive():
-        file = read_newest_mission_file(tmp_path)
+        file, _ = read_best_mission_file(tmp_path)
         assert f"rwkv-adapter-{file.info['step']}.pth" == file.path.name
         steps.append(file.info["step"])
     assert steps == sorted(steps)
     assert len(set(steps)) > 5, "the case is void: nothing changed meanwhile"
+
+
+def test_the_best_is_that_of_the_newest_run(tmp_path):
+    """Of the second run, step 20 was better than step 10, and 30 wasn't; the third was never validated."""
+
+    def write(step, run, **info):
+        path = tmp_path / f"rwkv-adapter-{step}.pth"
+        write_mission_file(path, tensors(), {"step": step, "run": f"r{run}", "run_began": str(run)} | info)
+        return path
+
+    write(90, 1, wer=0.1, best_by="wer")
+    assert best_mission_file(tmp_path) == (
+        tmp_path / "rwkv-adapter-90.pth",
+        "the best of its run by validation (wer 0.1)",
+    )
+    write(10, 2, wer=0.5, best_by="wer")
+    write(30, 2, wer=0.4)
+    best = write(20, 2, wer=0.3, best_by="wer")
+    expected = "the best of its run by validation (wer 0.3); the newest is rwkv-adapter-30.pth"
+    assert best_mission_file(tmp_path) == (best, expected)
+    file, which = read_best_mission_file(tmp_path)
+    assert (file.path, file.info["wer"], which) == (best, 0.3, expected)
+    best.with_suffix(".json").write_text("[")
+    assert best_mission_file(tmp_path)[0].name == "rwkv-adapter-10.pth", "a damaged one says nothing"
+    assert best_mission_file(write(40, 3, train_loss=1.0).parent) == (tmp_path / "rwkv-adapter-40.pth", "the newest")
+    foreign = tmp_path / "published" / "rwkv-adapter-1.pth"
+    foreign.parent.mkdir()
+    torch.save(tensors(), foreign)
+    assert best_mission_file(foreign.parent) == (foreign, "the newest")
+
+
+def test_json_never_holds_what_is_no_number(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_mission_file(tmp_path / "m.pth", tensors(), {"wer": float("nan")})
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,8 @@
 """Transcripts: their forms against hand-written ones, their order whatever the batch, and `--op predict` on files."""
 
 import json
+import math
+import re
 import sys
 from unicodedata import combining, east_asian_width
 
@@ -357,6 +359,28 @@ def test_a_file_for_each_in_output_dir(world, predict, tmp_path, caplog):
     assert "1 of 3 files" in last
     assert sorted(file.name for file in folder.iterdir()) == [f"{path.stem}.srt" for path in paths]
     assert (folder / f"{paths[0].stem}.srt").read_text().startswith("1\n00:00:00,000 --> 00:00:0")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_output_that_is_not_finite_is_one_line_in_every_form(world, predict, tmp_path, precision):
+    """Of weights that are spoilt, and of such as leave the range of fp16."""
+    weights = torch.load(world.model, weights_only=True)
+    weights["blocks.1.ffn.value.weight"][0] = math.nan if precision == "fp32" else 1e9
+    torch.save(weights, tmp_path / "model.pth")
+    flags = [f"--load_model={tmp_path / 'model.pth'}", f"--precision={precision}", "--beam=2"]
+    path = world.utterances[0][0]
+    for form in FORMATS:
+        status, out, err = predict(*flags, f"--format={form}", "--file_path", path)
+        assert (status, out) == (2, "")
+        (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+        assert "output is not finite" in line
+        assert "Traceback" not in err
+    manifest = world.folder / "train.jsonl"
+    status, out, err = predict("--op=eval", *flags, f"--data={manifest}", f"--proj_dir={tmp_path}", "--num_workers=0")
+    assert (status, out, "output is not finite" in err) == (2, "", True)
+    assert not (tmp_path / "eval/summary.json").exists()
+    written = "".join(file.read_text() for file in (tmp_path / "eval").rglob("*.json*"))
+    assert not re.search(r"\b(NaN|Infinity)\b", written)
 
 
 @pytest.mark.parametrize(

@@ -121,5 +121,24 @@ def last(project: Path) -> dict[str, Tensor]:
     return max(missions(project).values(), key=lambda file: file[1]["step"])[0]
 
 
+def losses(project: Path, run: int = 1) -> dict[int, float]:
+    """Step -> loss, as TensorBoard has them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(project / "tensorboard" / f"run-{run}"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+def at_door(monkeypatch: Any, capsys: Any, *flags: Any) -> tuple[int, Any]:
+    """The exit status of `train.py`, and what it printed."""
+    from train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    capsys.readouterr()
+    status = main()
+    return status, capsys.readouterr()
+
+
 if __name__ == "__main__":
     print(*write_world(Path(sys.argv[1])))

@@ -200,6 +200,11 @@ class TrainingOptions:
         progress = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
         return ((self.lr_final or self.lr_init) / self.lr_init) ** min(1.0, progress)
 
+    def largest_lr(self, steps: int, total: int) -> float:
+        """The largest learning rate of the first `steps` of `total`: where the warm-up ends, or that of the last."""
+        last = steps - 1
+        return self.lr_init * max(self.lr_factor(step, total) for step in (min(self.warmup_steps, last), last))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
@@ -283,6 +288,9 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    log_every: float = flag(
+        30.0, "seconds between lines of progress in a log; a terminal has bars", type=seconds, resume_ignored=True
+    )
     eval_bsz: int = flag(8, "utterances decoded together", type=positive, resume_ignored=True)
     perturb: bool = flag(
         False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB", resume_ignored=True

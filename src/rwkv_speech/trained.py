@@ -239,7 +239,7 @@ def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(dict(info), indent=2) + "\n")
+            beside.write_text(json.dumps(dict(info), indent=2, allow_nan=False) + "\n")
             weights.write_bytes(content.getbuffer())
             os.replace(beside, path.with_suffix(".json"))
             os.replace(weights, path)
@@ -265,16 +265,37 @@ def newest_mission_file(folder: Path) -> Path:
     return max(files, key=_age)
 
 
-def read_newest_mission_file(folder: Path) -> MissionFile:
-    """`newest_mission_file`, read; also while training beside it writes newer ones and removes this one.
+def best_mission_file(folder: Path) -> tuple[Path, str]:
+    """The best of the newest run by its validation, else the newest mission file; and which of these it is.
+
+    Raises:
+        MissionFileError: the folder holds none.
+    """
+    newest = newest_mission_file(folder)
+    run = _info_beside(newest).get("run")
+    scored = []  # step, path, name of the score, score
+    for path in folder.glob("rwkv-adapter-*.pth") if run else ():
+        info = _info_beside(path)
+        step, name = info.get("step"), str(info.get("best_by"))
+        if info.get("run") == run and type(step) is int and type(info.get(name)) in (int, float):
+            scored.append((step, path, name, info[name]))
+    if not scored:
+        return newest, "the newest"
+    _, path, name, score = max(scored)  # each of them was better than all before it
+    which = f"the best of its run by validation ({name} {score:.4g})"
+    return path, which if path == newest else f"{which}; the newest is {newest.name}"
+
+
+def read_best_mission_file(folder: Path) -> tuple[MissionFile, str]:
+    """`best_mission_file`, read; also while training beside it writes better ones and removes this one.
 
     Raises:
         MissionFileError: the folder holds none, or it can't be read.
     """
     while True:
-        path = newest_mission_file(folder)
+        path, which = best_mission_file(folder)
         try:
-            return read_mission_file(path)
+            return read_mission_file(path), which
         except MissionFileError:
             if path.exists():
                 raise
@@ -282,12 +303,18 @@ def read_newest_mission_file(folder: Path) -> MissionFile:
 
 def _age(path: Path) -> tuple[str, int, bool, int, int, str]:
     """What orders mission files from the oldest to the newest."""
-    began = ""
-    with suppress(OSError, ValueError, AttributeError):
-        began = str(json.loads(path.with_suffix(".json").read_bytes()).get("run_began", ""))
+    began = str(_info_beside(path).get("run_began", ""))
     found = _FILE.fullmatch(path.stem)
     step, mean, run, copy = found.groups() if found else (None,) * 4
     return began, int(step or -1), mean is not None, int(run or 0), int(copy or 0), path.name
+
+
+def _info_beside(path: Path) -> dict[str, Any]:
+    """What the JSON file of a mission file holds; nothing where it can't be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        info = json.loads(path.with_suffix(".json").read_bytes())
+        return info if isinstance(info, dict) else {}
+    return {}
 
 
 def check_fit(

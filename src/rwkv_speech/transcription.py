@@ -178,7 +178,7 @@ def as_text(transcript: Transcript) -> str:
 def as_json(transcript: Transcript) -> str:
     """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
     content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
-    line = json.dumps(content, ensure_ascii=False)
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
     return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
 

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
+from rwkv_speech.alignment import fits
 from rwkv_speech.data.rendering import NO_LABEL, Rendered, Renderer
 from rwkv_speech.data.sample import BadSample, Row, Sample, SampleError
 from rwkv_speech.errors import UserError
@@ -63,7 +64,8 @@ class Batch:
 
     names: ids of the samples.
     references: the texts of their last answers, and
-    answers: the tokens of those, without the end of text.
+    answers: the tokens of those, without the end of text, and
+    fits: whether CTC can align these to the positions of the sample's recordings.
     indices: places of their rows in the dataset.
     ids: (B, T) int64 token ids, padded with END_OF_TEXT; see `Rendered`.
     lengths: (B,) int64, positions of each.
@@ -82,13 +84,15 @@ class Batch:
     seconds: length of the recordings of each sample.
     bad: samples that couldn't be used.
     long: places of rows that were set apart, see `SpeechDataset`.
-    step_tokens: labels in all batches of its optimiser step in this process; `AccumulationLoader` counts them.
+    step_tokens, step_aligned: `tokens` and `aligned` of all batches of its optimiser step in this process;
+        `AccumulationLoader` counts them.
     epoch: of training, that it belongs to.
     """
 
     names: list[str]
     references: list[str]
     answers: list[Tensor]
+    fits: list[bool]
     indices: list[int]
     ids: Tensor
     lengths: Tensor
@@ -108,6 +112,7 @@ class Batch:
     bad: list[BadSample]
     long: list[int]
     step_tokens: int = 0
+    step_aligned: int = 0
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -124,6 +129,11 @@ class Batch:
     def tokens(self) -> int:
         """Labels in this batch."""
         return len(self.labels)
+
+    @property
+    def aligned(self) -> int:
+        """Tokens of answers, with their ends of text, that CTC can align."""
+        return sum(len(answer) + 1 for answer, fit in zip(self.answers, self.fits, strict=True) if fit)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device; `audio` stays where the encoder will fetch it from."""
@@ -258,6 +268,7 @@ class Collate:
         ids = _padded([r.ids for r in rendered], END_OF_TEXT)
         labels = _padded([r.labels for r in rendered], NO_LABEL).flatten()
         label_slots = (labels != NO_LABEL).nonzero()[:, 0]
+        answers = [r.ids[r.prompt_length :] for r in rendered]
         frames = [n for r in rendered for n in r.frames]
         groups = [self.group_count(n) for n in frames]
         per_recording = max(groups, default=0)
@@ -266,7 +277,10 @@ class Collate:
         return Batch(
             names=[item.id for item in good],
             references=[item.reference for item in good],
-            answers=[r.ids[r.prompt_length :] for r in rendered],
+            answers=answers,
+            fits=[
+                fits(answer, sum(map(self.group_count, r.frames))) for answer, r in zip(answers, rendered, strict=True)
+            ],
             indices=[item.index for item in good],
             ids=ids,
             label_slots=label_slots,
@@ -456,6 +470,7 @@ class AccumulationLoader:
         while group := list(islice(batches, self.accumulate)):
             for batch in group:
                 batch.epoch, batch.step_tokens = epoch, sum(b.tokens for b in group)
+                batch.step_aligned = sum(b.aligned for b in group)
                 self.given += 1
                 yield batch
 

@@ -39,13 +39,17 @@ class FillFrames(Callback):
     rows: all that the run will read from it.
     bad_samples: takes those that can't be used.
     longest: of these, recordings that are longer.
+    log_every: seconds between lines of progress.
     """
 
-    def __init__(self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples, longest: Longest) -> None:
+    def __init__(
+        self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples, longest: Longest, *, log_every: float
+    ) -> None:
         self.cache = cache
         self.rows = rows
         self.longest = longest
         self.bad_samples = bad_samples
+        self.log_every = log_every
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         ids = {str(row.audio): row.id for row in self.rows}
@@ -61,6 +65,7 @@ class FillFrames(Callback):
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,
             on_bad=on_bad,
+            log_every=self.log_every,
         )
 
 
@@ -70,10 +75,13 @@ class NonFiniteLosses:
     policy: "stop" ends the run, "skip" goes on as if the batch had no labels.
     path: JSON-lines file; each line the step, and the ids of one process's batch.
     model: whose weights are looked at: where they are spoilt, nothing can be skipped.
+
+    skipped: steps that had such a batch, and went on without it.
     """
 
     def __init__(self, policy: str, path: Path, model: SpeechRWKV) -> None:
         self.policy, self.path, self.model = policy, path, model
+        self.skipped: set[int] = set()
 
     def __call__(self, step: int, ids: list[str]) -> None:
         """All processes call it together, with the ids of those batches whose loss is none, else without.
@@ -93,3 +101,4 @@ class NonFiniteLosses:
         if self.policy == "stop":
             raise UserError(f"{what}; look at it, or go on without such batches by --on_nonfinite skip")
         log.warning("%s and skipped", what)
+        self.skipped.add(step)

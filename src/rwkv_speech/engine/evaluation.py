@@ -7,12 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric import Fabric
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from rwkv_speech.data.bad_samples import BadSamples
@@ -25,6 +24,7 @@ from rwkv_speech.files import write_whole
 from rwkv_speech.missions.mission import Mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
+from rwkv_speech.progress import Progress
 from rwkv_speech.scoring import EvalRecord, RecordWriter, read_records
 from rwkv_speech.speech.audio import AudioError, Longest
 from rwkv_speech.speech.augmentation import Perturbation
@@ -33,7 +33,6 @@ from rwkv_speech.transcription import Alternative, transcripts
 log = logging.getLogger("rwkv_speech")
 
 UNFINISHED = "unfinished"  # folder of what each process has written of the split at hand
-SCORE_SECONDS = 2.0  # between two looks at the score so far
 LEDGER = "evaluation.json"  # the settings, and the splits that are finished under them
 
 
@@ -90,8 +89,11 @@ def evaluate_split(
     )
     with (
         RecordWriter(parts / f"{fabric.global_rank}.jsonl") as writer,
-        _Progress(name, model.mission, total=len(rows), records=list(done.values()), fabric=fabric) as progress,
+        Progress(
+            name, len(rows), done=len(done), log_every=options.log_every, visible=fabric.is_global_zero
+        ) as progress,
     ):
+        records = [*done.values()]  # of several processes, the first one shows the score of its own
         for batch in batches:
             bad_samples.add(batch.bad)
             bad.update(sample.id for sample in batch.bad)
@@ -109,7 +111,7 @@ def evaluate_split(
                     wall_seconds=wall,
                 )
                 writer.write(record)
-                progress.add(record)
+                records.append(record)
             for index in batch.long:
                 row = left[index]
                 try:
@@ -119,8 +121,9 @@ def evaluate_split(
                     bad.add(row.id)
                 else:
                     writer.write(record)
-                    progress.add(record)
-            progress.advance(len(batch) + len(batch.bad) + len(batch.long))
+                    records.append(record)
+            samples = len(batch) + len(batch.bad) + len(batch.long)
+            progress.advance(fabric.world_size * samples, partial(_score, model.mission, records))
     bad = set().union(*gather(bad))  # when all have come to here
     if not fabric.is_global_zero:
         return [], len(bad)
@@ -217,7 +220,7 @@ def check_ids(rows: Iterable[Row]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes under a temporary name and renames."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def _read_ledger(folder: Path) -> dict[str, Any]:
@@ -246,33 +249,7 @@ def _note_finished(folder: Path, name: str) -> None:
     write_json(folder / LEDGER, ledger | {"finished": sorted({*ledger["finished"], name})})
 
 
-class _Progress:
-    """A bar with the leading score of the records so far; of several processes, the first one shows its own.
-
-    records: what there is already.
-    """
-
-    def __init__(self, name: str, mission: Mission, *, total: int, records: list[EvalRecord], fabric: Fabric) -> None:
-        self._mission, self._records, self._processes = mission, records, fabric.world_size
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        score = TextColumn("{task.fields[score]}")
-        self._bar = Progress(*columns, score, console=Console(stderr=True), disable=not fabric.is_global_zero)
-        self._task = self._bar.add_task(name, total=total, completed=len(records), score="")
-        self._scored = -SCORE_SECONDS
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def add(self, record: EvalRecord) -> None:
-        self._records.append(record)
-
-    def advance(self, samples: int) -> None:
-        self._bar.update(self._task, advance=samples * self._processes)
-        if self._records and not self._bar.disable and time.monotonic() - self._scored > SCORE_SECONDS:
-            leading = self._mission.score(self._records).leading
-            self._bar.update(self._task, score=f"{leading.kind.label} {leading.kind.text(leading.value, 1)}")
-            self._scored = time.monotonic()
+def _score(mission: Mission, records: Sequence[EvalRecord]) -> str:
+    """The leading score of the records so far."""
+    leading = mission.score(records).leading
+    return f"{leading.kind.label} {leading.kind.text(leading.value, 1)}" if records else ""

@@ -19,7 +19,7 @@ from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.identity import encoder_identity, hash_tensors
-from rwkv_speech.trained import MissionFile, read_mission_file, read_newest_mission_file
+from rwkv_speech.trained import MissionFile, read_best_mission_file, read_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -51,14 +51,14 @@ def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
 
 
 def chosen_mission_file(options: Options) -> MissionFile:
-    """The mission file that is named, else the newest of the project, read; the log says which.
+    """The mission file that is named, else the best of the project's newest run, read; the log says which.
 
     Raises:
         UserError: none is named and the project has none, or it can't be read.
     """
     named = options.model.adapter
-    file = read_mission_file(named) if named else read_newest_mission_file(options.project)
-    log.info("%s %s", "evaluating" if options.op == "eval" else "using", file.path)
+    file, which = (read_mission_file(named), "as named") if named else read_best_mission_file(options.project)
+    log.info("%s %s, %s", "evaluating" if options.op == "eval" else "using", file.path, which)
     return file
 
 

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.files import check_folder, write_whole
 from rwkv_speech.ops.common import check_model_file, chosen_mission_file, load_model, longest_piece
 from rwkv_speech.options import Options
+from rwkv_speech.progress import Progress
 from rwkv_speech.terminal import ESCAPED, say
 from rwkv_speech.transcription import FORMATS, output_files
 
@@ -42,20 +44,23 @@ def predict(options: Options) -> int:
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0
-    for index, transcript in enumerate(transcripts):
-        if isinstance(transcript, UserError):
-            log.error("%s", transcript)
-            failed += 1
-            continue
-        if not transcript.segments:
-            log.info("%s: no speech in it", transcript.name)
-        if transcript.empty:
-            segments = len(transcript.segments)
-            log.warning("%s: %d of %d segments gave no text", transcript.name, transcript.empty, segments)
-        if places:
-            write_whole(places[index], FORMATS[options.format](transcript).encode(errors=ESCAPED))
-        else:
-            say(FORMATS[options.format](transcript))
+    seen = not places and sys.stdout.isatty()  # then the transcripts themselves show how far it is
+    with Progress("prediction", len(paths), "files", log_every=options.log_every, visible=not seen) as progress:
+        for index, transcript in enumerate(transcripts):
+            progress.advance(1)
+            if isinstance(transcript, UserError):
+                log.error("%s", transcript)
+                failed += 1
+                continue
+            if not transcript.segments:
+                log.info("%s: no speech in it", transcript.name)
+            if transcript.empty:
+                segments = len(transcript.segments)
+                log.warning("%s: %d of %d segments gave no text", transcript.name, transcript.empty, segments)
+            if places:
+                write_whole(places[index], FORMATS[options.format](transcript).encode(errors=ESCAPED))
+            else:
+                say(FORMATS[options.format](transcript))
     if failed:
         log.error("%d of %d files could not be transcribed", failed, len(paths))
     return int(failed > 0)

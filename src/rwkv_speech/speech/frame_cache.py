@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
+from rwkv_speech.progress import Progress
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
 from rwkv_speech.speech.hub import encoder_folder
@@ -127,6 +126,7 @@ class FrameCache:
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
         on_bad: Callable[[Recording, AudioError], None] = lambda recording, error: None,
+        log_every: float = 30.0,
     ) -> None:
         """Computes the frames that are missing, every process those of its share.
 
@@ -140,6 +140,7 @@ class FrameCache:
             rank, world_size: which share is this process's.
             barrier: returns when all processes have called it.
             on_bad: takes the recordings that can't be used; they get no frames.
+            log_every: see `Progress`.
 
         Raises:
             UserError: the disk has no room for the frames, or an encoder other than the one that was opened.
@@ -153,7 +154,9 @@ class FrameCache:
             barrier()  # no process writes before all have measured the free space
             if work:
                 batches = [[mine[entry.index] for entry in batch] for batch in work]
-                self._encode(batches, writer, longest, device, rank, on_bad)
+                count = sum(map(len, batches))
+                with Progress("caching frames", count, log_every=log_every, visible=not rank) as progress:
+                    self._encode(batches, writer, longest, device, rank, on_bad, progress)
         self._loaded = None
         barrier()
         self._shards.reload()
@@ -241,15 +244,13 @@ class FrameCache:
         device: torch.device | str,
         rank: int,
         on_bad: Callable[[Recording, AudioError], None],
+        progress: Progress,
     ) -> None:
         encoder = self._load(device)
         written: dict[bytes, Any] = {}
         start, seconds = time.perf_counter(), 0.0
-        columns = (TextColumn("caching frames"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-        console = Console(stderr=True)
         read = partial(_read_audio, longest=longest)
-        with ThreadPoolExecutor(_READERS) as pool, Progress(*columns, console=console, disable=rank > 0) as progress:
-            task = progress.add_task("", total=sum(map(len, batches)), speed="")
+        with ThreadPoolExecutor(_READERS) as pool:
             for batch, results in zip(batches, _ahead(pool, read, batches), strict=True):
                 usable: list[tuple[Recording, _AudioFile]] = []
                 for recording, result in zip(batch, results, strict=True):
@@ -275,7 +276,7 @@ class FrameCache:
                     seconds += len(x.waveform) / SAMPLE_RATE
                 writer.commit()
                 speed = seconds / (time.perf_counter() - start)
-                progress.update(task, advance=len(batch), speed=f"{speed:.3g} x real time")
+                progress.advance(len(batch), partial("{:.3g} x real time".format, speed))
         if not rank:
             hours = seconds / 3600
             log.info("this process cached the frames of %.2f h of audio, %.3g times as fast as it lasts", hours, speed)
