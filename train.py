@@ -4,13 +4,16 @@ import logging
 import signal
 import sys
 
+from rwkv_speech import terminal
 from rwkv_speech.engine.lock import is_first_process
 from rwkv_speech.errors import UserError
 from rwkv_speech.options import Options
 
 
 def main() -> int:
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setFormatter(terminal.LogFormatter())
+    logging.basicConfig(handlers=[to_terminal], level=logging.WARNING)
     # Of several processes the first one logs, the others only warn.
     first = is_first_process()
     logging.getLogger("rwkv_speech").setLevel(logging.INFO if first else logging.WARNING)
@@ -20,7 +23,13 @@ def main() -> int:
 
         return OPS[options.op](options)
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        terminal.complain(str(error))
+        return 2
+    except OSError as error:
+        if error.errno is None:  # a library's own
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        terminal.complain(f"{where}{error.strerror}; what was written before is whole")
         return 2
     except KeyboardInterrupt:
         if first:
@@ -29,4 +38,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    terminal.prepare()
     sys.exit(main())

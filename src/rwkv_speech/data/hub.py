@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Container, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_speech.data.columns import OPTIONAL, TEXT
 from rwkv_speech.data.sample import Row
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, reason
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.identity import file_stamp
 from rwkv_speech.speech.recording import Recording
@@ -20,16 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rwkv_speech")
 
-# What the columns are called in known datasets; the first one present is taken.
+# The first one present is taken.
 AUDIO_COLUMNS = ("audio", "speech")
-TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "translation", "normalized_text")
-OPTIONAL_COLUMNS = {
-    "id": ("id", "utterance_id"),
-    "duration": ("duration",),  # s
-    "speaker": ("speaker_id", "speaker", "client_id"),
-    "language": ("language", "locale"),
-    "mission": ("mission",),
-}
+TEXT_COLUMNS = tuple(itertools.chain(*TEXT))
 
 LIBRISPEECH = "openslr/librispeech_asr"
 LIBRISPEECH_SPLITS = {
@@ -69,7 +66,10 @@ class DatasetRow:
         Raises:
             AudioError: the row holds neither.
         """
-        cell = self.rows[self.index][self.column] or {}
+        try:
+            cell = self.rows[self.index][self.column] or {}
+        except Exception as error:  # damaged files make a dozen kinds
+            raise AudioError(f"{self.name}: the row can't be read ({reason(error)})") from error
         if (source := cell.get("bytes") or cell.get("path")) is None:
             raise AudioError(f"{self.name}: the row holds no audio")
         return source
@@ -117,8 +117,9 @@ def read_dataset(
     Raises:
         UserError: no such dataset, split or column, or it can't be fetched.
     """
-    rows = _open(name, split)
-    return _utterances(rows, name=str(name), audio_column=audio_column, text_column=text_column)
+    with _reading(name, split):
+        rows = _open(name, split)
+        return _utterances(rows, name=str(name), audio_column=audio_column, text_column=text_column)
 
 
 def read_librispeech_from_hub(split: str) -> list[Row]:
@@ -130,32 +131,39 @@ def read_librispeech_from_hub(split: str) -> list[Row]:
     if (hub_split := LIBRISPEECH_SPLITS.get(split)) is None:
         raise UserError(f"LibriSpeech has no split {split!r}; there are {', '.join(LIBRISPEECH_SPLITS)}")
     # Without data_files, `datasets` fetches all of a configuration (60 GB) for any split of it.
-    rows = _open(LIBRISPEECH, hub_split, data_files={hub_split: f"all/{hub_split}/*.parquet"})
-    return _utterances(rows, name=LIBRISPEECH, audio_column="audio", text_column="text")
+    with _reading(LIBRISPEECH, hub_split):
+        rows = _open(LIBRISPEECH, hub_split, data_files={hub_split: f"all/{hub_split}/*.parquet"})
+        return _utterances(rows, name=LIBRISPEECH, audio_column="audio", text_column="text")
+
+
+@contextlib.contextmanager
+def _reading(name: str | Path, split: str | None) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen kinds: of `datasets`, pyarrow, the hub
+        where = f"split {split} of {name}" if split else name
+        why = reason(error.__cause__ or error)
+        raise UserError(f"can't read {where} as a Hugging Face dataset: {why}") from error
 
 
 def _open(name: str | Path, split: str | None, *, data_files: dict[str, str] | None = None) -> datasets.Dataset:
     import datasets  # takes a second or two, and most runs do without
 
     folder = Path(name)
-    try:
-        if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            path, _, configuration = (str(name), "", "") if folder.is_dir() else str(name).partition(":")
-            loaded = datasets.load_dataset(
-                path,
-                configuration or None,
-                split=split,
-                data_files=data_files,
-                # A part of the splits is no damage, though less than the dataset's card promises.
-                verification_mode="no_checks" if data_files else None,
-            )
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, ImportError) as error:
-        cause = error.__cause__ or error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        where = f"split {split} of {name}" if split else name
-        raise UserError(f"can't read {where} as a Hugging Face dataset: {reason}") from error
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(folder))
+    else:
+        path, _, configuration = (str(name), "", "") if folder.is_dir() else str(name).partition(":")
+        loaded = datasets.load_dataset(
+            path,
+            configuration or None,
+            split=split,
+            data_files=data_files,
+            # A part of the splits is no damage, though less than the dataset's card promises.
+            verification_mode="no_checks" if data_files else None,
+        )
     if isinstance(loaded, datasets.DatasetDict):
         if split is None and len(loaded) == 1:
             return next(iter(loaded.values()))
@@ -176,13 +184,16 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
     text_column = _column(rows.features, text_column, TEXT_COLUMNS, what="text", name=name, test=_is_text)
     logger.info("%s: audio from column %s, text from column %s", name, audio_column, text_column)
     optional = {}
-    for field, known in OPTIONAL_COLUMNS.items():
+    for field, known in OPTIONAL.items():
         if (column := _first(known, rows.features)) is not None:
             optional[field] = column
     rows = rows.with_format(None)
     recordings = rows.select_columns([audio_column]).cast_column(audio_column, datasets.Audio(decode=False))
     embedded = all(piece.field("bytes").null_count == 0 for piece in recordings.data.column(audio_column).chunks)
     table = rows.select_columns(list({text_column, *optional.values()}))[:]
+    ids = [id for id in table[optional["id"]] if id is not None] if "id" in optional else []
+    if len(set(ids)) < len(ids):  # FLEURS: that of the sentence, which several people read
+        logger.info("%s: column %s names several recordings alike: they go by their rows", name, optional.pop("id"))
     where = f"{name} {rows.split}" if rows.split is not None else name
     utterances = []
     for index, text in enumerate(table[text_column]):
@@ -244,4 +255,4 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _seconds_or_none(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else None

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from rwkv_speech.data.batches import AccumulationLoader
+from rwkv_speech.data.batches import AccumulationLoader, reading
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, StopRequest, WholeFiles
@@ -59,6 +59,7 @@ def make_trainer(
         log_every_n_steps=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
     )
 
@@ -67,10 +68,10 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: AccumulationLo
     """Trains to the end, or until asked to stop: then it logs how to go on, and gives False.
 
     Raises:
-        UserError: the disk is full, or what callbacks and the model raise.
+        UserError: the disk is full, a process that reads was killed, or what callbacks and the model raise.
     """
     try:
-        with writing(run.folder):
+        with writing(run.folder), reading():
             trainer.fit(module, batches, ckpt_path=run.resume_point, weights_only=True)
     except Interrupted as interrupted:
         log.info("%s", interrupted)

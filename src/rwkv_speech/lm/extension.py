@@ -19,7 +19,10 @@ import torch
 
 log = logging.getLogger("rwkv_speech")
 
-SOURCES = Path(__file__).parents[3] / "cuda"
+# Of an installation they lie in the package, of a checkout beside src/.
+SOURCES = Path(__file__).parents[1] / "cuda"
+if not SOURCES.is_dir():
+    SOURCES = Path(__file__).parents[3] / "cuda"
 
 
 class BuildError(RuntimeError):
@@ -46,13 +49,15 @@ def load_cuda() -> None:
         BuildError: no nvcc, or the build failed.
     """
     architectures = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    _load("cuda", ["wkv6_cuda.cpp", "wkv6.cu"], ["-O3"], variant=str(architectures))
+    _load("cuda", ["wkv_cuda.cpp", "wkv6.cu", "wkv7.cu"], ["-O3"], variant=str(architectures))
 
 
 def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     from torch.utils import cpp_extension
 
+    if not SOURCES.is_dir():
+        raise BuildError(f"its sources are not in {SOURCES}")
     digest = hashlib.sha256(repr((torch.__version__, platform.python_version(), flags, variant)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():

@@ -17,15 +17,22 @@ class Mission(ABC):
     """One kind of task. It has no state: one instance serves all.
 
     name: in manifests, options and files.
-    leading: the metric by which "best" is decided: that of `score(records).leading`.
+    leading: the metric by which "best" is decided, that of `score(records).leading`, unless `leading_of` says another.
+    cut: its audio is speech, and the answers to pieces of a recording make its answer together. Then silence has none,
+        and long recordings are cut in pauses; otherwise they are refused.
     """
 
     name: ClassVar[str]
     leading: ClassVar[MetricKind]
+    cut: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, records: Sequence[EvalRecord]) -> TaskScores:
         """The scores of some records; undefined ones are nan. Also called on part of a split, while it is decoded."""
+
+    def leading_of(self, rows: Sequence[Row]) -> MetricKind:
+        """The metric that leads the scores of these rows."""
+        return self.leading
 
     def sample(self, row: Row) -> Sample:
         """What the model reads, and what it is to answer: here the audio, and the row's text.

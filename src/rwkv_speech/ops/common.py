@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.sample import Row
-from rwkv_speech.data.sources import LIBRISPEECH, load_split
+from rwkv_speech.data.sources import LIBRISPEECH, load_split, split_names
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import wkv
@@ -18,7 +19,7 @@ from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.identity import encoder_identity, hash_tensors
-from rwkv_speech.trained import MissionFile, read_mission_file, read_newest_mission_file
+from rwkv_speech.trained import MissionFile, read_best_mission_file, read_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -50,14 +51,14 @@ def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
 
 
 def chosen_mission_file(options: Options) -> MissionFile:
-    """The mission file that is named, else the newest of the project, read; the log says which.
+    """The mission file that is named, else the best of the project's newest run, read; the log says which.
 
     Raises:
         UserError: none is named and the project has none, or it can't be read.
     """
     named = options.model.adapter
-    file = read_mission_file(named) if named else read_newest_mission_file(options.project)
-    log.info("%s %s", "evaluating" if options.op == "eval" else "using", file.path)
+    file, which = (read_mission_file(named), "as named") if named else read_best_mission_file(options.project)
+    log.info("%s %s, %s", "evaluating" if options.op == "eval" else "using", file.path, which)
     return file
 
 
@@ -78,6 +79,7 @@ def load_model(
         options.load_model,
         encoder=options.encoder,
         adapter=adapter,
+        load_state=options.load_state,
         mission=options.mission,
         device=device,
         dtype=machine.dtype,
@@ -90,6 +92,17 @@ def load_model(
         if given is not None and given != actual:
             raise UserError(f"--{flag} {given}, but {options.load_model} has {actual}; leave the flag out")
     return model
+
+
+def longest_piece(model: SpeechRWKV, options: Options, file: MissionFile) -> float:
+    """Seconds of audio that are decoded in one go; the log says how many, and why."""
+    seconds = model.longest_piece(options.max_audio_s)
+    if options.max_audio_s:
+        why = "--max_audio_s"
+    else:
+        why = f"the longest that {file.path} was trained on" if seconds == model.trained_audio_s else "the default"
+    log.info("audio of more than %.2f s is %s: %s", seconds, "cut in pauses" if model.mission.cut else "refused", why)
+    return seconds
 
 
 def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
@@ -105,16 +118,22 @@ def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
 
 
 def load_splits(
-    options: DataOptions, asked: str | None, defaults: Sequence[str], *, join: bool = False
+    options: DataOptions,
+    asked: str | None,
+    defaults: Sequence[str],
+    *,
+    bad_samples: BadSamples,
+    join: bool = False,
 ) -> dict[str, list[Row]]:
     """The rows of each split by its name: those asked for, joined by "+", else those of the defaults that are there.
 
+    bad_samples: takes what a folder in LibriSpeech's layout holds that can't be used.
     join: all of them as one split, named "all".
 
     Raises:
         UserError: see `load_split`.
     """
-    names: list[str | None] = asked.split("+") if asked else [None]
+    names: list[str | None] = split_names(asked, options.data_dir or options.data) if asked else [None]
     if not asked and options.data == LIBRISPEECH:
         root = Path(options.data_dir).expanduser() if options.data_dir else None
         here = [n for n in defaults if not root or (root / n).is_dir() or (root / "LibriSpeech" / n).is_dir()]
@@ -131,6 +150,7 @@ def load_splits(
             audio_column=options.audio_column,
             text_column=options.text_column,
             download=options.download,
+            bad_audio=bad_samples,
         )
         for name in names
     }

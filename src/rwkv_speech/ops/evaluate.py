@@ -11,10 +11,12 @@ from rich.console import Console
 
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.batches import reading
 from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_run, write_json
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import check_folder, printable
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -23,11 +25,13 @@ from rwkv_speech.ops.common import (
     frozen_parts,
     load_model,
     load_splits,
+    longest_piece,
 )
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
 from rwkv_speech.speech.augmentation import ROBUSTNESS, Perturbation
 from rwkv_speech.speech.identity import hash_tensors
+from rwkv_speech.terminal import say
 from rwkv_speech.trained import MissionFile
 
 log = logging.getLogger("rwkv_speech")
@@ -40,6 +44,7 @@ def evaluate(options: Options) -> int:
     """Measures the scores of splits; records, summary and report go to `eval/` in the project."""
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
+    check_folder(options.project, "proj_dir")
     with project_lock(options.project, "evaluation"):
         return _evaluate(options, machine)
 
@@ -48,7 +53,8 @@ def _evaluate(options: Options, machine: Machine) -> int:
     fabric = make_fabric(machine)
     file = chosen_mission_file(options) if fabric.is_global_zero else None
     bad_samples = BadSamples(options.data.on_bad_audio, options.project / "bad_audio.jsonl")
-    splits = load_splits(options.data, options.data.eval_split, librispeech.EVAL_SPLITS)
+    splits = load_splits(options.data, options.data.eval_split, librispeech.EVAL_SPLITS, bad_samples=bad_samples)
+    without_rows = bad_samples.count  # audio without a transcript
     perturbations = (None, *(ROBUSTNESS if options.perturb else ()))
     lines = {f"{name}, {x.name}" if x else name: (name, x) for name in splits for x in perturbations}
     files = _file_names(lines)
@@ -59,17 +65,21 @@ def _evaluate(options: Options, machine: Machine) -> int:
         check_missions(chain(*splits.values()), model)
     folder = options.project / "eval"
     results: dict[str, SplitResult] = {}
-    with launched(fabric):
+    with launched(fabric), reading():
         file = fabric.broadcast(file)  # by now training beside this may have removed it, or written another one
         model = model or load_model(options.model, file, fabric.device, machine)
+        max_audio_s = longest_piece(model, options, file)
         if fabric.is_global_zero:
-            open_eval_run(folder, _settings(options, file, model, machine), resume=options.resume)
+            open_eval_run(
+                folder, _settings(options, file, model, machine) | {"max_audio_s": max_audio_s}, resume=options.resume
+            )
         for line, (name, perturbation) in lines.items():
             records, left_out = evaluate_split(
                 model,
                 splits[name],
                 name=files[line],
                 perturbation=perturbation,
+                max_audio_s=max_audio_s,
                 options=options,
                 fabric=fabric,
                 bad_samples=bad_samples,
@@ -80,10 +90,12 @@ def _evaluate(options: Options, machine: Machine) -> int:
         return 0
     write_json(folder / "summary.json", {"adapter": str(file.path)} | summary(results))
     write_report(folder / "report.html", results)
-    Console().print(score_table(results))
-    for line, result in results.items():
-        print(f"{line}: {result.scores.headline}")
-    left_out = sum(result.cost.left_out for result in results.values())
+    console = Console()
+    with console.capture() as table:
+        console.print(score_table(results))
+    headlines = [f"{printable(line)}: {result.scores.headline}\n" for line, result in results.items()]
+    say(table.get() + "".join(headlines))
+    left_out = without_rows + sum(result.cost.left_out for result in results.values())
     bad = f"{left_out} bad samples left out, listed in {bad_samples.path}" if left_out else "no bad samples"
     log.info("%s; %s holds hypotheses, summary.json and report.html", bad, folder)
     return 0

@@ -21,12 +21,12 @@ from rwkv_speech.scoring.scores import (
     TaskScores,
     bootstrap_interval,
 )
-from rwkv_speech.scoring.transcripts import WER, TranscriptScores
+from rwkv_speech.scoring.transcripts import WER, TranscriptScores, leading_kind
 from rwkv_speech.scoring.words import Aligned, Edits, Group, TextScores, align, by_length, by_speaker, worst
 
 __all__ = [
     "WER", "Aligned", "Cost", "Edits", "EvalRecord", "ExactScores", "Group", "Metric", "MetricKind", "RecordWriter",
     "SplitResult", "TaskScores", "TextScores", "TranscriptScores", "align", "bootstrap_interval", "by_length",
-    "by_speaker", "lower_case", "normalise_english", "normaliser_name", "read_records", "score_table", "summary",
-    "worst", "write_report",
+    "by_speaker", "leading_kind", "lower_case", "normalise_english", "normaliser_name", "read_records", "score_table",
+    "summary", "worst", "write_report",
 ]  # fmt: skip

@@ -44,7 +44,7 @@ class EvalRecord:
 
     def line(self) -> bytes:
         """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 class RecordWriter:

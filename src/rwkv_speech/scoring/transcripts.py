@@ -6,6 +6,7 @@ from html import escape
 from typing import Any, Self
 
 from rwkv_speech.scoring.formats import counted, duration, html_table, interval_text, number
+from rwkv_speech.scoring.languages import spaced
 from rwkv_speech.scoring.normalise import lower_case, normalise_english, normaliser_name
 from rwkv_speech.scoring.records import EvalRecord
 from rwkv_speech.scoring.scores import Metric, MetricKind, TaskScores
@@ -17,6 +18,12 @@ CER = MetricKind("cer", "CER", higher_is_better=False)
 SER = MetricKind("ser", "SER", higher_is_better=False)
 
 LONGEST_RUN = 40  # words shown of one deletion or insertion: a run-away hypothesis must not bury the page
+
+
+def leading_kind(texts: Iterable[tuple[str | None, str]]) -> MetricKind:
+    """What decides over texts and their languages: the CER where most don't space their words, else the WER."""
+    are_spaced = [spaced(language, text) for language, text in texts]
+    return WER if 2 * sum(are_spaced) >= len(are_spaced) else CER
 
 
 class TranscriptScores(TaskScores):
@@ -37,21 +44,28 @@ class TranscriptScores(TaskScores):
 
     @cached_property
     def leading(self) -> Metric:
-        """The corpus WER of the lower-cased texts."""
+        """The corpus rate of the lower-cased texts: WER, or what suits their languages."""
+        kind = leading_kind((record.language, record.reference) for record in self.raw.records)
+        return self._cer if kind is CER else self._wer
+
+    @property
+    def _wer(self) -> Metric:
         return Metric(WER, self.raw.words.rate, lambda: self.raw.interval)
 
     @property
+    def _cer(self) -> Metric:
+        return Metric(CER, self.raw.characters.rate)
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
-        return (
-            self.leading,
-            Metric(NORMALISED_WER, self.normalised.words.rate, lambda: self.normalised.interval),
-            Metric(CER, self.raw.characters.rate),
-            Metric(SER, self.raw.sentence_error_rate),
-        )
+        normalised = Metric(NORMALISED_WER, self.normalised.words.rate, lambda: self.normalised.interval)
+        others = [self._wer, normalised, self._cer, Metric(SER, self.raw.sentence_error_rate)]
+        return (self.leading, *(metric for metric in others if metric.kind != self.leading.kind))
 
     @property
     def headline(self) -> str:
-        return f"WER {self.raw.words.rate:.2%}, mean of utterances {self.raw.mean_utterance_wer:.2%}"
+        first = f"CER {self.raw.characters.rate:.2%}, " if self.leading.kind is CER else ""
+        return f"{first}WER {self.raw.words.rate:.2%}, mean of utterances {self.raw.mean_utterance_wer:.2%}"
 
     def rows(self) -> list[dict[str, str]]:
         """Two lines, raw above normalised."""

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_speech.files import printable
 from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.hub import encoder_folder, hub_is_reachable
 
 _VERSION = 1  # of what this package itself does to audio on its way to frames: raised when frames change
 
@@ -42,14 +44,33 @@ def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: x for key, x in settings.items() if not key.startswith("_") and key != "transformers_version"}
 
 
+_MIDDLE = 2**20  # bytes
+_CONFIGS = ("config.json", "preprocessor_config.json")
+
+
+def encoder_digest(folder: Path) -> str:
+    """32 hexadecimal digits of what an encoder's folder holds, wherever that lies.
+
+    Of large files the size and the middle count, so that it takes no time; sets of weights differ there as anywhere.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.name in _CONFIGS or path.suffix in (".safetensors", ".bin"):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size // 2 - _MIDDLE // 2))
+                found.update(f"{path.name} {size} ".encode() + file.read(_MIDDLE))
+    return found.hexdigest()
+
+
 def encoder_stamp(name: str, dtype: torch.dtype) -> str | None:
     """Stands for all that decides on an encoder's identity; None where only loading shows it."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = encoder_folder(name)
+    if not folder:
         from huggingface_hub import hf_hub_download
 
         try:  # asks the hub for a newer version, as loading would; without a network, what is here
-            folder = Path(hf_hub_download(name, "config.json")).parent
+            folder = Path(hf_hub_download(name, "config.json", local_files_only=not hub_is_reachable())).parent
         except Exception:  # of a dozen kinds, which loading will explain
             return None
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
@@ -75,9 +96,9 @@ def file_stamp(path: Path, *, strict: bool = True) -> str | None:
     try:
         path = path.resolve() if strict else os.path.abspath(path)  # much faster
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # also a name with a NUL, and links in a circle
         return None
-    stamp = f"{path} {found.st_size} {found.st_mtime_ns}"
+    stamp = f"{printable(path)} {found.st_size} {found.st_mtime_ns}"
     if not strict:
         return stamp
     if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED * 1e9:
