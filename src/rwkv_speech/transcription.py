@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Alternative:
     text: str
     average_log_prob: float
     """Natural logarithm, per token."""
+    probability: float | None = None
+    """Among the labels that the text was chosen from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class Segment:
     text: str
     average_log_prob: float
     """Natural logarithm, per token."""
+    probability: float | None = None
+    """Among the labels that the text was chosen from."""
     alternatives: tuple[Alternative, ...] = ()
     """Other readings that a beam search found, best first."""
 
@@ -114,6 +119,7 @@ def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size
                     end=round(piece.end, 3),
                     text=best.text,
                     average_log_prob=best.average_log_prob,
+                    probability=best.probability,
                     alternatives=tuple(others),
                 )
 
@@ -135,8 +141,13 @@ def as_text(transcript: Transcript) -> str:
 
 
 def as_json(transcript: Transcript) -> str:
-    """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
-    content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
+    """One object on one line: `name`, `text`, and `segments` with the fields of `Segment` that are known."""
+
+    def known(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in fields if value is not None}
+
+    segments = [asdict(segment, dict_factory=known) for segment in transcript.segments]
+    content = {"name": transcript.name, "text": transcript.text, "segments": segments}
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 

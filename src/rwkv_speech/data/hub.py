@@ -29,6 +29,9 @@ OPTIONAL_COLUMNS = {
     "speaker": ("speaker_id", "speaker", "client_id"),
     "language": ("language", "locale"),
     "mission": ("mission",),
+    "target_language": ("target_language",),
+    "answers": ("answers",),  # a list of texts
+    "prompt": ("prompt",),
 }
 
 LIBRISPEECH = "openslr/librispeech_asr"
@@ -184,6 +187,7 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
                     DatasetRow(recordings, audio_column, index, label),
                     duration=_seconds_or_none(values.pop("duration", None)),
                 ),
+                answers=_texts_or_none(values.pop("answers", None)),
                 **{field: _text_or_none(value) for field, value in values.items()},
             )
         )
@@ -229,6 +233,10 @@ def _is_text(feature: Any) -> bool:
 
 def _text_or_none(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _texts_or_none(value: Any) -> tuple[str, ...] | None:
+    return tuple(map(str, value)) if isinstance(value, list) and value else None
 
 
 def _seconds_or_none(value: Any) -> float | None:

@@ -1,8 +1,9 @@
 """Manifests: JSON lines, one utterance each, `{"audio": path, "text": string}`.
 
-Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`. NeMo's
-`audio_filepath` is accepted for `audio`; other keys are ignored, but for `offset`: segments of longer files
-aren't supported, and reading the whole file instead would train on wrong pairs.
+Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`, `target_language`,
+`prompt`, and `answers`: a list of texts, all of them right; `text` may then be left out, and is the first of
+them. NeMo's `audio_filepath` is accepted for `audio`; other keys are ignored, but for `offset`: segments of longer
+files aren't supported, and reading the whole file instead would train on wrong pairs.
 """
 
 from __future__ import annotations
@@ -64,16 +65,20 @@ def _parse(line: str, *, folder: Path) -> Row:
     if "audio" in entry and "audio_filepath" in entry:
         raise ValueError("both 'audio' and 'audio_filepath'")
     audio = _string(entry, "audio_filepath" if "audio_filepath" in entry else "audio", required=True)
-    text = _string(entry, "text", required=True)
+    answers = _answers(entry)
+    text = _string(entry, "text", required=not answers)
     if not audio:
         raise ValueError("'audio' is empty")
     return Row(
         _string(entry, "id") or audio,
-        text,
+        answers[0] if text is None else text,
         Recording(folder / audio, duration=_duration(entry)),
         speaker=_string(entry, "speaker"),
         language=_string(entry, "language"),
         mission=_string(entry, "mission"),
+        target_language=_string(entry, "target_language"),
+        answers=answers,
+        prompt=_string(entry, "prompt"),
     )
 
 
@@ -84,6 +89,15 @@ def _string(entry: dict[str, Any], key: str, *, required: bool = False) -> str |
     if not isinstance(value, str):
         raise ValueError(f"no {key!r}" if key not in entry else f"{key!r} is {value!r}, not a string")
     return value
+
+
+def _answers(entry: dict[str, Any]) -> tuple[str, ...] | None:
+    value = entry.get("answers")
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(isinstance(answer, str) for answer in value):
+        raise ValueError(f"'answers' is {value!r}, not a list of strings")
+    return tuple(value)
 
 
 def _duration(entry: dict[str, Any]) -> float | None:

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def evaluate_split(
                     model.text(result),
                     seconds=seconds,
                     score=result.average_log_prob,
+                    probability=result.probability,
                     loop=result.loop,
                     wall_seconds=wall,
                 )
@@ -137,8 +139,16 @@ def _earlier(folder: Path, name: str, rows: Sequence[Row], mission: Mission) -> 
     """What has been written of these rows since the evaluation began."""
     finished = name in json.loads((folder / LEDGER).read_text())["finished"]
     found = _by_id([folder / f"{name}.jsonl"] if finished else (folder / UNFINISHED / name).glob("*.jsonl"))
-    references = {row.id: mission.record(row, "", seconds=0.0).reference for row in rows}
-    return {id: record for id, record in found.items() if references.get(id) == record.reference}
+    expected = {row.id: mission.record(row, "", seconds=0.0) for row in rows}
+    measured = {
+        "hypothesis": "",
+        "seconds": 0.0,
+        "score": None,
+        "probability": None,
+        "loop": False,
+        "wall_seconds": None,
+    }
+    return {id: record for id, record in found.items() if replace(record, **measured) == expected.get(id)}
 
 
 def _by_id(paths: Iterable[Path]) -> dict[str, EvalRecord]:

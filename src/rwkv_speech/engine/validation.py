@@ -81,7 +81,7 @@ class Validation(Callback):
             return
         loss = sum(loss_sums) / max(1, sum(tokens))
         score = mission.score([record for share in records for record in share]).leading.value
-        step, kind = trainer.global_step, mission.leading
+        step, kind = trainer.global_step, self.mission_files.leading
         self.validated_step = step
         if trainer.is_global_zero:
             log.info("step %d: validation loss %.4f, %s %s", step, loss, kind.label, kind.text(score))

@@ -21,7 +21,7 @@ log = logging.getLogger("rwkv_speech")
 
 # Settings that change what an evaluation finds: it is not resumed under others.
 EVAL_SETTINGS = (
-    *("load_model", "mission", "data", "data_dir", "audio_column", "text_column"),
+    *("load_model", "mission", "labels", "data", "data_dir", "audio_column", "text_column"),
     *("beam", "temperature", "top_p", "sampling_seed", "max_new_tokens", "loop_guard"),
 )
 

@@ -31,10 +31,13 @@ def predict(options: Options) -> int:
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
     model = load_model(options.model, chosen_adapter(options), machine.first_device, machine)
+    if options.prompt and model.mission.name != "answer":
+        raise UserError(f"--prompt goes with the mission answer, not {model.mission.name}")
     transcripts = model.transcripts(
         paths,
         batch_size=options.eval_bsz,
         max_audio_s=options.max_audio_s,
+        prompt=options.prompt,
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0
