@@ -319,7 +319,7 @@ class Options:
     output_dir: str | None = flag(
         None,
         "predict: folder for a transcript file for each audio file (default: all to standard output); score: folder "
-        "for summary.json and report.html (default: none)",
+        "for a summary and a report",
         op=("predict", "score"),
     )
     prompt: str | None = flag(None, "predict: typed text before each recording, of the mission answer", op="predict")

@@ -26,8 +26,8 @@ def spaced(language: str | None, text: str) -> bool:
     """Whether words are separated by spaces, so that they can be counted: by the language, else by most of the text."""
     if language:
         return base_language(language) not in _WITHOUT_SPACES
-    found = units(text)
-    return 2 * sum(map(is_character, found)) <= len(found)
+    characters = len(_CHARACTER.findall(text))
+    return not characters or 2 * characters <= len(units(text))
 
 
 def units(text: str) -> list[str]:

@@ -213,8 +213,8 @@ def _speakers(lead: MetricKind, speakers: Sequence[Group]) -> str:
         return ""
     highest, median, lowest = (number(rates[i], digits=1) for i in (0, len(rates) // 2, -1))
     return (
-        f"<h3>By speaker</h3><p>{counted(len(speakers), 'speaker')}, {lead.label} from {lowest} % to {highest} %, half of "
-        f"them up to {median} %.</p><details><summary>Every speaker</summary>"
+        f"<h3>By speaker</h3><p>{counted(len(speakers), 'speaker')}, {lead.label} from {lowest} % to {highest} %, half "
+        f"of them up to {median} %.</p><details><summary>Every speaker</summary>"
         f"{_groups('Errors by speaker, highest rate first', 'Speaker', lead, speakers)}</details>"
     )
 
