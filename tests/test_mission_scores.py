@@ -28,6 +28,7 @@ from rwkv_speech.scoring import (
     write_report,
 )
 from rwkv_speech.scoring import captions as caption_scores
+from rwkv_speech.scoring import comet as comet_scores
 from rwkv_speech.scoring import translations as translation_scores
 from rwkv_speech.scoring.captions import cider_d, rouge_l
 from rwkv_speech.scoring.translations import tokenizer_for
@@ -199,6 +200,37 @@ def test_a_tokeniser_without_its_package_is_told_once(monkeypatch, caplog):
     tokenizer_for.cache_clear()
     assert [tokenizer_for(x) for x in ("ja", "ko")] == ["ja-mecab", "ko-mecab"]
     tokenizer_for.cache_clear()
+
+
+FAKE_COMET = """#!{python}
+import json, sys
+names = ("--sources", "--translations", "--references")
+src, mt, ref = (open(sys.argv[sys.argv.index(name) + 1], encoding="utf-8").read().splitlines() for name in names)
+if "fail" in mt:
+    sys.exit("no model\\nno such model")
+lines = [{{"src": s, "mt": m, "ref": r, "COMET": (m == r) - 0.25 * (s == "hi there")}} for s, m, r in zip(src, mt, ref)]
+json.dump({{"x": lines}}, open(sys.argv[sys.argv.index("--to_json") + 1], "w"))
+"""
+
+
+def test_comet_is_the_commands_where_it_is_there(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    comet_scores._left_out.cache_clear()
+    details = {"transcript": "hi\nthere"}
+    records = [record("hallo", "hallo", id="1", details=details), record("a", "b", id="2", details=details)]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "comet" not in values(TranslationScores(records))
+    program = tmp_path / "comet-score"
+    program.write_text(FAKE_COMET.format(python=sys.executable))
+    program.chmod(0o755)
+    assert values(TranslationScores(records))["comet"] == (0.75 - 0.25) / 2
+    assert "comet" not in values(TranslationScores([*records, record("a", "b", id="3")]))
+    assert "comet" not in values(TranslationScores([record("fail", "b", details=details)]))
+    assert [line.removeprefix("COMET is left out: ") for line in caplog.messages] == [
+        "it needs the command comet-score: pipx install unbabel-comet",
+        "it compares with what was said, and some rows have no 'transcript'",
+        "comet-score ended with status 1 and says no such model",
+    ]
 
 
 # --- answer --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Manifests: JSON lines, one utterance each, `{"audio": path, "text": string}`.
 
-Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`, `target_language`,
-`prompt`, and `answers`: a list of texts, all of them right; `text` may then be left out, and is the first of
-them. NeMo's `audio_filepath` is accepted for `audio`; other keys are ignored, but for `offset`: segments of longer
-files aren't supported, and reading the whole file instead would train on wrong pairs.
+Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`, `prompt`,
+`target_language` and `transcript` of what is translated, and `answers`: a list of texts, all of them right; `text` may
+then be left out, and is the first of them. NeMo's `audio_filepath` is accepted for `audio`; other keys are ignored, but
+for `offset`: segments of longer files aren't supported, and reading the whole file instead would train on wrong pairs.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def _parse(line: str, *, folder: Path) -> Row:
         language=_string(entry, "language"),
         mission=_string(entry, "mission"),
         target_language=_string(entry, "target_language"),
+        transcript=_string(entry, "transcript"),
         answers=answers,
         prompt=_string(entry, "prompt"),
     )

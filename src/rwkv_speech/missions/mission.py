@@ -55,7 +55,11 @@ class Mission(ABC):
         seconds: length of the audio.
         measured: of the answer: the record's score, probability, loop and wall_seconds.
         """
-        details = {"answers": row.answers and list(row.answers), "target_language": row.target_language}
+        details = {
+            "answers": row.answers and list(row.answers),
+            "target_language": row.target_language,
+            "transcript": row.transcript,
+        }
         return EvalRecord(
             id=row.id,
             reference=row.text or "",

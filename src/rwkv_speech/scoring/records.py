@@ -29,7 +29,7 @@ class EvalRecord:
             utterances in it. Reading audio and extracting features, done ahead by workers, are not in it. Kept per
         utterance, so that speed adds up over interruptions and processes.
     details: whatever else the mission needs in order to score: `answers`, all references, where there are several;
-        `target_language`.
+        `target_language`, and the `transcript` of what was translated.
     """
 
     id: str

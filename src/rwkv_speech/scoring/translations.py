@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_speech.scoring.comet import comet
 from rwkv_speech.scoring.formats import interval_text, number
 from rwkv_speech.scoring.languages import base_language, spaced
 from rwkv_speech.scoring.records import EvalRecord
@@ -20,12 +21,14 @@ from rwkv_speech.scoring.scores import (
     TaskScores,
     bootstrap,
     example_table,
+    mean_metric,
     mean_of_groups,
 )
 
 log = logging.getLogger("rwkv_speech")
 
 BLEU = MetricKind("bleu", "BLEU", higher_is_better=True, percent=False)
+COMET = MetricKind("comet", "COMET", higher_is_better=True)
 CHRF = MetricKind("chrf++", "chrF++", higher_is_better=True, percent=False)
 
 # Target language -> sacrebleu's tokeniser, and the package that it needs.
@@ -116,7 +119,11 @@ class TranslationScores(TaskScores):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        return self.leading, _over_all(CHRF, self.chrf)
+        return self.leading, _over_all(CHRF, self.chrf), *([mean_metric(COMET, self._comet)] if self._comet else ())
+
+    @cached_property
+    def _comet(self) -> list[float] | None:
+        return comet(self.records) if self.records else None
 
     def rows(self) -> list[dict[str, str]]:
         """One line; and one for each target language and for their mean, where there are several."""
@@ -183,6 +190,8 @@ class TranslationScores(TaskScores):
         return {
             "BLEU, chrF++": "Of the corpus, by sacrebleu, from 0 to 100 (Papineni et al. 2002; Popović 2017). Compare "
             "figures of equal signatures only.",
+            "COMET": "Mean over utterances, by unbabel-comet's default model, in percent; left out where that is not "
+            "there.",
             "mean": "Over target languages, however many utterances each has.",
         }
 
