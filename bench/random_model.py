@@ -1,6 +1,6 @@
 """Writes a model of random weights in the form of the official files, to measure and test with.
 
-python bench/random_model.py OUT.pth --n_layer 24 --n_embd 2048
+python bench/random_model.py OUT.pth --generation 7 --n_layer 24 --n_embd 2048
 """
 
 import argparse
@@ -50,6 +50,7 @@ def write_model(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT.pth")
+    parser.add_argument("--generation", type=int, choices=(6, 7), default=6)
     parser.add_argument("--n_layer", type=int, default=24)
     parser.add_argument("--n_embd", type=int, default=2048)
     parser.add_argument("--head_size", type=int, default=64)
@@ -64,7 +65,11 @@ def main() -> None:
     if args.n_embd % args.head_size:
         parser.error(f"--n_embd {args.n_embd} is no multiple of --head_size {args.head_size}")
     sizes = official_sizes(
-        n_layer=args.n_layer, n_embd=args.n_embd, vocab_size=args.vocab_size, head_size=args.head_size
+        generation=args.generation,
+        n_layer=args.n_layer,
+        n_embd=args.n_embd,
+        vocab_size=args.vocab_size,
+        head_size=args.head_size,
     )
     write_model(
         args.out,

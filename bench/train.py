@@ -1,6 +1,6 @@
 """One training step: the share of its time that its matrix products need, and what takes how much. One JSON line.
 
-An RWKV-6 of 12 x 1024 with vocabulary 65,536, fp32, and the adapter of a WavLM-large, all of random weights. A batch
+An RWKV of 12 x 1024 with vocabulary 65,536, fp32, and the adapter of a WavLM-large, all of random weights. A batch
 is 8 utterances of 14.6 to 15 s and 45 words, T about 200 positions. Their frames are given, as a cache gives them
 (fp16), and nothing is recomputed. A step is all that training does with a batch: adapter, language model, loss, the
 backward pass, clipping, AdamW.
@@ -17,7 +17,7 @@ torch.
 products, as they really run, take of a step under torch's profiler. The encoder is outside: bench/cache.py tells its
 share.
 
-python bench/train.py [--rounds 3]
+python bench/train.py [--generation 6] [--rounds 3]
 """
 
 import argparse
@@ -43,6 +43,7 @@ from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
@@ -58,14 +59,13 @@ CONVOLUTIONS = ((10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2)
 PEAK_SIZE = 2048
 BOUND = 0.70  # asked of products_at_peak
 TOLERANCE = 1e-4
-OPERATOR = ("rwkv_speech_cpu::wkv6_forward", "rwkv_speech_cpu::wkv6_backward")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-def random_speech_model(*, n_layer: int, n_embd: int) -> SpeechRWKV:
-    sizes = official_sizes(n_layer=n_layer, n_embd=n_embd)
+def random_speech_model(*, n_layer: int, n_embd: int, generation: int = 6) -> SpeechRWKV:
+    sizes = official_sizes(generation=generation, n_layer=n_layer, n_embd=n_embd)
     with torch.device("meta"):
-        language_model = RWKV6(sizes)
+        language_model = {6: RWKV6, 7: RWKV7}[generation](sizes)
     language_model.load_state_dict(random_weights(sizes, seed=0, time_state=True), assign=True)
     encoder = AbsentEncoder("WavLM-large", width=WIDTH, convolutions=CONVOLUTIONS)
     torch.manual_seed(0)
@@ -93,13 +93,18 @@ def batch_of(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> Batch
 def product_flops(model: SpeechRWKV, batch: Batch) -> int:
     """Floating-point operations of the matrix products of a step, two for each multiplication; padding counts."""
     s = model.language_model.sizes
-    C, D, E = s.n_embd, s.dim_mix, s.dim_decay
+    C = s.n_embd
     groups, positions = batch.group_counts, batch.ids.numel()
-    # W_r, W_k, W_v, W_g, W_o and the channel mix's W_r; its other two; the low-rank interpolations and decays.
-    block = 6 * C * C + 2 * C * s.dim_ffn + 2 * C * 5 * D + 2 * C * E
+    if s.generation == 6:
+        # W_r, W_k, W_v, W_g, W_o and the channel mix's W_r; its other two; the low-rank interpolations and decays.
+        blocks = s.n_layer * (6 * C * C + 2 * C * s.dim_ffn + 2 * C * (5 * s.dim_mix + s.dim_decay))
+    else:
+        # W_r, W_k, W_v, W_o; the channel mix's two; the low-rank decays, rates and gates, and values but in the first.
+        low_rank = s.n_layer * (s.dim_decay + s.dim_rate + s.dim_gate) + (s.n_layer - 1) * s.dim_value
+        blocks = s.n_layer * (4 * C * C + 2 * C * s.dim_ffn) + 2 * C * low_rank
     first, second = (model.adapter.layers[i].weight.numel() for i in (0, 2))
     return 2 * (
-        2 * s.n_layer * positions * block
+        2 * positions * blocks
         + 2 * batch.tokens * C * s.vocab_size
         + len(groups) * max(groups) * (2 * first + 3 * second)  # frames take no gradient, the hidden units do
     )
@@ -156,10 +161,11 @@ class Stopwatch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generation", type=int, choices=(6, 7), default=6)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
-    model = random_speech_model(n_layer=12, n_embd=1024)
+    model = random_speech_model(n_layer=12, n_embd=1024, generation=args.generation)
     frames, texts = random_batch(model)
     difference = largest_difference(model, frames, texts)
     if difference > TOLERANCE:
@@ -193,13 +199,14 @@ def main() -> None:
         step()
     events = profiled.key_averages()
     whole = sum(event.self_cpu_time_total for event in events)
+    operator = [f"rwkv_speech_cpu::wkv{args.generation}_{way}" for way in ("forward", "backward")]
     of_kind = {
         kind: sum(event.self_cpu_time_total for event in events if event.key in names) / whole
-        for kind, names in (("operator", OPERATOR), ("matrix_products", PRODUCTS))
+        for kind, names in (("operator", operator), ("matrix_products", PRODUCTS))
     }
     line = {
         "bench": "train",
-        "model": "12 x 1024, vocabulary 65536, fp32, random",
+        "model": f"RWKV-{args.generation} 12 x 1024, vocabulary 65536, fp32, random",
         "wkv": wkv.backend("cpu").name,
         "threads": torch.get_num_threads(),
         "batch": len(texts),

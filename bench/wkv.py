@@ -25,7 +25,8 @@ B, T, H, N = 4, 256, 32, 64
 
 def loop6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as its formula reads, in torch, left to autograd."""
-    S, decay, y = S.expand(B, H, N, N), torch.exp(-torch.exp(w)), []
+    r, k, v, w = (x.float() for x in (r, k, v, w))
+    S, decay, y = S.expand(r.shape[0], *S.shape[-3:]), torch.exp(-torch.exp(w)), []
     for t in range(r.shape[1]):
         kv = v[:, t, :, :, None] * k[:, t, :, None, :]
         y.append(((S + u[:, None] * kv) * r[:, t, :, None, :]).sum(-1))
@@ -35,7 +36,8 @@ def loop6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> t
 
 def loop7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """The same for RWKV-7."""
-    S, decay, y = S.expand(B, H, N, N), torch.exp(-math.exp(-0.5) * torch.sigmoid(w)), []
+    r, w, k, v, a, b = (x.float() for x in (r, w, k, v, a, b))
+    S, decay, y = S.expand(r.shape[0], *S.shape[-3:]), torch.exp(-math.exp(-0.5) * torch.sigmoid(w)), []
     for t in range(r.shape[1]):
         removed = (S * a[:, t, :, None, :]).sum(-1, keepdim=True)
         S = decay[:, t, :, None, :] * S + removed * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]

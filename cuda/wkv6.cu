@@ -1,37 +1,21 @@
 // Kernels of the WKV-6 operator; wkv6.h has the formulas and what the launchers take, docs/wkv-cuda.md the reckoning.
 //
-// - The state of one sample and head is cut over blocks. Forward cuts its rows, as y[i] needs row i only. Backward
-//   cuts its columns, as gr, gk, gw and gu are sums over i at fixed j; only gv crosses blocks: each leaves its part,
-//   and a small kernel adds them.
-// - A thread holds a 4 x 4 tile of the state in registers. The threads along the uncut side are neighbours in one warp,
-//   so that sums along it are shuffles, four steps (16 values) at a time.
-// - Time is walked in chunks. A chunk's inputs are staged in shared memory as fp32. Steps past a sample's length are
-//   staged as r = k = v = gy = 0, d = 1, which leaves states as they are and gives zero gradients.
+// - Forward cuts a state's rows, as y[i] needs row i only. Backward cuts its columns, as gr, gk, gw and gu are sums over
+//   i at fixed j; only gv crosses blocks: each leaves its part, and a small kernel adds them.
+// - Sums along the uncut side are taken for four steps (16 values) at a time.
 // - Backward meets S_t in reverse. From a chunk's saved state it walks forward once, keeping every fourth state in
 //   shared memory; then, group by group from the end, it recomputes four states in registers. It never divides by a
 //   decay, and finds gw from S and G themselves, not as a difference of sums, which cancels where decays are strong.
-// - No atomics: results do not depend on the order of blocks.
 #include "wkv6.h"
-#include "wkv6_tiles.cuh"
+#include "wkv_tiles.cuh"
 
 namespace wkv6 {
 namespace {
 
-constexpr int GROUP = 4;              // steps between two reductions, and of states recomputed in registers
-constexpr int VALUES = GROUP * TILE;  // what a thread brings to a reduction: index = step * TILE + place in its tile
-static_assert(ROWS % GROUP == 0 && CHUNK % ROWS == 0, "chunks are walked in whole groups");
+using namespace wkv;
 
 template <int N>
-struct Geometry {
-  static constexpr int slices = gv_slices(N);
-  static constexpr int slice = N / slices;           // rows (forward) or columns (backward) of a block
-  static constexpr int lanes = N / TILE;             // threads along the uncut side: 8, 16 or 32 neighbours of a warp
-  static constexpr int strips = slice / TILE;        // threads along the cut side
-  static constexpr int threads = lanes * strips;     // 64, 128, 128
-  static constexpr int owned = VALUES > lanes ? VALUES / lanes : 1;  // sums that a lane holds after a reduction
-  static constexpr int copies = lanes > VALUES ? lanes / VALUES : 1;  // lanes that hold the same sum
-  static_assert(lanes <= WARP && threads % WARP == 0, "sums along the uncut side must stay in a warp");
-};
+using Geometry = wkv::Geometry<N, slices(N)>;  // 64, 128, 128 threads
 
 // One step of the state's recurrence on a thread's tile.
 __device__ inline void advance(float (&next)[TILE][TILE], const float (&S)[TILE][TILE], const float (&d)[TILE],
@@ -52,29 +36,6 @@ struct Decay {
   }
 };
 
-// Where one block stands: its sample, head and slice of the state.
-template <int N>
-struct Place {
-  using G = Geometry<N>;
-  int h, from;           // from: the first row or column of the slice
-  int steps, chunks;     // the sample's own
-  int64_t head, matrix;  // index of (b, h) in a (B, H) tensor; of its state
-  int64_t first, stride; // index of (b, 0, h, 0) in a (B, T, H, N) tensor; from step to step
-
-  __device__ explicit Place(const Problem &p) {
-    const int bh = blockIdx.x / G::slices, b = bh / p.H;
-    h = bh % p.H, from = blockIdx.x % G::slices * G::slice;
-    steps = p.lengths ? int(max(int64_t(0), min(p.lengths[b], int64_t(p.T)))) : p.T;
-    chunks = (steps + CHUNK - 1) / CHUNK;
-    head = bh, matrix = head * N * N;
-    first = (int64_t(b) * p.T * p.H + h) * N, stride = int64_t(p.H) * N;
-  }
-};
-
-__device__ inline int steps_in_chunk(int steps, int chunk) { return min(CHUNK, steps - chunk * CHUNK); }
-__device__ inline int groups_of(int steps) { return (steps + GROUP - 1) / GROUP; }
-__device__ inline int rows_of(int steps) { return (steps + ROWS - 1) / ROWS * ROWS; }
-
 template <int N>
 struct ForwardShared {
   float r[CHUNK * N], k[CHUNK * N], d[CHUNK * N];
@@ -88,7 +49,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
   DYNAMIC_SHARED(dynamic);
   auto &shared = *reinterpret_cast<ForwardShared<N> *>(dynamic);
   const Problem &p = args.problem;
-  const Place<N> place(p);
+  const Place<G, CHUNK> place(p);
   const int lane = threadIdx.x % G::lanes;
   const int col = lane * TILE, row = threadIdx.x / G::lanes * TILE;  // of the tile: in the state, in the slice
   const int64_t tile = int64_t(place.from + row) * N + col;          // of the tile in a state
@@ -104,11 +65,10 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
   for (int i = 0; i < TILE; i++) load4(S[i], initial + i * N);
 
   for (int chunk = 0; chunk < place.chunks; chunk++) {
-    const int steps = steps_in_chunk(place.steps, chunk), groups = groups_of(steps), rows = rows_of(steps);
+    const int steps = place.steps_in(chunk), groups = groups_of(steps), rows = rows_of(steps);
     const int64_t first = place.first + int64_t(chunk) * CHUNK * place.stride;
     if (args.chunk_states) {
-      const int64_t all = (p.T + CHUNK - 1) / CHUNK;
-      float *saved = args.chunk_states + (place.head * all + chunk) * N * N + tile;
+      float *saved = args.chunk_states + place.saved(p, chunk) + tile;
 #pragma unroll
       for (int i = 0; i < TILE; i++) store4_global(saved + i * N, S[i]);
     }
@@ -149,7 +109,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads) forward_kernel(const For
       }
     }
     __syncthreads();  // y is complete; r, k, d are read
-    unstage<G::slice>(shared.v, static_cast<T *>(args.y) + first + place.from, place.stride, steps);
+    unstage<G::slice, T>(shared.v, static_cast<T *>(args.y) + first + place.from, place.stride, steps);
   }
   float *final_state = args.final_state + place.matrix + tile;
 #pragma unroll
@@ -174,7 +134,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
   DYNAMIC_SHARED(dynamic);
   auto &shared = *reinterpret_cast<BackwardShared<N> *>(dynamic);
   const Problem &p = args.problem;
-  const Place<N> place(p);
+  const Place<G, CHUNK> place(p);
   const int lane = threadIdx.x % G::lanes, strip = threadIdx.x / G::lanes;
   const int row = lane * TILE, col = strip * TILE;           // of the tile: in the state, in the slice
   const int64_t tile = int64_t(row) * N + place.from + col;  // of the tile in a state
@@ -193,7 +153,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
   float *gv_part = args.gv_parts + int64_t(place.from / G::slice) * p.B * p.T * place.stride;
 
   for (int chunk = place.chunks - 1; chunk >= 0; chunk--) {
-    const int steps = steps_in_chunk(place.steps, chunk), groups = groups_of(steps), rows = rows_of(steps);
+    const int steps = place.steps_in(chunk), groups = groups_of(steps), rows = rows_of(steps);
     const int64_t first = place.first + int64_t(chunk) * CHUNK * place.stride, mine = first + place.from;
     stage<G::slice>(static_cast<const T *>(p.r) + mine, place.stride, steps, rows, shared.r);
     stage<G::slice>(static_cast<const T *>(p.k) + mine, place.stride, steps, rows, shared.k);
@@ -206,8 +166,7 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
     stage<N>(static_cast<const T *>(args.gy) + first, place.stride, steps, rows, shared.gy);
 
     float S[GROUP][TILE][TILE];  // before each step of a group
-    const int64_t all = (p.T + CHUNK - 1) / CHUNK;
-    const float *saved = args.chunk_states + (place.head * all + chunk) * N * N + tile;
+    const float *saved = args.chunk_states + place.saved(p, chunk) + tile;
 #pragma unroll
     for (int i = 0; i < TILE; i++) load4(S[0][i], saved + i * N);
     __syncthreads();  // the chunk is staged
@@ -298,9 +257,9 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
       }
       __syncthreads();  // gv is read; after the first group of a chunk, gr, gk, gw are complete as well
     }
-    unstage<G::slice>(shared.r, static_cast<T *>(args.gr) + mine, place.stride, steps);
-    unstage<G::slice>(shared.k, static_cast<T *>(args.gk) + mine, place.stride, steps);
-    unstage<G::slice>(shared.slope, static_cast<T *>(args.gw) + mine, place.stride, steps);
+    unstage<G::slice, T>(shared.r, static_cast<T *>(args.gr) + mine, place.stride, steps);
+    unstage<G::slice, T>(shared.k, static_cast<T *>(args.gk) + mine, place.stride, steps);
+    unstage<G::slice, T>(shared.slope, static_cast<T *>(args.gw) + mine, place.stride, steps);
   }
 
 #pragma unroll
@@ -318,74 +277,27 @@ __global__ void __launch_bounds__(Geometry<N>::threads, 3) backward_kernel(const
   }
 }
 
-// gv = the sum of the slices' parts; a thread writes one pack.
-template <typename T, int N>
-__global__ void sum_parts_kernel(const Backward args) {
-  const Problem &p = args.problem;
-  const int64_t count = int64_t(p.B) * p.T * p.H * N;
-  const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Pack<T>::size;
-  if (at >= count) return;
-  const int64_t step = at / (int64_t(p.H) * N);
-  if (p.lengths && step % p.T >= p.lengths[step / p.T]) return;
-  Pack<T> pack;
-#pragma unroll
-  for (int e = 0; e < Pack<T>::size; e += TILE) {
-    float sum[TILE] = {}, part[TILE];
-#pragma unroll
-    for (int s = 0; s < Geometry<N>::slices; s++) {
-      load4(part, args.gv_parts + s * count + at + e);
-#pragma unroll
-      for (int q = 0; q < TILE; q++) sum[q] += part[q];
-    }
-#pragma unroll
-    for (int q = 0; q < TILE; q++) from_float(sum[q], pack.x[e + q]);
-  }
-  pack.store(static_cast<T *>(args.gv) + at);
-}
-
-template <typename Kernel, typename Args>
-void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, CUstream_st *stream, const Args &args) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  LAUNCH(kernel, unsigned(blocks), unsigned(threads), shared_bytes, stream, args);
-}
-
-template <typename T, int N>
-void run(const Forward &args, CUstream_st *stream) {
-  using G = Geometry<N>;
-  const int64_t blocks = int64_t(args.problem.B) * args.problem.H * G::slices;
-  launch(forward_kernel<T, N>, blocks, G::threads, sizeof(ForwardShared<N>), stream, args);
-}
-
-template <typename T, int N>
-void run(const Backward &args, CUstream_st *stream) {
-  using G = Geometry<N>;
-  const Problem &p = args.problem;
-  const int64_t heads = int64_t(p.B) * p.H, threads = heads * p.T * N / Pack<T>::size;
-  launch(backward_kernel<T, N>, heads * G::slices, G::threads, sizeof(BackwardShared<N>), stream, args);
-  launch(sum_parts_kernel<T, N>, (threads + 255) / 256, 256, 0, stream, args);
-}
-
-template <typename T, typename Args>
-void run_for_size(const Args &args, CUstream_st *stream) {
-  switch (args.problem.N) {
-    case 32: return run<T, 32>(args, stream);
-    case 64: return run<T, 64>(args, stream);
-    case 128: return run<T, 128>(args, stream);
-  }
-}
-
-template <typename Args>
-void run_for_type(const Args &args, CUstream_st *stream) {
-  switch (args.problem.dtype) {
-    case Dtype::fp32: return run_for_size<float>(args, stream);
-    case Dtype::bf16: return run_for_size<__nv_bfloat16>(args, stream);
-    case Dtype::fp16: return run_for_size<__half>(args, stream);
-  }
-}
-
 }  // namespace
 
-void forward(const Forward &args, CUstream_st *stream) { run_for_type(args, stream); }
-void backward(const Backward &args, CUstream_st *stream) { run_for_type(args, stream); }
+void forward(const Forward &args, CUstream_st *stream) {
+  run_for(args.problem, [&](auto number, auto size) {
+    using T = decltype(number);
+    constexpr int N = size;
+    using G = Geometry<N>;
+    const int64_t blocks = int64_t(args.problem.B) * args.problem.H * G::slices;
+    launch(forward_kernel<T, N>, blocks, G::threads, sizeof(ForwardShared<N>), stream, args);
+  });
+}
+
+void backward(const Backward &args, CUstream_st *stream) {
+  run_for(args.problem, [&](auto number, auto size) {
+    using T = decltype(number);
+    constexpr int N = size;
+    using G = Geometry<N>;
+    const int64_t blocks = int64_t(args.problem.B) * args.problem.H * G::slices;
+    launch(backward_kernel<T, N>, blocks, G::threads, sizeof(BackwardShared<N>), stream, args);
+    sum_parts<T, G::slices>({args.problem, args.gv_parts, args.gv}, stream);
+  });
+}
 
 }  // namespace wkv6

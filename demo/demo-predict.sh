@@ -22,7 +22,7 @@ adapter_hidden="${adapter_hidden:-}"
 
 format="${format:-text}"                     # text, a line for each file; json, with times; srt or vtt, subtitles
 output_dir="${output_dir:-}"                 # folder for a transcript of each file; empty: all to standard output
-max_audio_s="${max_audio_s:-30}"             # seconds; longer audio is cut in pauses of speech, and joined again
+max_audio_s="${max_audio_s:-}"               # seconds; longer audio is cut in pauses; empty: the longest that was trained on, or 30
 
 eval_bsz="${eval_bsz:-8}"                    # files, or pieces of long ones, decoded together: lower it to save memory
 beam="${beam:-1}"                            # beams; 1 is greedy, more is slower and often a little better

@@ -14,7 +14,9 @@ os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
 
 import pytest
 import soundfile
+import torch
 
+from rwkv_speech.speech.voice import FRAME
 from tests.tiny import write_world
 
 # What takes longest starts first, so that no process is left alone with it at the end.
@@ -28,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """A random RWKV-6 of 2 x 64 (heads of 32, 257 tokens), a random WavLM of width 32, and 24 short recordings.
+    """A random RWKV of 2 x 64 (heads of 32, 257 tokens), a random WavLM of width 32, and 24 short recordings.
 
     folder: holds model.pth, encoder/, train.jsonl and the WAV files that it names.
     flags: `--load_model --encoder --data --adapter_hidden --accelerator` for these.
@@ -62,6 +64,18 @@ class World:
 def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("a world")
     return World(folder, write_world(folder))
+
+
+@pytest.fixture
+def voiced():
+    """The voice-activity network hears speech wherever there is sound: the world's recordings are tones."""
+
+    def told(samples, memory):
+        return torch.stack([frame.abs().max() > 0.05 for frame in samples.split(FRAME)]).float(), memory
+
+    with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
+        patch.setattr("rwkv_speech.speech.segments.voice_activity", lambda: told)
+        yield
 
 
 @pytest.fixture(scope="session")

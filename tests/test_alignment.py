@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_speech import alignment
-from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum
+from rwkv_speech.alignment import BLANK, SCALE, alignment_loss_sum, fits
 from rwkv_speech.data.sample import one_round
 from rwkv_speech.engine.module import TrainingModule
+from rwkv_speech.errors import UserError
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.options import TrainingOptions
-from tests.tiny import do, last
+from tests.tiny import do, last, missions
 
 VOCABULARY, WIDTH = 40, 12
 LENGTHS = torch.tensor([9, 5, 7])
@@ -80,6 +82,32 @@ def test_a_transcript_too_long_for_its_audio_counts_for_nothing(heard, embedding
     assert not heard.grad[2].any()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "positions"),
+    [([7, 7, 30], 4), ([7, 7, 7], 5), ([2, 39], 2), ([5, 6, 5], 3), ([5, 6, 6, 5, 5], 7), ([], 0)],
+    ids=str,
+)
+def test_equal_neighbours_need_a_blank_between_them(tokens, positions):
+    assert fits(torch.tensor(tokens, dtype=torch.int64), positions)
+    assert not fits(torch.tensor(tokens, dtype=torch.int64), positions - 1)
+    if tokens:  # as torch has it, an alignment that there is none of has an infinite loss
+        for n, finite in ((positions, True), (positions - 1, False)):
+            log_probs = torch.zeros(n, 1, VOCABULARY).log_softmax(-1)
+            loss = F.ctc_loss(log_probs, torch.tensor([tokens]), [n], [len(tokens)], blank=BLANK, reduction="sum")
+            assert loss.isfinite() == finite
+
+
+def test_an_embedding_of_zeros_is_at_right_angles_to_all(heard, embeddings):
+    embeddings[[3, 39]] = 0  # one that no transcript holds, and one that the second does
+    heard.requires_grad_()
+    loss = alignment_loss_sum(heard, LENGTHS, TOKENS, embeddings)
+    log_probs = cosine_log_probs(heard.double(), embeddings.double()).transpose(0, 1)
+    counts = torch.tensor([len(t) for t in TOKENS])
+    expected = F.ctc_loss(log_probs, torch.cat(TOKENS), LENGTHS, counts, blank=BLANK, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert torch.autograd.grad(loss, heard)[0].isfinite().all()
+
+
 def rows(project):
     """What was measured at each step, as numbers."""
     with (project / "metrics.csv").open() as file:
@@ -89,13 +117,40 @@ def rows(project):
     return [{name: float(value) for name, value in row.items()} for row in found]
 
 
-def test_steps_alone_leave_the_language_model_out(world, tmp_path, monkeypatch):
+def test_transcripts_that_do_not_fit_are_counted_and_left_out(world, tmp_path, caplog):
+    """Beside as many that do, they change neither the loss that is reported nor what is learnt from it."""
+    long = "abcdefghij" * 4
+    short = [{"audio": str(path), "text": "ab", "id": path.stem} for path, _ in world.utterances[:4]]
+    lines = {"half": [*short, *(line | {"text": long, "id": f"long{i}"} for i, line in enumerate(short))]}
+    lines |= {"short": short, "long": lines["half"][4:]}
+    flags = ["--epoch_count=1", "--ctc_align=0.5", "--ctc_align_steps=1", "--adam_eps=1", "--grad_clip=0"]
+    flags += ["--micro_bsz=2", "--lr_init=1", "--lr_final=1", "--average=9"]
+    for name, content in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+    do("train", world, tmp_path / "short", *flags, f"--data={tmp_path}/short.jsonl", "--accumulate_grad_batches=2")
+    assert "fit into their positions" not in caplog.text
+    do("train", world, tmp_path / "half", *flags, f"--data={tmp_path}/half.jsonl", "--accumulate_grad_batches=4")
+    assert "4 of 8 transcripts fit into their positions" in caplog.text
+    (short_row,), (half_row,) = rows(tmp_path / "short"), rows(tmp_path / "half")
+    assert half_row["ctc_loss"] == pytest.approx(short_row["ctc_loss"], rel=1e-5)
+    assert short_row["ctc_loss"] > 1
+    for name, x in last(tmp_path / "short").items():
+        torch.testing.assert_close(last(tmp_path / "half")[name], x, rtol=1e-4, atol=1e-6)
+    assert missions(tmp_path / "half")["rwkv-adapter-1.pth"][1]["train_loss"] is None, "no step computed it"
+
+    with pytest.raises(UserError, match=r"^0 of 4 transcripts fit into their positions: lower --downsample_k, 5 here$"):
+        do("train", world, tmp_path / "long", *flags, f"--data={tmp_path}/long.jsonl")
+
+
+def test_steps_alone_leave_the_language_model_out(world, tmp_path, monkeypatch, caplog):
     calls = []
     forward = RWKV6.forward
     monkeypatch.setattr(RWKV6, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
     flags = ["--epoch_count=1", "--epoch_steps=6", "--ctc_align=0.5", "--downsample_k=2"]
     do("train", world, tmp_path / "alone", *flags, "--ctc_align_steps=6")
     assert not calls
+    assert "--ctc_align_steps 6 is all of the run's 6 steps" in caplog.text
+    caplog.clear()
     found = rows(tmp_path / "alone")
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert all("loss" not in row for row in found)
@@ -104,6 +159,7 @@ def test_steps_alone_leave_the_language_model_out(world, tmp_path, monkeypatch):
 
     do("train", world, tmp_path / "both", *flags, "--ctc_align_steps=4")
     assert len(calls) == 2
+    assert "--ctc_align_steps" not in caplog.text
     found = rows(tmp_path / "both")
     assert ["loss" in row for row in found] == [False] * 4 + [True] * 2
     assert all("ctc_loss" in row for row in found)
@@ -114,7 +170,7 @@ def test_its_weight_is_that_of_its_gradient(world):
     model = world.speech_rwkv(downsample_k=2, adapter_hidden=8)
     waveforms = torch.randn(2, 16000, generator=torch.Generator().manual_seed(4))
     batch = model.prepare([one_round(text, [x], text) for x, text in zip(waveforms, ["ab", "cde"], strict=True)])
-    batch.step_tokens = batch.tokens
+    batch.step_tokens, batch.step_aligned = batch.tokens, batch.aligned
     assert batch.tokens == 7
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(reduce=lambda x, reduce_op: x),

@@ -4,6 +4,10 @@ import io
 import logging
 import os
 import shutil
+import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,19 @@ import pytest
 import soundfile
 import torch
 
-from rwkv_speech.speech import audio
-from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform, duration, load_audio, to_mono_16k
+from rwkv_speech.speech import decoders
+from rwkv_speech.speech.audio import (
+    AudioError,
+    Longest,
+    TooLongError,
+    audio_blocks,
+    check_waveform,
+    duration,
+    load_audio,
+    to_mono_16k,
+)
+from rwkv_speech.speech.recording import Recording
+from tests.tiny import NO_FILES, no_file
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 RATE = 16_000
@@ -65,7 +80,7 @@ def test_lossy_formats(container, width):
 def test_long_files_are_decoded_in_blocks(container, width, monkeypatch):
     data = encode(np.random.default_rng(0).uniform(-0.5, 0.5, 2 * RATE), RATE, container, width)
     whole, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    monkeypatch.setattr(audio, "_BLOCK", 5_000)
+    monkeypatch.setattr(decoders, "_BLOCK", 5_000)
     np.testing.assert_allclose(load_audio(data).numpy(), whole, atol=1e-6)
     assert max(len(block) for block in audio_blocks(data)) == 5_000
 
@@ -73,12 +88,12 @@ def test_long_files_are_decoded_in_blocks(container, width, monkeypatch):
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
 def test_resampling_in_blocks_is_that_of_the_whole(rate, monkeypatch):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * rate + 7).astype(np.float32)
-    monkeypatch.setattr(audio, "_BLOCK", 1_000)
+    monkeypatch.setattr(decoders, "_BLOCK", 1_000)
     assert torch.equal(load_audio(encode(samples, rate, width="FLOAT")), to_mono_16k(samples, rate))
 
 
 def test_non_finite_samples_of_later_blocks_are_located(monkeypatch):
-    monkeypatch.setattr(audio, "_BLOCK", 1_000)
+    monkeypatch.setattr(decoders, "_BLOCK", 1_000)
     samples = sine(1.0, RATE)
     samples[12_000] = np.nan
     with pytest.raises(AudioError, match=r"the first at 0\.750 s"):
@@ -195,44 +210,261 @@ def test_folder_and_headerless_samples(tmp_path, monkeypatch):
         load_audio(tmp_path)
     raw = tmp_path / "x.raw"
     raw.write_bytes(bytes(1000))
-    with pytest.raises(AudioError, match="without a header"):
+    with pytest.raises(AudioError, match="cannot be read as audio"):
         load_audio(raw)
 
 
-@pytest.mark.parametrize("as_bytes", [False, True], ids=["path", "bytes"])
-def test_other_formats_go_through_ffmpeg(tmp_path, monkeypatch, as_bytes):
-    """A stand-in for ffmpeg writes the WAV that the real one would, and notes how it was called."""
-    (tmp_path / "out.wav").write_bytes(encode(sine(0.5, 48_000), 48_000, width="FLOAT"))
-    tool = tmp_path / "ffmpeg"
-    script = f'printf "%s\\n" "$@" > "{tmp_path}/args"\nfor out; do :; done\n/bin/cat "{tmp_path}/out.wav" > "$out"\n'
-    tool.write_text("#!/bin/sh\n" + script)
-    tool.chmod(0o755)
+# ffmpeg
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A shell script in the place of ffmpeg; `audio.au` beside it is what the real one would write."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    samples = np.stack([sine(0.5, 48_000), 0 * sine(0.5, 48_000)], axis=1)
+    (tmp_path / "audio.au").write_bytes(encode(samples, 48_000, "AU", "FLOAT"))
+
+    def put(script):
+        tool = tmp_path / "ffmpeg"
+        tool.write_text(f'#!/bin/sh\ncd "{tmp_path}"\n{script}\n')
+        tool.chmod(0o755)
+
+    return put
+
+
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["path", "bytes"])
+def test_other_formats_go_through_ffmpeg(tmp_path, stand_in, as_bytes):
+    stand_in('printf "%s\\n" "$@" > args; /bin/cat audio.au')
     odd = tmp_path / "-a b$(c).m4a"
     odd.write_bytes(b"\0" * 100)
     loaded = load_audio(odd.read_bytes() if as_bytes else odd)
-    assert np.abs(loaded.numpy() - sine(0.5, RATE))[800:-800].max() < 1e-4
+    assert np.abs(loaded.numpy() - sine(0.5, RATE) / 2)[800:-800].max() < 1e-4
     args = (tmp_path / "args").read_text().splitlines()
     assert "-nostdin" in args
-    assert as_bytes or f"file:{odd}" in args
+    assert as_bytes or args[args.index("-i") + 1] == f"file:{odd}"
+    before = args[: args.index("-i")]
+    assert before[before.index("-protocol_whitelist") + 1] == "file"
+    allowed = before[before.index("-format_whitelist") + 1].split(",")
+    assert {"mov", "matroska", "aac", "asf"} <= set(allowed)
+    assert not {"hls", "concat", "concatf", "dash", "sdp", "rtsp", "image2", "lavfi", "vapoursynth"} & set(allowed)
     assert duration(odd) == pytest.approx(0.5)
 
 
-def test_ffmpeg_failing_is_one_line(tmp_path, monkeypatch):
-    tool = tmp_path / "ffmpeg"
-    tool.write_text("#!/bin/sh\necho 'moov atom not found' >&2\necho second >&2\nexit 1\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_ffmpeg_failing_is_one_line(stand_in):
+    stand_in("echo 'moov atom not found' >&2\necho second >&2\nexit 1")
     with pytest.raises(AudioError, match=r"^x\.m4a: cannot be read.*\(moov atom not found\)"):
         load_audio(b"\0" * 100, name="x.m4a")
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
-def test_real_ffmpeg(tmp_path):
+def test_ffmpeg_failing_half_way_is_not_taken_for_the_end(stand_in):
+    stand_in("/bin/cat audio.au; echo 'broken pipe' >&2; exit 1")
+    with pytest.raises(AudioError, match=r"\(broken pipe\)"):
+        load_audio(b"\0" * 100)
+
+
+@pytest.mark.parametrize("before", ["", "/bin/cat audio.au; exec >&-; "], ids=["at-once", "after-its-output"])
+def test_ffmpeg_without_an_end_is_ended(tmp_path, stand_in, monkeypatch, before):
+    monkeypatch.setattr(decoders, "_PATIENCE", 0.5)
+    stand_in(f"echo $$ > pid; {before}exec /bin/sleep 60")
+    start = time.monotonic()
+    with pytest.raises(AudioError, match="does not come to an end"):
+        load_audio(b"\0" * 100)
+    assert time.monotonic() - start < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ffmpeg ends at its next write")
+def test_ffmpeg_ends_with_a_process_that_is_killed(tmp_path, stand_in):
+    stand_in("echo $$ > new; /bin/mv new pid; exec /bin/sleep 60")
+    read = "from rwkv_speech.speech.decoders import decoding; decoding(bytes(100), 'x').__enter__()"
+    reader = subprocess.Popen([sys.executable, "-c", read])
+    wait_for((tmp_path / "pid").exists)
+    reader.kill()
+    reader.wait()
+    child = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    wait_for(lambda: not child.exists() or child.read_text().split()[2] == "Z")
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", ["a.m4a", "a.mkv", "a.aac", "a.wma", "a.mp4", "a.webm"])
+def test_real_ffmpeg(tmp_path, name):
     (tmp_path / "a.wav").write_bytes(encode(sine(1.0, 44_100), 44_100))
-    os.spawnlp(os.P_WAIT, "ffmpeg", "ffmpeg", "-nostdin", "-v", "error", "-i", f"{tmp_path}/a.wav", f"{tmp_path}/a.m4a")
-    loaded = load_audio(tmp_path / "a.m4a").numpy()
+    to = ["-vn", str(tmp_path / name)]
+    os.spawnlp(os.P_WAIT, "ffmpeg", "ffmpeg", "-nostdin", "-v", "error", "-i", f"{tmp_path}/a.wav", *to)
+    loaded = load_audio(tmp_path / name).numpy()
     assert np.abs(np.fft.rfft(loaded[:RATE], RATE)).argmax() == 440
+
+
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nneighbour.wav\n",  # without an end
+    "concat": "ffconcat version 1.0\nfile neighbour.wav\n",
+    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="dynamic"></MPD>',
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+}
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("content", PLAYLISTS.values(), ids=PLAYLISTS)
+@pytest.mark.parametrize("suffix", [".mp3", ".m3u8", ".m4a"])
+def test_real_ffmpeg_follows_no_playlist(tmp_path, content, suffix):
+    (tmp_path / "neighbour.wav").write_bytes(encode(sine(1.0, RATE), RATE))
+    path = tmp_path / f"list{suffix}"
+    path.write_text(content)
+    start = time.monotonic()
+    with pytest.raises(AudioError, match="by ffmpeg neither"):
+        load_audio(path)
+    assert time.monotonic() - start < 10
+
+
+# What headers say
+
+
+@pytest.mark.parametrize("size", [0, 36, 0xFFFFFFFF, 2_000_000_000])
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["path", "bytes"])
+def test_a_wav_file_that_was_never_closed_is_read_as_far_as_it_goes(tmp_path, caplog, size, as_bytes):
+    samples = sine(0.5, RATE)
+    data = bytearray(encode(samples, RATE, width="PCM_16"))
+    start = data.index(b"data") + 4
+    data[start : start + 4], data[4:8] = struct.pack("<I", size), struct.pack("<I", min(size + 36, 0xFFFFFFFF))
+    path = tmp_path / "killed.wav"
+    path.write_bytes(data)
+    loaded = load_audio(bytes(data) if as_bytes else path, name="killed.wav")
+    assert np.abs(loaded.numpy() - samples).max() <= 1 / 32767
+    assert "killed.wav: its header was never closed; going on with the 0.50 s" in caplog.text
+    assert path.read_bytes() == bytes(data)
+
+
+def test_a_wav_file_with_few_samples_before_another_chunk_is_closed(caplog):
+    data = encode(np.full(18, 0.5), RATE, width="PCM_16") + b"LIST" + struct.pack("<I", 4) + b"INFO"
+    assert len(load_audio(data)) == 18
+    nothing = encode(np.zeros(0), RATE, width="PCM_16")
+    for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO"):
+        with pytest.raises(AudioError, match="holds no samples"):
+            load_audio(nothing + more)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("rate", [1, 8, 999, 768_001, 2**31 - 1])
+@pytest.mark.parametrize("reader", [load_audio, duration])
+def test_impossible_rates_are_refused(rate, reader):
+    with pytest.raises(AudioError, match=rf"^a\.wav: has a sample rate of {rate} Hz; expected 1 to 768 kHz$"):
+        reader(encode(np.zeros(1000), rate), name="a.wav")
+
+
+@pytest.mark.parametrize("rate", [1_000, 768_000])
+def test_the_lowest_and_the_highest_rate(rate):
+    loaded = load_audio(encode(sine(1.0, rate, hz=100), rate, width="FLOAT")).numpy()
+    assert np.abs(loaded - sine(1.0, RATE, hz=100))[800:-800].max() < 1e-3
+
+
+def test_blocks_are_bounded_whatever_becomes_of_them(monkeypatch):
+    """By rate and by channels: what a minute is at 1 kHz, and a frame of 1,024 samples."""
+    slow = encode(np.zeros(300_000), 1_000, "FLAC")
+    assert max(len(block) for block in audio_blocks(slow)) <= 61 * RATE
+    wide = encode(np.zeros((5_000, 1_024)), RATE, width="PCM_U8")
+    blocks = [len(block) for block in audio_blocks(wide)]
+    assert (max(blocks), sum(blocks)) == (1_024, 5_000)
+
+
+def claiming(container: str, frames: int) -> bytes:
+    """Half a second whose header says otherwise."""
+    data = bytearray(encode(sine(0.5, RATE), RATE, container))
+    if container == "FLAC":
+        data[21] = data[21] & 0xF0 | frames >> 32
+        data[22:26] = struct.pack(">I", frames & 0xFFFFFFFF)
+    else:
+        tag = max(data.find(b"Xing"), data.find(b"Info"))
+        assert tag > 0
+        data[tag + 8 : tag + 12] = struct.pack(">I", frames // 576)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("container", ["FLAC", "MP3"])
+@pytest.mark.parametrize("reader", [load_audio, duration])
+def test_lengths_that_the_bytes_cannot_hold_are_refused(container, reader):
+    with pytest.raises(AudioError, match=r"^a: claims [\d,]+\.\d hours, which its \d+ bytes can't hold$"):
+        reader(claiming(container, 2**35), name="a")
+
+
+@pytest.mark.parametrize(("level", "words"), [(3.3e38, "samples beyond 1e"), (1e16, "samples beyond 1e"), (1e15, None)])
+def test_samples_too_large_to_compute_with(level, words):
+    """The mean of two such channels is infinite in float32, and so is the power of one."""
+    samples = np.zeros((RATE, 2), np.float32)
+    samples[8_000] = level
+    data = encode(samples, RATE, width="FLOAT")
+    if words is None:
+        assert load_audio(data).square().sum().isfinite()
+        return
+    with pytest.raises(AudioError, match=rf"^a: carries {words}\+15, the first at 0\.500 s"):
+        load_audio(data, name="a")
+    with pytest.raises(AudioError, match=words):
+        check_waveform(samples[:, 0])
+
+
+# No more than can be used
+
+
+@pytest.mark.parametrize(("container", "width"), [("WAV", "PCM_16"), ("FLAC", None), ("OGG", "OPUS"), ("MP3", None)])
+@pytest.mark.parametrize("rate", [8_000, RATE])
+def test_what_is_too_long_is_not_decoded(container, width, rate, monkeypatch):
+    """Headers that promise a length are enough; of streams, what fits and a block."""
+    monkeypatch.setattr(decoders, "_BLOCK", 1_000)
+    decoded = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *x, **how: decoded.append(1_000) or read(*x, **how))
+    data = encode(sine(10.0, rate), rate, container, width)
+    with pytest.raises(TooLongError, match=r"^a: lasts (10 s, )?more than the 2 s that --flag leaves$"):
+        load_audio(data, name="a", longest=Longest(2.0, "--flag leaves"))
+    assert sum(decoded) <= (2.2 * rate + 1_000 if container in ("OGG", "MP3") else 0)
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100, 22_050, 8_000])
+@pytest.mark.parametrize("samples", [16_000, 20_801, 20_799])
+def test_a_bound_is_met_to_the_sample(rate, samples):
+    data = encode(np.zeros(samples * rate // RATE), rate)
+    length = len(load_audio(data))
+    assert len(load_audio(data, longest=Longest(length / RATE, ""))) == length
+    with pytest.raises(TooLongError):
+        load_audio(data, longest=Longest((length - 1) / RATE, ""))
+
+
+# No file
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize(
+    "reader",
+    [load_audio, duration, lambda path: Recording(path).read(), lambda path: Recording(path).seconds()],
+    ids=["load", "duration", "read", "seconds"],
+)
+def test_what_is_no_file_is_refused_by_name(tmp_path, kind, reader):
+    path = no_file(tmp_path, kind)
+    Recording(path).stamp()
+    with pytest.raises(AudioError, match=r"x\.wav.*: (is a|cannot be opened \(|its name is not UTF-8)") as caught:
+        reader(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert message.encode()
+
+
+def test_a_folder_that_cannot_be_searched(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)  # root would be let in
+    with pytest.raises(AudioError, match=r"x\.wav: cannot be opened \(Permission denied\)"):
+        load_audio(tmp_path / "x.wav")
 
 
 @pytest.mark.parametrize(

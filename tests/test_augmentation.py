@@ -1,6 +1,7 @@
 """Speed, noise and masks: as much as was asked for, and the same for one seed, epoch and utterance wherever drawn."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -16,13 +17,14 @@ from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset, loader
 from rwkv_speech.data.buckets import bucketed_loader
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row
+from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
-from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
 from rwkv_speech.speech.augmentation import SPEEDS, Masks, SpecAugment, WaveformAugmentation, apply_masks
 from rwkv_speech.speech.recording import Recording
 from tests.tiny import last, write_world
@@ -119,13 +121,42 @@ def test_silence_stays_silent(noises, tmp_path):
     assert torch.equal(WaveformAugmentation(0, noise=[tmp_path / "silent.wav"])("a", speech, 0), speech)
 
 
-def test_an_unusable_noise_is_a_bad_sample(tmp_path):
+def test_in_the_place_of_unusable_noise_comes_other(noises, tmp_path, caplog):
     (tmp_path / "noise.wav").write_bytes(b"none")
-    soundfile.write(tmp_path / "a.wav", np.ones(100), SAMPLE_RATE)
-    speech = heard(
-        [Row("a", "x", Recording(tmp_path / "a.wav"))], WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
-    )
-    assert str(tmp_path / "noise.wav") in speech[0].reason
+    speech = sine(440, 1000)
+    change = WaveformAugmentation(0, noise=[tmp_path / "noise.wav", noises[2]], snr_db=(3.0, 3.0))
+    for id in "abcdefgh":
+        noise = change(id, speech, 0) - speech
+        assert 10 * np.log10(power(speech) / power(noise)) == pytest.approx(3, abs=0.01)
+    (said,) = caplog.messages
+    assert str(tmp_path / "noise.wav") in said
+    alone = WaveformAugmentation(0, noise=[tmp_path / "noise.wav"])
+    assert torch.equal(alone("a", speech, 0), speech)
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC"])
+def test_of_long_noise_a_part_is_read(tmp_path, monkeypatch, format):
+    """Ten minutes at 8 kHz, whose every sample tells its place; the speech is of half a second."""
+    places = np.linspace(-1, 1, 600 * 8000)
+    soundfile.write(tmp_path / "noise", places, 8000, format=format, subtype="PCM_24")
+    read = []
+    plain = soundfile.SoundFile.read
+
+    def counting(self, frames=-1, *args, **how):
+        read.append(len(found := plain(self, frames, *args, **how)))
+        return found
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    change = WaveformAugmentation(0, noise=[tmp_path / "noise"], snr_db=(0.0, 0.0))
+    silence = torch.zeros(8000)
+    silence[0] = 1  # of known power
+    starts = []
+    for id in range(20):
+        noise = change(str(id), silence, 0)[1000:7000]  # at a level of its own, so its sign and slope tell
+        starts.append(float(noise.mean() / (noise[-1] - noise[0])) * 6000 / 16000 / 300)
+    assert max(read) <= 4000
+    assert min(starts) < -0.5
+    assert max(starts) > 0.5
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -304,6 +335,69 @@ def test_training_with_all_of_it(world, noises, tmp_path, caplog):
     assert list(tmp_path.glob("rwkv-adapter-*.pth"))
     with pytest.raises(UserError, match=r"more than the 0\.72 s that --max_batch_s leaves"):
         train(world, tmp_path / "short", "--speed_perturb", "--max_batch_s=0.8")
+
+
+def test_noise_of_a_level(world, noises, tmp_path):
+    """Noise of no power changes nothing; a file that is none is the noise's fault."""
+
+    def trained(name: str, *flags: str) -> torch.Tensor:
+        train(world, tmp_path / name, "--epoch_count=1", "--epoch_steps=1", *flags)
+        return last(tmp_path / name)["speech_encoder.adapter.0.weight"]
+
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    for path in noises:
+        (folder / path.name).symlink_to(path)
+    (folder / "._a.wav").write_bytes(b"of macOS")
+    plain, faint = trained("plain"), trained("faint", f"--noise_dir={folder}", "--noise_snr=200,200")
+    torch.testing.assert_close(plain, faint, rtol=1e-5, atol=1e-7)
+    (folder / "none.wav").write_bytes(b"none")
+    with pytest.raises(UserError, match=rf"--noise_dir: {folder / 'none.wav'}: "):
+        train(world, tmp_path / "stopped", f"--noise_dir={folder}")
+    loud = trained("loud", f"--noise_dir={folder}", "--noise_snr=-5,-5", "--on_bad_audio=skip")
+    assert not torch.allclose(plain, loud, rtol=1e-3)
+    assert not (tmp_path / "loud" / "bad_audio.jsonl").exists()
+
+
+@pytest.fixture
+def batches(world, tmp_path, monkeypatch):
+    """batches(*flags): those of one epoch of training with such flags."""
+    step = TrainingModule.training_step
+
+    def run(*flags):
+        found = []
+        monkeypatch.setattr(TrainingModule, "training_step", lambda self, b, i: found.append(b) or step(self, b, i))
+        train(world, tmp_path / str(flags), "--epoch_count=1", *flags)
+        return found
+
+    return run
+
+
+def test_flags_of_augmentation_and_of_batches_by_seconds(world, noises, batches):
+    """What training reads beside the files: of what length it is, and how loud what was added."""
+    original = {f"u{i}": load_audio(world[0] / f"{i}.wav") for i in range(10)}
+
+    def levels(*flags):
+        found = []
+        for batch in batches(*flags):
+            for name, changed in zip(batch.names, batch.audio.split(batch.audio_sizes), strict=True):
+                noise = changed - original[name]
+                found.append(10 * math.log10(original[name].square().mean() / noise.square().mean()))
+        return found
+
+    folder = f"--noise_dir={noises[0].parent}"
+    assert all(-5.1 < level < 5.1 for level in levels(folder, "--noise_snr=-5,5"))
+    assert all(4.9 < level < 20.1 for level in levels(folder))
+
+    speeds = []
+    for batch in batches("--speed_perturb"):
+        speeds += [len(original[name]) / n for name, n in zip(batch.names, batch.samples, strict=True)]
+    assert {round(speed, 2) for speed in speeds} == {0.9, 1.0, 1.1}
+
+    by_seconds = [(len(batch), max(batch.seconds)) for batch in batches("--max_batch_s=3")]
+    assert all(count * longest <= 3 for count, longest in by_seconds)
+    assert sum(count for count, _ in by_seconds) == 10
+    assert len(by_seconds) < 10
 
 
 @pytest.mark.parametrize(

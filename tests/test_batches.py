@@ -1,22 +1,26 @@
 """Order, sharing between processes, contents of batches, and what becomes of bad samples."""
 
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import SequentialSampler
 
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import Batch, Collate, SharedBatches, SpeechDataset, loader
+from rwkv_speech.data.batches import Batch, Collate, SharedBatches, SpeechDataset, loader, reading
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import BadSample, Row, Sample, one_round
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.audio import Longest
 from rwkv_speech.speech.augmentation import SpecAugment
 from rwkv_speech.speech.recording import Recording
 
@@ -137,6 +141,45 @@ def test_global_batches_are_the_same_for_one_process_and_two(rows):
     assert together[:2] == [set(batch) for batch in whole[:2]]
 
 
+def test_a_step_of_many_utterances_takes_few_descriptors_and_no_shared_memory(rows):
+    """512 utterances, with as many answers, where a process may open 256 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        batches = loader(speech([rows[i % 11] for i in range(600)]), batch_size=256, shuffle=False, num_workers=2)
+        step = list(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(map(len, step)) == 600
+    tensors = [x for batch in step for x in tree_leaves(vars(batch)) if isinstance(x, torch.Tensor)]
+    assert len(tensors) > 600
+    assert not any(x.is_shared() for x in tensors)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_one_line(number):
+    main = os.getpid()
+
+    class Deadly(Recording):
+        def waveform(self, longest=None):
+            assert os.getpid() != main
+            os.kill(os.getpid(), number)
+
+    rows = [Row("a", "x", Deadly(Path("a.wav")))]
+    with (
+        pytest.raises(UserError, match=r"^a process that reads audio (is killed|exited).*--num_workers") as caught,
+        reading(),
+    ):
+        list(loader(speech(rows), batch_size=1, shuffle=False, num_workers=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_of_workers_stay_what_they_are():
+    rows = [Row("a", "x", torch.zeros(160))]
+    with pytest.raises(ZeroDivisionError), reading():
+        list(loader(speech(rows, extract=lambda _: 1 / 0), batch_size=1, shuffle=False, num_workers=1))
+
+
 def test_lightning_drives_the_loader(rows):
     lightning = pytest.importorskip("pytorch_lightning")
     seen = []
@@ -189,6 +232,18 @@ def with_bad(tmp_path, rows) -> SpeechDataset:
         filter=lambda rendered, samples: "too long" if samples[0] > 100 else None,
         needs_answer=True,
     )
+
+
+@pytest.mark.parametrize("set_apart", [False, True])
+def test_long_recordings_are_bad_samples_or_set_apart(rows, set_apart):
+    bad = Row("missing", "x", Recording(Path("missing.wav")))
+    dataset = speech([*rows, bad], longest=Longest(0.009, "--flag leaves"), set_apart=set_apart)
+    (batch,) = loader(dataset, batch_size=12, shuffle=False)
+    assert batch.names == [str(n) for n in range(9)]
+    assert batch.long == ([9, 10] if set_apart else [])
+    assert [sample.id for sample in batch.bad] == (["missing"] if set_apart else ["9", "10", "missing"])
+    if not set_apart:
+        assert batch.bad[0].reason.endswith("9.wav: lasts 0.01 s, more than the 0.009 s that --flag leaves")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -244,6 +299,20 @@ def test_skip_lists_each_bad_sample_once(tmp_path, with_bad):
     assert listed[-1] == {"id": "é", "audio": "é.wav", "reason": "silent"}
     assert first.report() == f"5 bad samples skipped, listed in {path}"
     assert second.report() == f"2 bad samples skipped, listed in {path}"
+
+
+def test_a_line_that_a_killed_process_left_half_written_goes(tmp_path):
+    path = tmp_path / "bad_audio.jsonl"
+    a, b, c = (BadSample(name, f"{name}.wav", "stümm") for name in "abc")
+    BadSamples("skip", path).add([a, b])
+    whole = path.read_bytes()
+    for left in (whole.index(b"\xbc"), len(whole) - 1, whole.index(b"\n") + 1, 5):  # within a letter of two bytes first
+        path.write_bytes(whole[:left])
+        running = BadSamples("skip", path)
+        running.add([c])
+        running.add([b, a, c])
+        listed = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
+        assert sorted(listed) == ["a", "b", "c"]
 
 
 def test_unknown_policy_is_refused(tmp_path):
@@ -355,7 +424,7 @@ def test_cached_frames_stand_for_recordings():
     """Of samples of two recordings, none, and one; three channels to a frame."""
 
     class Cache:
-        def read(self, audio: torch.Tensor) -> tuple[torch.Tensor, int]:
+        def read(self, audio: torch.Tensor, longest: None) -> tuple[torch.Tensor, int]:
             frames = len(audio) // 16
             return torch.full((frames, 3), float(frames)), len(audio)
 

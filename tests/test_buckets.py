@@ -384,10 +384,14 @@ def test_headers_are_read_once(tmp_path, read, caplog):
     assert (read, cache.read_bytes()) == ([], before)  # what others asked for stays
 
 
-def test_a_broken_cache_is_made_anew(tmp_path, read):
+@pytest.mark.parametrize(
+    "content", ['{"a":', "", "[1]", "null", '{"STAMP": "long"}', '{"STAMP": NaN}', '{"STAMP": -1.0}']
+)
+def test_a_broken_cache_is_made_anew(tmp_path, read, content):
     cache = tmp_path / "durations.json"
-    cache.write_text('{"a":')
-    assert read_durations([Row("a", "x", Recording(wav(tmp_path / "a.wav", 0.5)))], cache).tolist() == [0.5]
+    recording = Recording(wav(tmp_path / "a.wav", 0.5))
+    cache.write_text(content.replace("STAMP", recording.stamp()))
+    assert read_durations([Row("a", "x", recording)], cache).tolist() == [0.5]
     assert list(json.loads(cache.read_text()).values()) == [0.5]
 
 
@@ -425,3 +429,16 @@ def test_rows_of_a_dataset_tell_their_length(tmp_path, read):
     for _ in range(2):
         assert read_durations(read_dataset(tmp_path / "saved"), cache).tolist() == [0.5, 1.5, 2.5]
     assert len(read) == 3
+
+
+def test_a_file_that_a_row_of_a_dataset_points_to_is_known_by_its_own_stamp(tmp_path, read):
+    datasets = pytest.importorskip("datasets")
+    from rwkv_speech.data.hub import read_dataset
+
+    file = wav(tmp_path / "0.wav", 0.5)
+    datasets.Dataset.from_dict({"audio": [str(file)], "text": ["x"]}).save_to_disk(str(tmp_path / "saved"))
+    for seconds in (0.5, 0.5, 2.0):  # the last time it has been recorded anew
+        if seconds > 1:
+            wav(file, seconds)
+        assert read_durations(read_dataset(tmp_path / "saved"), tmp_path / "durations.json").tolist() == [seconds]
+    assert len(read) == 2

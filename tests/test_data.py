@@ -17,13 +17,15 @@ import torch
 from rwkv_speech.data import hub, librispeech
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.hub import DatasetRow
+from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.sample import Row
-from rwkv_speech.data.sources import load_split
+from rwkv_speech.data.sample import BadSample, Row
+from rwkv_speech.data.sources import load_split, split_names
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech import identity
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.recording import Recording
+from tests.tiny import do
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "speech"
 
@@ -111,10 +113,41 @@ def test_librispeech_mismatches_are_one_error_or_listed(tmp_path):
 
     bad_audio = BadSamples("skip", tmp_path / "bad_audio.jsonl")
     utterances = load_split(None, data_dir=str(corpus), bad_audio=bad_audio)
-    assert [utterance.id for utterance in utterances] == ["1-1-0003"]
-    listed = [json.loads(line) for line in bad_audio.path.read_text().splitlines()]
-    assert [entry["id"] for entry in listed] == ["1-1-0000", "1-1-0001", "1-1-0002", "1-1-0004", "1-2-0000"]
-    assert listed[-1] == {"id": "1-2-0000", "audio": str(stray), "reason": "the audio file has no transcript"}
+    assert [utterance.id[-1] for utterance in utterances if utterance.audio.source.exists()] == ["3"]
+    assert [utterance.id[-1] for utterance in utterances] == ["0", "1", "2", "3", "4"]  # bad samples when they are read
+    (listed,) = [json.loads(line) for line in bad_audio.path.read_text().splitlines()]
+    assert listed == {"id": "1-2-0000", "audio": str(stray), "reason": "the audio file has no transcript"}
+
+
+def test_librispeech_lines_end_at_line_feeds_and_ids_at_blanks_or_tabs(tmp_path):
+    chapter = write_chapter(tmp_path, "1", "1", ["", "", "", ""])
+    lines = "1-1-0000\tFIRST\n1-1-0001 A\u2028B\u0085C\r\n\r\n1-1-0002 \t D\rE\n1-1-0003"
+    (chapter / "1-1.trans.txt").write_bytes(lines.encode())
+    texts = [row.text for row in load_split(None, data_dir=str(tmp_path), lower_case=False)]
+    assert texts == ["FIRST", "A\u2028B\u0085C", "D\rE", ""]
+    (chapter / "1-1.trans.txt").write_bytes(b"1-1-0000 FIRST\n1-1-0001 \xff\n")
+    with pytest.raises(UserError, match=r"1-1\.trans\.txt: line 2: can't be read as UTF-8 text"):
+        load_split(None, data_dir=str(tmp_path))
+
+
+def test_librispeech_leaves_what_macos_adds_and_names_what_it_can_not_search(tmp_path, monkeypatch):
+    write_chapter(tmp_path / "corpus", "1", "1", ["FIRST"])
+    write_chapter(tmp_path / "corpus" / "__MACOSX", "1", "1", ["NOT THIS"])
+    closed = write_chapter(tmp_path / "corpus", "2", "1", ["SECOND"])
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # the tests may run as root
+    with pytest.raises(UserError, match=rf"folders that can't be searched: 1 \({closed}\)"):
+        load_split(None, data_dir=str(tmp_path / "corpus"))
+    bad_audio = BadSamples("skip", tmp_path / "bad_audio.jsonl")
+    assert [row.text for row in load_split(None, data_dir=str(tmp_path / "corpus"), bad_audio=bad_audio)] == ["first"]
+    (listed,) = [json.loads(line) for line in bad_audio.path.read_text().splitlines()]
+    assert listed == {"id": "1", "audio": str(closed), "reason": "the folder can't be searched (Permission denied)"}
 
 
 @pytest.mark.skipif(not (SHARED / "LibriSpeech").is_dir(), reason="needs ../shared/speech/LibriSpeech")
@@ -165,6 +198,14 @@ def test_download_fetches_what_is_not_there_and_leaves_what_is(tmp_path, openslr
     assert [utterance.text for utterance in utterances] == ["new", "own"]
     assert utterances[0].audio.source == root / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac"
     assert sorted(path.name for path in root.iterdir()) == ["LibriSpeech", "dev-other"]
+
+
+def test_training_downloads_what_it_lacks(world, tmp_path, openslr):
+    flags = (f"--data_dir={tmp_path / 'corpus'}", "--train_split=dev-clean", "--epoch_count=1")
+    with pytest.raises(UserError, match="no such file or folder"):
+        do("train", world, tmp_path / "out", "--data=librispeech", *flags)
+    assert do("train", world, tmp_path / "out", "--data=librispeech", *flags, "--download") == 0
+    assert (tmp_path / "corpus" / "LibriSpeech" / "dev-clean" / "1" / "1" / "1-1-0000.flac").is_file()
 
 
 def test_download_errors_are_one_line(tmp_path, openslr):
@@ -221,14 +262,23 @@ def test_manifest_fields_and_paths(tmp_path):
         ('{"audio": "", "text": "x"}', "'audio' is empty"),
         ('{"audio": "a.wav"}', "no 'text'"),
         ('{"audio": "a.wav", "answers": []}', "'answers' is [], not a list of strings"),
-        ('{"audio": "a.wav", "text": "x", "answers": "y"}', "'answers' is 'y', not a list of strings"),
+        ('{"audio": "a.wav", "text": "x", "answers": [1]}', "'answers' is [1], not a list of strings"),
         ('{"audio": "a.wav", "text": null}', "'text' is None, not a string"),
-        ('{"audio": "a.wav", "text": "x", "id": 7}', "'id' is 7, not a string"),
+        ('{"audio": "a.wav", "text": "x", "id": [7]}', "'id' is [7], not a string or a number"),
+        ('{"audio": "a.wav", "text": "x", "speaker": true}', "'speaker' is True, not a string or a number"),
+        ('{"audio": {"path": "a.wav"}, "text": "x"}', "'audio' is {'path': 'a.wav'}, not a string"),
+        ('{"audio": "a.wav", "text": "half \\ud83d"}', "'text' holds half of a pair of surrogates"),
+        ('{"audio": "a.wav", "text": "x", "duration": 1' + "0" * 400 + "}", "'duration' is 1000000000"),
+        ('{"audio": "a.wav", "text": "x", "duration": 1' + "0" * 5000 + "}", "a number of thousands of digits"),
+        ('{"audio": ' * 99999, "JSON nested too deeply"),
+        ('{"audio": "a.wav", "sentence": "x", "translation": "y"}', "both 'sentence' and 'translation'; --text_column"),
+        ('{"audio": "a.wav", "source": "x", "target": "y"}', "no 'text' among audio, source, target; --text_column"),
         ('{"audio": "a.wav", "text": "x", "duration": "2 s"}', "'duration' is '2 s', not a number"),
         ('{"audio": "a.wav", "text": "x", "duration": NaN}', "'duration' is nan, not a number"),
         ('{"audio": "a.wav", "text": "x", "duration": true}', "'duration' is True, not a number"),
         ('{"audio": "a.wav", "audio_filepath": "b.wav", "text": "x"}', "both 'audio' and 'audio_filepath'"),
-        ('{"audio": "a.wav", "text": "x", "offset": 0.0, "duration": 2}', "'offset' isn't supported"),
+        ('{"audio": "a.wav", "text": "x", "offset": 0.5, "duration": 2}', "'offset' 0.5 isn't supported"),
+        ('{"audio": "a.wav", "text": "x", "offset": "0"}', "'offset' '0' isn't supported"),
     ],
 )
 def test_manifest_names_the_malformed_line(tmp_path, line, problem):
@@ -238,6 +288,61 @@ def test_manifest_names_the_malformed_line(tmp_path, line, problem):
         read_manifest(path)
     assert f"1 malformed line (line 3: {problem}" in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns", "row"),
+    [
+        (
+            {"audio_filepath": "a.wav", "text": "x", "offset": 0.0, "speaker": 3, "id": 7},
+            {},
+            {"id": "7", "speaker": "3"},
+        ),
+        ({"key": "k", "source": "a.wav", "target": "x"}, {}, {"id": "k"}),
+        ({"wav": "a.wav", "transcription": "x", "duration": "1.5"}, {}, {"duration": 1.5}),
+        ({"client_id": "c", "path": "a.wav", "sentence": "x", "locale": "de"}, {}, {"speaker": "c", "language": "de"}),
+        ({"audio": "a.wav", "path": "b.wav", "text": "x", "sentence": "y", "id": ""}, {}, {}),
+        ({"a": "a.wav", "de": "x", "text": "y"}, {"audio_column": "a", "text_column": "de"}, {}),
+    ],
+    ids=["nemo", "source-target", "wav", "common-voice", "audio-text", "named"],
+)
+def test_manifest_of_others(tmp_path, entry, columns, row):
+    recording = Recording(tmp_path / "a.wav", duration=row.pop("duration", None))
+    expected = Row(**{"id": "a.wav", "text": "x", "audio": recording} | row)
+    for name, content in {
+        "lines.jsonl": f"{json.dumps(entry)}\r" * 2,
+        "array.json": json.dumps([entry] * 2, indent=1),
+    }.items():
+        (tmp_path / name).write_bytes(content.encode())
+        assert load_split(str(tmp_path / name), **columns) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('[\n{"audio": "a.wav", "text": "x"},\n{"audio": "b.wav" "text": "x"}\n]', "not JSON, .* at line 3, column 19"),
+        ('[{"audio": "a.wav", "text": "x"}, 5]', r"1 malformed line \(entry 2: a JSON int, not an object\)"),
+        ('["a.wav", "x"]\n["b.wav", "y"]', r"2 malformed lines \(line 1: a JSON list, not an object; line 2"),
+        ("[" * 99999, "JSON nested too deeply"),
+    ],
+)
+def test_an_array_of_entries_names_the_malformed_one(tmp_path, content, problem):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=problem):
+        read_manifest(tmp_path / "a.json")
+
+
+def test_names_of_other_bytes_stay_what_they_are(tmp_path):
+    name = os.fsdecode(b"caf\xe9\n.wav")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"audio": name, "text": "x"}))
+    (row,) = read_manifest(tmp_path / "a.jsonl")
+    assert os.fsencode(row.audio.source) == os.fsencode(tmp_path) + b"/caf\xe9\n.wav"
+    assert row.id == r"caf\udce9\n.wav"
+    assert str(row.audio) == f"{tmp_path}/{row.id}"
+    bad = BadSamples("skip", tmp_path / "bad_audio.jsonl")
+    bad.add([BadSample(row.id, name, "bad")])
+    assert os.fsencode(json.loads(bad.path.read_bytes().decode())["audio"]) == b"caf\xe9\n.wav"
 
 
 def test_manifest_counts_malformed_lines(tmp_path):
@@ -336,12 +441,18 @@ def test_recording_of_a_row(tmp_path, datasets, monkeypatch):
     assert not {*changed} & {*stamps, None}
 
 
-def test_row_that_points_to_a_file_has_no_stamp_for_its_content(tmp_path, datasets, monkeypatch):
+def test_row_that_points_to_a_file_has_the_stamp_of_the_file(tmp_path, datasets, monkeypatch):
     monkeypatch.setattr(identity, "SETTLED", -1.0)
     paths = [write_tone(tmp_path / "a.wav", 300), tmp_path / "absent.wav"]
     datasets.Dataset.from_dict({"audio": list(map(str, paths)), "text": ["x", "y"]}).save_to_disk(tmp_path / "saved")
     here, absent = (row.audio for row in load_split(None, data=str(tmp_path / "saved")))
-    assert here.read() == (paths[0].read_bytes(), None)
+    stamp = here.stamp()
+    assert stamp == Recording(paths[0]).stamp() is not None
+    assert here.read() == (paths[0].read_bytes(), stamp)
+    assert absent.stamp() is None
+    time.sleep(0.02)  # a tick of the file system's clock
+    write_tone(paths[0], 500)
+    assert here.stamp() != stamp
     for method in (Recording.waveform, Recording.seconds, Recording.read):
         with pytest.raises(AudioError, match="saved row 1: "):
             method(absent)
@@ -392,6 +503,30 @@ def test_parquet_folder_is_decoded_only_on_demand(tmp_path, datasets):
     assert len(load_split("test[:2]", data_dir=str(tmp_path / "corpus"))) == 2
     with pytest.raises(UserError, match=r"can't read split val of .*Unknown split"):
         load_split("val", data_dir=str(tmp_path / "corpus"))
+
+
+def test_ids_that_several_rows_share_name_none_of_them(tmp_path, datasets):
+    audio_rows(datasets, [300, 500, 600], id=[1, 2, 1], transcription=["a", "b", "a"]).save_to_disk(tmp_path / "fleurs")
+    rows = load_split(None, data=str(tmp_path / "fleurs"))
+    assert [row.id for row in rows] == [f"{tmp_path / 'fleurs'} row {index}" for index in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["script", "parquet", "no-json", "arrow"])
+def test_what_datasets_raises_is_one_line(tmp_path, datasets, kind):
+    folder = tmp_path / "corpus"
+    if kind == "script":
+        folder.mkdir()
+        (folder / "corpus.py").write_text("raise SystemExit")
+    elif kind == "parquet":
+        folder.mkdir()
+        (folder / "train.parquet").write_bytes(b"PAR1 and no more")
+    else:
+        audio_rows(datasets, [300], text=["a"]).save_to_disk(folder)
+        (spoilt,) = folder.glob("state.json" if kind == "no-json" else "*.arrow")
+        spoilt.write_bytes(spoilt.read_bytes()[:40])
+    with pytest.raises(UserError, match=rf"^can't read {folder} as a Hugging Face dataset: .") as error:
+        load_split(None, data=str(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_columns_of_paths(tmp_path, datasets):
@@ -457,11 +592,125 @@ def test_audio_folder(tmp_path, write_table):
     assert load_split(None, data=str(tmp_path / "train")) == [a, b]
     with pytest.raises(UserError, match="no split 'test'; there are train"):
         load_split("test", data=str(tmp_path))
-    with pytest.raises(UserError, match=r"entry 1 has no 'words'.*columns are file_name, (sentence|text)"):
+    with pytest.raises(UserError, match=r"no 'words' among file_name, (sentence|text); --text_column can name another"):
         load_split("train", data=str(tmp_path), text_column="words")
 
 
+TABLES = {
+    "semicolons": ("metadata.csv", 'file_name;text;id;duration;speaker_id\n"a.wav";"x; ""y""";one;0.5;7\n', "", None),
+    "tabs": ("metadata.tsv", 'path\tsentence\tid\tduration\tclient_id\na.wav\tx; "y"\tone\t0.5\t7\n', "", None),
+    "bars": ("metadata.csv", 'text|id|duration|wav|speaker\r\nx; "y"|one|0.5|a.wav|7\r\n', "", None),
+    "common-voice": (
+        "dev.tsv",
+        'client_id\tpath\tsentence\tid\tduration\n7\ta.wav\tx; "y"\tone\t0.5\n',
+        "clips",
+        "dev",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_table_keeps_what_it_holds(tmp_path, kind):
+    name, content, folder, split = TABLES[kind]
+    path = write_tone(tmp_path / folder / "a.wav", 300)
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    expected = Row("one", 'x; "y"', Recording(path, duration=0.5), speaker="7")
+    assert load_split(split, data_dir=str(tmp_path)) == load_split(str(tmp_path / name)) == [expected]
+    if split:
+        with pytest.raises(UserError, match="no split 'test'; there are dev"):
+            load_split("test", data_dir=str(tmp_path))
+
+
+def test_table_of_ljspeech(tmp_path):
+    path = write_tone(tmp_path / "wavs" / "LJ001-0001.wav", 300)
+    (tmp_path / "metadata.csv").write_text('LJ001-0001|"Dr." No, 1962|"Doctor" No, sixty-two\n')
+    (row,) = load_split(None, data=str(tmp_path))
+    assert row == Row("LJ001-0001", '"Dr." No, 1962', Recording(path))
+    (row,) = load_split(None, data=str(tmp_path), text_column="normalized_text")
+    assert row.text == '"Doctor" No, sixty-two'
+    (tmp_path / "metadata.csv").write_text("wavs/LJ001-0001.wav|text\n")
+    assert load_split(None, data=str(tmp_path)) == [Row("wavs/LJ001-0001.wav", "text", Recording(path))]
+
+
+def test_table_whose_ids_are_of_sentences(tmp_path):
+    (tmp_path / "metadata.csv").write_text("id,file_name,text\n1,a.wav,x\n1,b.wav,x\n2,c.wav,y\n")
+    assert [row.id for row in load_split(None, data=str(tmp_path))] == ["a.wav", "b.wav", "c.wav"]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "problem"),
+    [
+        ({3: 'c.wav,"text'}, r"1 malformed line \(line 4: "),
+        (
+            {3: 'c.wav,"text', 6: 'f.wav,text"'},
+            r"1 malformed line \(line 4: a quotation mark makes one .* up to line 7",
+        ),
+        ({3: 'c.wav,"text', 6: 'f.wav,"text"'}, r"1 malformed line \(line 4: "),
+        ({3: 'c.wav,"text" more'}, r"1 malformed line \(line 4: "),
+        ({3: "c.wav,text, more"}, r"1 malformed line \(line 4: 3 cells for 2 columns\)"),
+        ({3: "c.wav"}, r"1 malformed line \(line 4: 1 cells for 2 columns\)"),
+        ({0: "file_name,words"}, "no 'text' among file_name, words; --text_column"),
+        ({0: "name,text"}, "no 'audio' among name, text; --audio_column"),
+    ],
+)
+def test_table_names_the_malformed_line(tmp_path, spoilt, problem):
+    lines = dict(enumerate(["file_name,text", *(f"{letter}.wav,text" for letter in "abcdefgh")]))
+    (tmp_path / "metadata.csv").write_text("\n".join((lines | spoilt).values()))
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'metadata.csv'}: {problem}") as error:
+        load_split(None, data=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_in_quotes_may_have_several_lines(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.wav,"one,\ntwo, three"\nb.wav,four\n')
+    assert [row.text for row in load_split(None, data=str(tmp_path))] == ["one,\ntwo, three", "four"]
+
+
+# What a folder holds
+
+
+def test_audio_files_of_a_folder(tmp_path, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    held = ["a.WAV", "sub/b.mp4", "sub/deeper/c.3gp", "d.w64", "e.aiff", "f.webm", "g.mkv", "h.mov", "i.wma", "j.caf"]
+    other = ["._a.wav", ".hidden/k.wav", "__MACOSX/l.wav", "notes.txt"]
+    for name in (*held, *other, "../outside/m.flac"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "outside")
+    (tmp_path / "in/sub/round").symlink_to(tmp_path / "in")
+    (tmp_path / "in/again").symlink_to(tmp_path / "in/sub")
+    (tmp_path / "in/nowhere.wav").symlink_to("nowhere.wav")
+    found = [str(path.relative_to(tmp_path / "in")) for path in audio_files(tmp_path / "in")]
+    assert set(found) == {*held, "link/m.flac", "nowhere.wav"}
+    assert len(found) == len(held) + 2
+    (said,) = caplog.messages
+    for name in (".hidden", "._a.wav", "__MACOSX", "notes.txt"):
+        assert name in said
+
+
 # What a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("dev-clean+dev-other", ["dev-clean", "dev-other"]),
+        ("one + two", ["one", "two"]),
+        ("c++ talks/test.jsonl", ["c++ talks/test.jsonl"]),
+        ("one+c++ talks/test.jsonl+two", ["one", "c++ talks/test.jsonl", "two"]),
+        ("c++ talks/test.jsonl+c++ talks/test.jsonl", ["c++ talks/test.jsonl"] * 2),
+        ("a.jsonl+b.jsonl", ["a.jsonl+b.jsonl"]),
+        ("b.jsonl+a.jsonl", ["b.jsonl", "a.jsonl"]),
+        ("x+y+one", ["x+y", "one"]),
+    ],
+)
+def test_names_joined_by_plus(tmp_path, monkeypatch, asked, names):
+    monkeypatch.chdir(tmp_path)
+    Path("c++ talks").mkdir()
+    for name in ("c++ talks/test.jsonl", "a.jsonl+b.jsonl"):
+        Path(name).touch()
+    (tmp_path / "corpus" / "x+y").mkdir(parents=True)
+    assert split_names(asked, within="corpus") == names
 
 
 @pytest.mark.parametrize(

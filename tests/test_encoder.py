@@ -1,15 +1,20 @@
 """Every family of encoders, as small random checkpoints on disk, against plain use of the transformers library."""
 
 import json
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
 from rwkv_speech.speech.encoder import SpeechEncoder, import_transformers
+from rwkv_speech.speech.hub import hub_is_reachable
+from rwkv_speech.speech.identity import encoder_stamp
 
 transformers = import_transformers()
 
@@ -259,6 +264,8 @@ def damage(folder: Path, how: str) -> Path | str:
         case "cut-weights":
             path = folder / "model.safetensors"
             path.write_bytes(path.read_bytes()[:10_000])
+        case "a-million-layers":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**6}))
         case "more-layers":
             config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
         case "wider":
@@ -266,11 +273,20 @@ def damage(folder: Path, how: str) -> Path | str:
     return folder
 
 
+@pytest.fixture
+def no_network(monkeypatch):
+    """Nothing listens there."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    hub_is_reachable.cache_clear()
+    yield
+    hub_is_reachable.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("absent", "no such folder"),
-        ("unknown-name", "cannot load its configuration"),
+        ("unknown-name", "no such folder here, nor a copy .* the hub cannot be reached"),
         ("no-config", "cannot load its configuration"),
         ("text-model", "type 'bert' is not supported; expected one of wavlm, hubert, wav2vec2, wav2vec2-bert, whisper"),
         ("no-extractor", "cannot load its feature extractor .*preprocessor_config.json"),
@@ -281,13 +297,74 @@ def damage(folder: Path, how: str) -> Path | str:
         ("wider", "cannot load its weights"),
     ],
 )
-def test_what_cannot_be_loaded(tmp_path, monkeypatch, how, message):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_what_cannot_be_loaded(tmp_path, no_network, how, message):
     source = damage(write_checkpoint(tmp_path, "wavlm-base"), how)
     with pytest.raises(UserError, match=message) as caught:
         SpeechEncoder.from_pretrained(str(source))
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Trap.target,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("pickled-code", "cannot load its weights"),
+        ("compressed", "pytorch_model.bin is compressed"),
+        ("nan", "1 weights hold NaN or infinite numbers, such as feature_projection.projection.bias"),
+    ],
+)
+def test_weights_that_are_none(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(Trap, "target", tmp_path / "trap", raising=False)
+    folder = write_checkpoint(tmp_path / "model", "wavlm-base")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if change == "nan":
+        tensors["feature_projection.projection.bias"][3] = torch.nan
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors | ({"more": Trap()} if change == "pickled-code" else {}), path)
+    if change == "compressed":
+        with zipfile.ZipFile(path) as old:
+            parts = {part: old.read(part) for part in old.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, content in parts.items():
+                new.writestr(name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        SpeechEncoder.from_pretrained(str(folder))
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "extractor"),
+    [("whisper", {"feature_size": 80}), ("w2v-bert", {"feature_size": 20}), ("w2v-bert", {"stride": 0})],
+    ids=["whisper-mels", "bert-mels", "bert-stride"],
+)
+def test_a_feature_extractor_of_another_checkpoint(tmp_path, kind, extractor):
+    folder = write_checkpoint(tmp_path, kind)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | extractor))
+    with pytest.raises(UserError, match="feature extractor and its network do not go together"):
+        SpeechEncoder.from_pretrained(str(folder))
+
+
+def test_more_layers_than_there_can_be(tmp_path):
+    folder = damage(write_checkpoint(tmp_path, "wavlm-base"), "a-million-layers")
+    with pytest.raises(UserError, match="1000000 layers; expected at most 1000"):
+        SpeechEncoder.from_pretrained(str(folder))
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(no_network):
+    """The hub's own library tries for 23 s, for each file."""
+    start = time.monotonic()
+    assert encoder_stamp("nobody/nothing", torch.float32) is None
+    with pytest.raises(UserError, match=r"nobody/nothing: .* the hub cannot be reached"):
+        SpeechEncoder.from_pretrained("nobody/nothing")
+    assert time.monotonic() - start < 10
 
 
 def test_code_of_a_checkpoint_is_never_run(tmp_path):

@@ -1,14 +1,19 @@
 """The engine: processes that agree, notices, full disks, losses that are none, validation, what a run leaves behind."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +25,13 @@ from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train as entry
 from rwkv_speech.engine.callbacks import NonFiniteLosses
 from rwkv_speech.engine.deepspeed import STAGES
+from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import fit_to_machine
-from rwkv_speech.engine.metrics import COLUMNS, MetricsFile, draw, hours
+from rwkv_speech.engine.metrics import COLUMNS, MetricsFile, draw
+from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.overview import BLOCK_VALUES, POSITIONS
 from rwkv_speech.errors import UserError
@@ -34,7 +42,10 @@ from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.missions import get_mission
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import MachineOptions, Options
+from rwkv_speech.progress import Progress, hours
 from rwkv_speech.scoring import EvalRecord
+
+pytestmark = pytest.mark.usefixtures("voiced")
 
 ROOT = Path(__file__).parents[1]
 WER = get_mission("transcribe").leading
@@ -128,8 +139,17 @@ def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
 # --- ends of other kinds ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tmp_path, monkeypatch, caplog, number):
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, 143, id="SIGUSR1"),
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+    ],
+)
+def test_a_notice_saves_and_stops_and_the_same_command_goes_on(
+    world, single, tmp_path, monkeypatch, caplog, number, status
+):
     caplog.set_level("INFO", "rwkv_speech")
     plain = TrainingModule.training_step
 
@@ -141,7 +161,7 @@ def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tm
     flags = ["--epoch_count=4", "--lr_init=1e-4", "--lr_final=1e-4"]
     monkeypatch.setattr(TrainingModule, "training_step", step)
     before = signal.getsignal(number)
-    assert train(world, tmp_path, *flags) == 128 + signal.SIGTERM
+    assert train(world, tmp_path, *flags) == status
     assert signal.getsignal(number) == before
     assert "stopped at step 9" in caplog.text
     assert [path.name for path in tmp_path.glob("checkpoints/run-1/*.ckpt")] == ["step=9.ckpt"]
@@ -150,6 +170,143 @@ def test_a_notice_saves_and_stops_and_the_same_command_goes_on(world, single, tm
     for name, x in mission(single, 24).items():
         assert torch.equal(mission(tmp_path, 24)[name], x)
     assert rows(tmp_path, "loss") == rows(single, "loss")
+
+
+def interruptible():
+    """Of a process that is started: Ctrl-C reaches it, also where whatever runs this test ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_reaches_all_processes_and_they_save_together(world, tmp_path):
+    """As a terminal sends it: to two processes and the loaders' workers of each."""
+    flags = ["--epoch_count=40", "--micro_bsz=2", "--devices=2", "--strategy=ddp", "--num_workers=1"]
+    process = start(world, tmp_path, *flags, "--save_steps=0", start_new_session=True, preexec_fn=interruptible)
+    while not ((tmp_path / "metrics.csv").exists() and len(rows(tmp_path, "loss")) > 2):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err[-2000:]
+    (line,) = [line for line in err.splitlines() if "stopped at step" in line]
+    assert "the same command goes on from there" in line
+    assert "Traceback" not in err
+    (point,) = tmp_path.glob("checkpoints/run-1/*.ckpt")
+    assert point.name in {f"step={step}.ckpt" for step in range(3, 240)}
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_ctrl_c_before_training_or_twice_is_one_line(world, tmp_path, monkeypatch, capsys):
+    plain, steps = TrainingModule.training_step, []
+
+    def step(self, batch, index):
+        steps.append(index)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, batch, index)
+
+    def setup(self, *_, **__):
+        raise KeyboardInterrupt
+
+    flags = [*world.flags, *QUICK, "--epoch_count=1", f"--proj_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(MissionFiles, "setup", setup)
+        assert entry.main() == 130
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from the first one on
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    assert entry.main() == 130
+    signal.signal(signal.SIGINT, before)
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if line.startswith("train.py")] == 2 * [
+        "train.py: interrupted; files that are complete stay"
+    ]
+    assert "Traceback" not in err
+
+
+# --- one at a time ---------------------------------------------------------------------------------------------------
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from rwkv_speech.engine.lock import project_lock
+with project_lock(Path(sys.argv[1]), sys.argv[2]):
+    worker = os.fork()  # as a loader's, that outlives its parent for a while
+    if worker:
+        print(worker, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("op", "operation"), [("train", "training"), ("eval", "evaluation")])
+def test_a_second_one_in_a_folder_is_told_who_is_there(world, tmp_path, op, operation):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path, operation], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    began = datetime.now().astimezone()
+    flags = [f"--op={op}", f"--proj_dir={tmp_path}", *world.flags, *QUICK, "--epoch_count=1", "--epoch_steps=2"]
+    try:
+        with pytest.raises(UserError) as refused:
+            OPS[op](Options.parse(flags))
+    finally:
+        holder.kill()
+        holder.wait()
+    said = re.fullmatch(
+        rf"{tmp_path} is in use: (\w+) by process (\d+) on (\S+), since (\S+ \S+); .*", str(refused.value)
+    )
+    assert said.group(1, 2, 3) == (operation, str(holder.pid), socket.gethostname())
+    assert abs((datetime.fromisoformat(said[4]) - began).total_seconds()) < 10
+    os.kill(worker, 0)  # is still there
+    if op == "train":
+        assert OPS[op](Options.parse(flags)) == 0
+    else:
+        with pytest.raises(UserError, match="holds no mission file"):
+            OPS[op](Options.parse(flags))
+    os.kill(worker, signal.SIGKILL)
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_lock_is_one_process_at_a_time_and_leaves_nothing(tmp_path):
+    """Six processes take it a hundred times each, and it is removed and made anew all the while."""
+    code = """
+import os, sys
+from pathlib import Path
+from rwkv_speech.engine import lock
+from rwkv_speech.errors import UserError
+lock._holder = lambda *_: ""
+project, taken = Path(sys.argv[1]) / "a" / "b", 0
+while taken < 100:
+    try:
+        with lock.project_lock(project, "training"):
+            os.close(os.open(sys.argv[1] + "/alone", os.O_CREAT | os.O_EXCL))
+            os.unlink(sys.argv[1] + "/alone")
+            taken += 1
+    except UserError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path]) for _ in range(6)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 6
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_other_processes_of_a_run_take_no_lock(tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            with project_lock(tmp_path / "out", "training"):
+                assert not (tmp_path / "out").exists()
+            patch.setenv(name, "0")
+            with project_lock(tmp_path / "out", "training"):
+                assert (tmp_path / "out" / ".training.lock").exists()
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with project_lock(tmp_path, "training"):
+        assert "No locks available" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_files_whole(world, tmp_path):
@@ -217,12 +374,21 @@ def test_a_loss_that_is_none_stops_the_run(world, tmp_path, poisoned):
     assert len(list(tmp_path.glob("checkpoints/run-*"))) == 1, "skipping is how the same run goes on"
 
 
-def test_a_loss_that_is_none_is_skipped(world, tmp_path, poisoned):
+def test_a_loss_that_is_none_is_skipped(world, tmp_path, poisoned, caplog):
     assert train(world, tmp_path, "--epoch_count=1", "--on_nonfinite=skip", "--grad_clip=0") == 0
     losses = rows(tmp_path, "loss")
     assert sorted(losses) == [1, 2, 4, 5, 6], "a step without targets has no loss"
     assert all(math.isfinite(x) and x > 1 for x in losses.values())
     assert all(x.isfinite().all() for x in mission(tmp_path, 6).values())
+    assert "1 of 6 steps were skipped, their losses not finite" in caplog.text
+
+
+def test_a_run_of_skipped_steps_alone_has_not_succeeded(world, tmp_path):
+    weights = torch.load(world.model, weights_only=True)
+    weights["blocks.1.ffn.key.weight"][0, 0] = math.nan
+    torch.save(weights, tmp_path / "spoilt.pth")
+    with pytest.raises(UserError, match=r"6 of 6 steps were skipped.*: nothing was learnt"):
+        train(world, tmp_path, "--epoch_count=1", "--on_nonfinite=skip", f"--load_model={tmp_path / 'spoilt.pth'}")
 
 
 def test_spoilt_weights_cannot_be_skipped(tmp_path):
@@ -232,16 +398,32 @@ def test_spoilt_weights_cannot_be_skipped(tmp_path):
     assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"
 
 
-def test_weights_spoilt_under_a_finite_loss_are_not_saved(world, tmp_path, monkeypatch):
-    plain = TrainingModule.training_step
+@pytest.fixture
+def spoilt(monkeypatch):
+    """The gradients of the third step are NaN; a function put into the list is called in it."""
+    plain, then = TrainingModule.training_step, []
 
     def training_step(self, batch, index):
+        if self.trainer.global_step == 2:
+            for call in then:
+                call()
         output = plain(self, batch, index)
         if self.trainer.global_step == 2:
             output["loss"].register_hook(lambda gradient: gradient * math.nan)
         return output
 
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    return then
+
+
+def test_spoilt_weights_are_not_saved_for_a_stop_signal(world, tmp_path, spoilt):
+    spoilt.append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match=r"weights after step 3 are not finite.*--adapter"):
+        train(world, tmp_path, "--epoch_count=1", "--save_steps=0")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_weights_spoilt_under_a_finite_loss_are_not_saved(world, tmp_path, spoilt):
     with pytest.raises(UserError, match=r"weights after step 3 are not finite.*--adapter"):
         train(world, tmp_path, "--epoch_count=1", "--save_steps=1")
     assert [path.name for path in tmp_path.glob("*.pth")] == ["rwkv-adapter-2.pth"]
@@ -263,7 +445,7 @@ def validated(world, tmp_path_factory):
     flags = ["--epoch_count=2", "--epoch_steps=7", "--micro_bsz=3", "--lr_init=1e-2", "--lr_final=1e-2"]
     valid = world.folder / "valid.jsonl"
     valid.write_text("".join((world.folder / "train.jsonl").read_text().splitlines(keepends=True)[:10]))
-    assert train(world, project, *flags, *VALIDATE, f"--valid_split={valid}", "--average=3") == 0
+    assert train(world, project, *flags, *VALIDATE, f"--valid_split={valid}", "--average=3", "--beam=3") == 0
     return project
 
 
@@ -271,7 +453,8 @@ def test_validation_measures_loss_and_wer(world, validated):
     assert sorted(rows(validated, "valid_wer")) == sorted(rows(validated, "valid_loss")) == [3, 6, 9, 12, 14]
     model = world.speech_rwkv(adapter=validated / "rwkv-adapter-14.pth")
     audio, texts = zip(*[(str(path), text) for path, text in world.utterances[:10]], strict=True)
-    hypotheses = model.transcribe(audio, batch_size=1, max_new_tokens=6)
+    hypotheses = model.transcribe(audio, batch_size=1, max_new_tokens=6, beam=3)
+    assert hypotheses != model.transcribe(audio, max_new_tokens=6), "the case is void: a greedy search finds the same"
     wer = jiwer.wer(list(texts), [" ".join(h.lower().split()) for h in hypotheses])
     assert rows(validated, "valid_wer")[14] == pytest.approx(wer)
     assert info(validated, 14)["wer"] == pytest.approx(wer, abs=1e-6)
@@ -314,23 +497,139 @@ def test_training_ends_after_validations_without_improvement(world, tmp_path, mo
     assert json.loads((tmp_path / "checkpoints/run-1/run.json").read_text())["finished"]
 
 
+def test_characters_decide_where_words_are_not_spaced(world, tmp_path, monkeypatch, caplog):
+    """Of 今天天气好, errors are 3, 2, 2 and 5 of 5 characters; the one word is wrong once, twice, once and once."""
+    caplog.set_level("INFO", "rwkv_speech")
+    said = iter(["今明明明好", "今天天气 坏", "今天明明好", "一二三四五"])
+    from rwkv_speech.engine.validation import Validation
+
+    def share(self, module):
+        return 1.0, 1, [EvalRecord(id="u", reference="今天天气好", hypothesis=next(said), seconds=1.0)]
+
+    monkeypatch.setattr(Validation, "_share", share)
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text(json.dumps({"audio": str(world.utterances[0][0]), "text": "今天天气好"}) + "\n")
+    flags = ["--epoch_count=5", "--early_stop=2", "--valid_steps=2", f"--valid_split={valid}"]
+    assert train(world, tmp_path, *flags) == 0
+    assert rows(tmp_path, "valid_cer") == {2: 0.6, 4: 0.4, 6: 0.4, 8: 1.0}
+    assert steps_of(tmp_path) == [4, 8]
+    caplog.clear()
+    flags = ["--op=eval", f"--proj_dir={tmp_path}", *world.flags, f"--data={valid}", "--max_new_tokens=2"]
+    assert OPS["eval"](Options.parse([*flags, "--num_workers=0"])) == 0
+    best = tmp_path / "rwkv-adapter-4.pth"
+    assert json.loads((tmp_path / "eval/summary.json").read_text())["adapter"] == str(best)
+    (line,) = [message for message in caplog.messages if str(best) in message]
+    assert "best of its run by validation (cer 0.4); the newest is rwkv-adapter-8.pth" in line
+
+
+def test_a_validation_without_usable_samples_is_an_error(world, tmp_path):
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text('{"audio": "missing.wav", "text": "a"}\n')
+    with pytest.raises(UserError, match="--valid_split: none of its 1 utterances can be used"):
+        train(world, tmp_path, "--epoch_count=1", f"--valid_split={valid}", "--on_bad_audio=skip")
+
+
 # --- what a run looks like -------------------------------------------------------------------------------------------
 
 
-def test_a_run_shows_a_table_metrics_and_a_picture(world, tmp_path, capsys):
-    assert train(world, tmp_path, "--epoch_count=5") == 0
+def test_a_run_shows_a_table_metrics_and_a_picture(world, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    assert train(world, tmp_path, "--epoch_count=5", "--log_every=1000") == 0
     shown = "".join(capsys.readouterr())
     model = world.speech_rwkv(adapter_hidden=32)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     for part in ("RWKV-6 2 x 64", f"{trained:,} parameters", f"{frozen:,} parameters", "24 utterances", "GiB"):
         assert part in shown
-    assert "left=" in shown
+    assert "30, 6 to an epoch; warm-up 4, learning rate up to 0.001" in shown
+    first, last = [message for message in caplog.messages if message.startswith("step ")]
+    number = r"\d[\d.e+-]*"
+    measured = ", ".join(f"{name} {number}" for name in ("loss", "lr", "state_lr", "audio_s_per_s", "utt_per_s"))
+    assert re.fullmatch(rf"step 1 of 30: {measured}, left \d+:\d\d:\d\d", first)
+    assert re.fullmatch(rf"step 30 of 30: {measured}, left 0:00:00", last)
+    assert not re.search(r"\r|Epoch|left=", shown), "no bar in a log"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert sorted(rows(tmp_path, "loss")) == list(range(1, 31))
     rates = rows(tmp_path, "lr")
     assert [rates[step] for step in (1, 3, 5, 30)] == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
     assert all(rate > 0 for rate in rows(tmp_path, "audio_s_per_s").values())
     assert imread(tmp_path / "training.png").shape == (700, 1100, 4)
+
+
+def test_a_terminal_has_a_bar(world, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert train(world, tmp_path, "--epoch_count=1") == 0
+    shown = "".join(capsys.readouterr())
+    assert "Epoch 0:" in shown
+    assert "left=0:00:" in shown
+    assert "step 1 of" not in caplog.text
+
+
+def test_a_run_that_cannot_learn_says_so_before_and_after(world, tmp_path, caplog):
+    assert train(world, tmp_path, "--epoch_count=1", "--epoch_steps=1000", "--warmup_steps=100") == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    epochs, before, after = warnings
+    assert "--epoch_steps 1000, but an epoch ends with its pass over the data, after 6: the run has 6 steps" in epochs
+    assert "for 1000 set --epoch_count 167" in epochs
+    reached = max(rows(tmp_path, "lr").values())
+    assert reached == pytest.approx(1e-3 * (0.2 + 0.8 * 5 / 100))
+    assert before == after
+    assert before.startswith(f"6 steps lie within the warm-up of 100: the learning rate gets to {reached:.3g}, ")
+    assert "--lr_init is 0.001" in before
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, caplog, capsys):
+    """10 of 100 at each time; 40 were done before. At 30 s 30 more took 30 s, and 30 are left; then 50 took 61 s."""
+    caplog.set_level("INFO", "rwkv_speech")
+    times = iter([0.0, 10.0, 29.0, 30.0, 45.0, 61.0])
+    monkeypatch.setattr("rwkv_speech.progress.time", SimpleNamespace(monotonic=lambda: next(times)))
+    asked = []
+    with Progress("all", 100, done=40, log_every=30.0) as progress:
+        for _ in range(5):
+            progress.advance(10, lambda: asked.append(1) or "WER 5 %")
+    assert caplog.messages == [
+        "all: 70 of 100 utterances, 1 a second, 0:00:30 left, WER 5 %",
+        "all: 90 of 100 utterances, 0.82 a second, 0:00:12 left, WER 5 %",
+    ]
+    assert len(asked) == 2
+    assert not "".join(capsys.readouterr())
+
+
+def test_progress_in_a_terminal_is_a_bar(monkeypatch, caplog, capsys):
+    caplog.set_level("INFO", "rwkv_speech")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as rich has it
+    with Progress("all", 100, log_every=1e-9) as progress:
+        progress.advance(50, lambda: "WER 5 %")
+        print("a transcript")
+    shown = capsys.readouterr()
+    assert shown.out == "a transcript\n"
+    assert "50/100" in shown.err
+    assert "WER 5 %" in shown.err
+    assert not caplog.messages
+
+
+def test_everything_that_takes_long_shows_its_progress(world, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    soon = "--log_every=1e-9"
+    flags = [f"--valid_split={world.folder / 'train.jsonl'}", f"--cache_features={tmp_path / 'frames'}"]
+    assert train(world, tmp_path, "--epoch_count=1", "--max_new_tokens=2", *flags, soon) == 0
+    steps = [message.split(":")[0] for message in caplog.messages if message.startswith("step ")]
+    assert steps == [*(f"step {i} of 6" for i in range(1, 7)), "step 6"], "and the validation's line"
+    speed = r"\d[\d.e+]* a second, \d+:\d\d:\d\d left"
+    flags = [f"--proj_dir={tmp_path}", *world.flags, "--num_workers=0", "--max_new_tokens=2", soon]
+    assert OPS["eval"](Options.parse(["--op=eval", *flags])) == 0
+    paths = [str(path) for path, _ in world.utterances[:2]]
+    assert OPS["predict"](Options.parse(["--op=predict", *flags, "--file_path", *paths])) == 0
+    for line in (
+        rf"lengths of recordings: 24 of 24 recordings, {speed}",
+        rf"caching frames: 24 of 24 utterances, {speed}, \d[\d.e+]* x real time",
+        rf"validation: 8 of 24 utterances, {speed}",
+        rf"all: 16 of 24 utterances, {speed}, WER \d+\.\d %",
+        rf"prediction: 1 of 2 files, {speed}",
+    ):
+        assert [message for message in caplog.messages if re.fullmatch(line, message)], line
+    assert "\r" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(("generation", "model"), [(6, RWKV6), (7, RWKV7)], ids=["rwkv6", "rwkv7"])

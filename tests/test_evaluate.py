@@ -3,19 +3,24 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
+import train as door
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
+from rwkv_speech.speech.recording import Recording
 from rwkv_speech.trained import write_mission_file
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +145,115 @@ def test_a_bad_recording_in_the_second_of_two_ends_both(world, flags, tmp_path):
     assert (len(records), summary["splits"]["all"]["utterances"], summary["splits"]["all"]["left_out"]) == (23, 23, 1)
 
 
+# --- long recordings ---
+
+
+@pytest.fixture(scope="module")
+def long(world, missions, tmp_path_factory):
+    """A manifest of two recordings, and one of seven in a row with pauses; and a mission file that remembers 1.25 s."""
+    folder = tmp_path_factory.mktemp("long")
+    parts = [part for path, _ in world.utterances[:7] for part in (soundfile.read(path)[0], np.zeros(8_000))]
+    soundfile.write(folder / "long.wav", np.concatenate(parts), 16_000)
+    audio = [world.utterances[0][0], world.utterances[1][0], folder / "long.wav"]
+    lines = [{"audio": str(path), "text": "a b c", "id": path.stem} for path in audio]
+    (folder / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in (missions[0], missions[0].with_suffix(".json")):
+        shutil.copy(path, folder / f"remembers{path.suffix}")
+    info = json.loads((folder / "remembers.json").read_text())
+    (folder / "remembers.json").write_text(json.dumps(info | {"trained_audio_s": 1.25}))
+    return folder
+
+
+def records(project, name="all"):
+    lines = (project / "eval" / f"{name}.jsonl").read_text().splitlines()
+    return {record.pop("id"): record for record in map(json.loads, lines) if record.pop("wall_seconds")}
+
+
+def test_evaluation_cuts_as_prediction_does(flags, long, voiced, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "rwkv_speech")
+    flags = [*flags, f"--adapter={long / 'remembers.pth'}", "--eval_bsz=2", "--max_new_tokens=8"]
+    here(flags, tmp_path / "eval", f"--data={long / 'some.jsonl'}", "--perturb")
+    cut = f"audio of more than 1.25 s is cut in pauses: the longest that {long / 'remembers.pth'} was trained on"
+    assert cut in caplog.messages
+    found = records(tmp_path / "eval")
+    others = [flag for flag in flags if not flag.startswith(("--op", "--data"))]
+    capsys.readouterr()
+    predicted = ["--op=predict", *others, "--format=json", "--file_path", str(long / "long.wav")]
+    assert OPS["predict"](Options.parse(predicted)) == 0
+    assert caplog.messages.count(cut) == 2
+    whole = json.loads(capsys.readouterr().out)
+    assert found["long"]["hypothesis"] == whole["text"]
+    segments = whole["segments"]
+    empty = sum(not segment["text"] for segment in segments)
+    assert found["long"]["details"] == {"pieces": len(segments), "empty_pieces": empty}
+    assert len(segments) > 5
+    assert found["long"]["seconds"] == soundfile.info(long / "long.wav").duration
+    assert f"all: 1 recordings were cut into {len(segments)} pieces; {empty} of these gave no text" in caplog.messages
+    probabilities = [segment["average_log_prob"] for segment in segments]
+    assert min(probabilities) < found["long"]["score"] < max(probabilities)
+    slow = records(tmp_path / "eval", "all-speed-0.9")
+    assert slow["long"]["details"]["pieces"] == len(segments)
+    assert slow["long"]["hypothesis"] != found["long"]["hypothesis"]
+
+    short = tmp_path / "some.jsonl"
+    lines = (long / "some.jsonl").read_text().splitlines(keepends=True)
+    short.write_text(lines[0] + lines[1])
+    here(flags, tmp_path / "short", f"--data={short}")
+    assert records(tmp_path / "short") == {id: found[id] for id in ("0", "1")}, "to the last bit"
+
+
+def test_what_is_not_known_to_be_short_is_cut_at_30_s(flags, long, missions, tmp_path, caplog):
+    """As with a mission file of others; where a length is asked for, that counts."""
+    caplog.set_level("INFO", "rwkv_speech")
+    here(flags, tmp_path, f"--data={long / 'some.jsonl'}", "--eval_bsz=2")
+    assert "audio of more than 30.00 s is cut in pauses: the default" in caplog.messages
+    assert not any(record["details"] for record in records(tmp_path).values())
+    with pytest.raises(UserError, match=r"max_audio_s was 30\.0, is 2\.0; leave --resume out"):
+        here(flags, tmp_path, f"--data={long / 'some.jsonl'}", "--resume", "--max_audio_s=2")
+
+
+def test_a_long_recording_without_speech_or_with_damage(flags, long, tmp_path):
+    silent, damaged = tmp_path / "silent.wav", tmp_path / "damaged.wav"
+    soundfile.write(silent, np.zeros(50_000), 16_000)
+    damaged.write_bytes((long / "long.wav").read_bytes()[:200_000])
+    manifest = tmp_path / "some.jsonl"
+    lines = [{"audio": str(path), "text": "a", "id": path.stem} for path in (silent, damaged)]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [*flags, f"--adapter={long / 'remembers.pth'}", f"--data={manifest}"]
+    with pytest.raises(UserError, match=r"bad sample damaged: .*damaged\.wav: cut off or damaged"):
+        here(flags, tmp_path / "stop")
+    here(flags, tmp_path / "skip", "--on_bad_audio=skip")
+    (record,) = map(json.loads, (tmp_path / "skip/eval/all.jsonl").read_text().splitlines())
+    assert (record["hypothesis"], record["score"], record["details"]) == ("", None, {"pieces": 0, "empty_pieces": 0})
+    summary = json.loads((tmp_path / "skip/eval/summary.json").read_text())
+    assert summary["splits"]["all"]["left_out"] == 1
+
+
+@pytest.mark.parametrize("seconds", ["1.3", -1, 0, True])
+def test_a_length_that_is_none_is_named(flags, long, tmp_path, seconds):
+    for suffix in (".pth", ".json"):
+        shutil.copy(long / f"remembers{suffix}", tmp_path / f"m{suffix}")
+    info = json.loads((tmp_path / "m.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(info | {"trained_audio_s": seconds}))
+    with pytest.raises(UserError, match=r"m\.json: trained_audio_s is .*, expected seconds"):
+        here(flags, tmp_path, f"--adapter={tmp_path / 'm.pth'}")
+
+
+def test_a_killed_worker_ends_the_evaluation_with_one_line(flags, tmp_path, monkeypatch, capsys):
+    main, plain = os.getpid(), Recording.waveform
+
+    def waveform(self, longest=None):
+        if os.getpid() != main and self.source.name == "7.wav":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, longest)
+
+    monkeypatch.setattr(Recording, "waveform", waveform)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--proj_dir={tmp_path}", "--num_workers=1"])
+    assert door.main() == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("train.py", "Traceback"))]
+    assert "a process that reads audio" in line
+
+
 class PowerCutError(Exception):
     pass
 
@@ -192,6 +306,131 @@ def test_a_finished_evaluation_is_not_done_again_but_changed_texts_are(world, fl
     here(flags, tmp_path, "--resume", f"--eval_split={changed}")
     summary, _ = results(tmp_path)
     assert summary["splits"][str(changed)]["utterances"] == 24
+
+
+def manifest_of(folder, world, audio):
+    """A manifest `all.jsonl` with the transcripts and ids of the first six recordings of the world."""
+    path = folder / "all.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = [
+        {"audio": str(x), "text": text, "id": f"u{i}"}
+        for i, (x, (_, text)) in enumerate(zip(audio, world.utterances, strict=False))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def hypotheses(project):
+    return [json.loads(line)["hypothesis"] for line in (project / "eval" / "all.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def truth(world, missions):
+    """What the model says of recordings, asked for one by one."""
+    model = world.speech_rwkv(adapter=missions[0])
+    return lambda audio: model.transcribe([str(path) for path in audio], batch_size=1, max_new_tokens=50)
+
+
+def test_records_of_other_recordings_count_for_nothing(world, flags, truth, tmp_path, cut_power):
+    """Ids and transcripts are the same: another folder, a file that was recorded anew, another column of a dataset."""
+    clean, noisy = [path for path, _ in world.utterances[:6]], [path for path, _ in world.utterances[6:12]]
+    said = {True: truth(clean), False: truth(noisy)}
+    assert sum(a != b for a, b in zip(said[True], said[False], strict=True)) > 3, "the case is void"
+    project, more = tmp_path / "project", f"--eval_split={manifest_of(tmp_path / 'clean', world, clean)}"
+    here(flags, project, more)
+    assert hypotheses(project) == said[True]
+    more = f"--eval_split={manifest_of(tmp_path / 'noisy', world, noisy)}"
+    here(flags, project, "--resume", more)
+    assert hypotheses(project) == said[False]
+
+    own = [shutil.copy(path, tmp_path / f"{i}.wav") for i, path in enumerate(clean)]
+    more = f"--eval_split={manifest_of(tmp_path / 'own', world, own)}"
+    here(flags, project, "--resume", more)
+    shutil.copy(noisy[4], own[4])
+    cut_power(2)  # the second batch would fail: one recording is all that is left to do
+    here(flags, project, "--resume", more)
+    cut_power(100)
+    assert hypotheses(project) == [*said[True][:4], said[False][4], said[True][5]]
+
+    datasets = pytest.importorskip("datasets")
+    cells = {name: [{"bytes": path.read_bytes(), "path": None} for path in audio]
+             for name, audio in (("clean", clean), ("noisy", noisy))}  # fmt: skip
+    texts = {"text": [text for _, text in world.utterances[:6]], "id": [f"u{i}" for i in range(6)]}
+    saved = datasets.Dataset.from_dict(cells | texts)
+    for name in cells:
+        saved = saved.cast_column(name, datasets.Audio(decode=False))
+    saved.save_to_disk(tmp_path / "saved")
+    project = tmp_path / "columns"
+    for column in ("clean", "noisy"):
+        here(flags, project, f"--data={tmp_path / 'saved'}", f"--audio_column={column}", "--resume")
+        assert hypotheses(project) == said[column == "clean"]
+    cut_power(1)
+    here(flags, project, f"--data={tmp_path / 'saved'}", "--audio_column=noisy", "--resume")
+
+
+@pytest.mark.parametrize("part", ["load_model", "encoder", "adapter"])
+def test_a_part_with_other_weights_under_its_old_name_is_noticed(world, flags, tmp_path, missions, part):
+    if part == "adapter":
+        places = {"adapter": Path(shutil.copy(missions[0], tmp_path / "0.pth"))}
+        shutil.copy(missions[0].with_suffix(".json"), tmp_path)
+    else:
+        place = world.model if part == "load_model" else Path(world.encoder)
+        copied = tmp_path / place.name
+        places = {part: shutil.copy(place, copied) if place.is_file() else shutil.copytree(place, copied)}
+    flags = [
+        *flags,
+        f"--{part}={places[part]}",
+        f"--eval_split={manifest_of(tmp_path / 'few', world, [world.utterances[0][0]])}",
+    ]
+    here(flags, tmp_path / "project")
+    if part == "encoder":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(copied / "model.safetensors")
+        save_file(
+            {name: x * 1.5 for name, x in tensors.items()}, copied / "model.safetensors", metadata={"format": "pt"}
+        )
+    else:
+        torch.save({name: x * 1.5 for name, x in torch.load(places[part]).items()}, places[part])
+    with pytest.raises(UserError, match=rf"--resume, but .* another one: {part}\S* was .*, is .*; leave --resume out"):
+        here(flags, tmp_path / "project", "--resume")
+
+
+def test_samples_are_counted_and_never_inferred(flags, tmp_path, monkeypatch):
+    """What another process takes away is no bad sample."""
+    plain = SpeechRWKV.decode
+
+    def decode(self, *args, **how):
+        (path,) = (tmp_path / "eval" / "unfinished" / "all").iterdir()
+        if len(path.read_bytes().splitlines()) == 5:
+            os.truncate(path, 0)
+        return plain(self, *args, **how)
+
+    monkeypatch.setattr(SpeechRWKV, "decode", decode)
+    with pytest.raises(UserError, match="lacks records that this evaluation has written"):
+        here(flags, tmp_path)
+    assert not (tmp_path / "eval" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 3, "finished": []}', '{"settings": {}}'])
+def test_a_damaged_ledger_is_one_line(flags, whole, tmp_path, content):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "eval" / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged; leave --resume out"):
+        here(flags, tmp_path / "copy", "--resume")
+
+
+def test_splits_that_are_named_by_dots_are_named_by_what_they_mean(librispeech, flags, tmp_path, monkeypatch):
+    flags = [flag for flag in flags if not flag.startswith("--data")]
+    for place, split in (
+        ("test-other/3", "../"),
+        ("test-other", "./"),
+        ("test-clean", "../test-clean/../test-other/3/.."),
+    ):
+        monkeypatch.chdir(librispeech / place)
+        here(flags, tmp_path, f"--eval_split={split}", "--max_new_tokens=2")
+        names = {path.name for path in (tmp_path / "eval").iterdir()}
+        assert names == {"test-other.jsonl", "evaluation.json", "summary.json", "report.html"}
 
 
 def test_perturbed_rows_resume_where_they_stopped(flags, tmp_path, cut_power):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+import train as entry
 from rwkv_speech.data.batches import Batch, SpeechDataset, loader
 from rwkv_speech.data.hub import DatasetRow, read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
@@ -28,7 +30,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import DecodingOptions, Options
 from rwkv_speech.speech import frame_cache, identity, shards
-from rwkv_speech.speech.audio import AudioError
+from rwkv_speech.speech.audio import AudioError, Longest, TooLongError
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.recording import Recording
@@ -304,6 +306,17 @@ def test_encoder_that_changes_behind_an_open_cache_is_refused(world, recordings)
         cache.fill(recordings)
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"identity": "x", "width": 32, "convolutions": 5}'])
+def test_damaged_facts_of_an_encoder_are_found_anew(world, recordings, loads, content):
+    before = filled(world, recordings).read(recordings[0])[0]
+    (facts,) = world.glob("cache/encoders/*.json")
+    whole = facts.read_text()
+    facts.write_text(content)
+    assert torch.equal(filled(world, recordings).read(recordings[0])[0], before)
+    assert len(loads) == 2
+    assert facts.read_text() == whole
+
+
 # Whole after any interruption
 
 
@@ -397,6 +410,8 @@ def test_writer_killed_at_random_moments(tmp_path):
         folder = tmp_path / str(attempt)
         process = multiprocessing.get_context("fork").Process(target=_write_forever, args=(folder,))
         process.start()
+        while not any(folder.glob("*.index")):  # on a busy machine it may take long to start
+            time.sleep(0.001)
         time.sleep(rng.uniform(0.01, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -506,6 +521,24 @@ def test_bad_recordings_get_no_frames(world, recordings):
     assert len(cache.read(recordings[0])[0]) > 10
 
 
+def test_recordings_that_are_too_long_get_no_frames(world, recordings, loads):
+    """Their headers tell, so that they aren't decoded, and the next time the encoder isn't loaded for them."""
+    soundfile.write(world / "long.wav", np.zeros(16_000 * 100), 16_000)
+    long, longest = Recording(world / "long.wav"), Longest(10.0, "--flag leaves")
+    lied = Recording(world / "long.wav", duration=1.0)
+    bad = []
+    for _ in range(2):
+        cache = opened(world)
+        cache.fill([long, *recordings], longest=longest, on_bad=lambda recording, error: bad.append(str(error)))
+    message = f"{world / 'long.wav'}: lasts 100 s, more than the 10 s that --flag leaves"
+    assert bad == [message] * 2
+    assert len(loads) == 1
+    cache.fill([lied], longest=longest, on_bad=lambda recording, error: bad.append(str(error)))
+    assert bad[2:] == [message]
+    with pytest.raises(TooLongError, match="lasts 100 s"):
+        cache.read(long, longest)
+
+
 def test_folder_that_cannot_be_made(world):
     with pytest.raises(UserError, match="expected a folder to write to"):
         FrameCache(world / "train.jsonl/cache", storage="fp16").encoder(str(world / "encoder"))
@@ -532,6 +565,28 @@ def test_training_with_a_full_cache(world, monkeypatch, tmp_path):
     for name, tensor in full.items():
         assert torch.equal(tensor, filling[name]), name
         torch.testing.assert_close(tensor, plain[name], rtol=0.05, atol=2e-4)
+
+
+def test_damaged_frames_stop_training_by_one_line_and_are_made_anew(world, tmp_path, capsys, monkeypatch):
+    flags = [f"--{flag}={world / value}" for flag, value in (("load_model", "model.pth"), ("encoder", "encoder"))]
+    flags += [
+        f"--data={world / 'train.jsonl'}",
+        f"--cache_features={world / 'cache'}",
+        f"--proj_dir={tmp_path / 'out'}",
+    ]
+    flags += ["--adapter_hidden=32", "--accelerator=cpu", "--epoch_count=1", "--epoch_steps=2", "--num_workers=1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert entry.main() == 0
+    (data,) = world.glob("cache/*/*.frames")
+    raw = bytearray(data.read_bytes())
+    raw[:] = bytes(byte ^ 1 for byte in raw)
+    data.write_bytes(raw)
+    capsys.readouterr()
+    assert entry.main() == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("train.py: ", "Traceback", "Original"))]
+    assert f"{data} is damaged; remove it and start again" in line
+    data.unlink()
+    assert entry.main() == 0
 
 
 # On real speech

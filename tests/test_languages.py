@@ -51,7 +51,12 @@ def record(reference, hypothesis, language=None, id="a"):
         (None, "आज मौसम अच्छा है", True),
         (None, "我 very like 你", True),
         (None, "我非常 like 你", False),
+        (None, "ສະບາຍດີ", False),
+        (None, "မင်္ဂလာပါ", False),
+        (None, "សួស្តី", False),
+        (None, "ሰላም ለዓለም", True),
         (None, "", True),
+        ("", "スーパーへ行く", False),
     ],
 )
 def test_whether_words_are_spaced(language, text, expected):
@@ -105,7 +110,7 @@ def test_each_text_is_normalised_by_its_language():
 
 
 def test_cer_leads_in_chinese_and_spaces_count_nothing():
-    # 1 of 6 characters is wrong, 2 of 4 are added; as words, each text is one or two
+    # 1 of 6 characters is wrong, 2 are added to 3; of 2 words and 1 all are wrong, and 1 is added
     records = [record("今天 天气很好", "今天天汽很好", "zh", "1"), record("我爱你", "我 很爱你们", "zh", "2")]
     scores = get_mission("transcribe").score(records)
     assert scores.leading.kind == CER
@@ -116,7 +121,7 @@ def test_cer_leads_in_chinese_and_spaces_count_nothing():
     assert found["wer"].value == jiwer.wer([r.reference for r in records], [r.hypothesis for r in records])
     assert all(metric.interval for metric in found.values())
     assert found["ser"].value == 1.0
-    assert scores.headline == "CER 33.33%, mean of utterances 41.67%"
+    assert scores.headline == "CER 33.33%, WER 133.33%, mean of utterances 41.67%"
 
 
 def test_mixed_script_counts_characters_and_other_words():

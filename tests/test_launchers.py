@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -276,6 +277,34 @@ def test_standard_output_and_exit_status_are_the_program_s(checkout):
     assert done.stdout.count("\n") == 1
     assert "a.wav" in json.loads(done.stdout)[0]
     assert done.stderr == "a log line\n"
+
+
+SAVER = """\
+import os, signal, sys, time
+if "--op=train" in sys.argv:
+    signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), print("saved", file=sys.stderr), os._exit(130)))
+    open("training", "x").close()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("script", [TRAIN, "demo-quickstart.sh"])
+def test_ctrl_c_waits_for_training_to_save_and_gives_its_status(checkout, script):
+    (checkout.root / "train.py").write_text(SAVER)
+    (checkout.root / "demo/tiny").mkdir()
+    (checkout.root / "demo/tiny/quickstart.py").touch()
+    (checkout.bin / "date").symlink_to(shutil.which("date"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, it would be in children
+    try:
+        process = checkout.start(script, load_model="m")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not list(checkout.bin.parent.rglob("training")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=60) == 130
+    assert "saved" in process.communicate()[1]
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

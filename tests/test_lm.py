@@ -1,12 +1,15 @@
-"""The entry to the language models: which generation a file holds, and what importing it costs."""
+"""The entry to the language models: which generation a file holds, what importing it costs, the built operators."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench.random_model import write_model
-from rwkv_speech.lm import load
+from rwkv_speech.lm import extension, load
 from rwkv_speech.lm.initialise import official_sizes
 
 
@@ -28,3 +31,81 @@ def test_the_generation_is_told_by_the_tensors(tmp_path, generation):
 def test_importing_is_light():
     code = "import sys, rwkv_speech.lm; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- the extension cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Looks for the library in a cache of its own, as a new process does; the compiler and torch only note it.
+
+    Gives the contents of the libraries that are built and loaded.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
+    done = []
+
+    def compile(name, sources, *, build_directory, **_):
+        built = Path(build_directory) / f"{name}.so"
+        assert not built.exists(), "ninja would take it for finished"
+        built.write_bytes(b"a library")
+        done.append("built")
+
+    def build():
+        done.clear()
+        extension.load_cpu.__wrapped__()
+        return done
+
+    monkeypatch.setattr(cpp_extension, "load", compile)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: done.append(Path(path).read_bytes()))
+    return build
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda library: library.write_bytes(b""), id="empty"),
+        pytest.param(lambda library: library.write_bytes(b"a lib"), id="truncated"),
+        pytest.param(lambda library: library.write_bytes(b"b library"), id="corrupt"),
+        pytest.param(lambda library: library.unlink(), id="absent"),
+        pytest.param(lambda library: library.with_name("done").write_bytes(b"\xff"), id="no-checksum"),
+        pytest.param(lambda library: shutil.rmtree(library.parent), id="nothing"),
+    ],
+)
+def test_a_damaged_library_is_built_again(tmp_path, build, damage):
+    assert build() == ["built"]
+    assert build() == [b"a library"]
+    (library,) = tmp_path.glob("ext/*/*.so")
+    damage(library)
+    assert build() == ["built"]
+    assert build() == [b"a library"]
+
+
+def test_a_cache_that_cannot_be_written_to_is_one_line_unless_it_is_full(tmp_path, build):
+    (tmp_path / "ext").write_text("in the way")  # root may write to any folder
+    with pytest.raises(extension.BuildError, match=r"ext/.*Not a directory; .* by TORCH_EXTENSIONS_DIR"):
+        build()
+    (tmp_path / "ext").unlink()
+    build()
+    (folder,) = (tmp_path / "ext").iterdir()
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert build() == [b"a library"]
+
+
+def test_half_a_library_does_not_end_the_process(tmp_path):
+    """The system's loader takes such a file to its memory, and dies of SIGBUS where the rest of it is missing."""
+    code = "from rwkv_speech.lm import extension; extension.load_cpu()"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/no/compiler"}
+    extension.load_cpu()
+    import torch
+
+    (loaded,) = [Path(path) for path in torch.ops.loaded_libraries if "rwkv_speech_cpu" in path]
+    folder = Path(shutil.copytree(loaded.parent, tmp_path / loaded.parent.name))
+    os.truncate(folder / loaded.name, (folder / loaded.name).stat().st_size // 2)
+    cut = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert cut.returncode == 1
+    assert "BuildError: there is no C++ compiler (/no/compiler)" in cut.stderr

@@ -32,7 +32,7 @@ from rwkv_speech.scoring import (
 from rwkv_speech.scoring.labels import ACCURACY
 from rwkv_speech.speech.audio import load_audio
 from rwkv_speech.speech.recording import Recording
-from rwkv_speech.trained import newest_mission_file
+from rwkv_speech.trained import best_mission_file
 from tests.tiny import do, missions
 
 ROW = Row("r1", "guten tag", Recording(Path("a.wav")), speaker="ann", language="de")
@@ -43,6 +43,7 @@ class Animal(Mission):
 
     name = "animal"
     leading = ACCURACY
+    chooses = True
 
     def score(self, records):
         return LabelScores(records)
@@ -54,8 +55,6 @@ class Animal(Mission):
 
     def max_new_tokens(self, seconds):
         return 8
-
-    chooses = True
 
 
 def records(*pairs, **more):
@@ -151,6 +150,19 @@ def test_transcribe_by_hand():
     assert (result.mission, result.cost.utterances, result.cost.left_out) == ("transcribe", 2, 1)
     with pytest.raises(UserError, match="'u0' occurs twice"):
         get_mission("transcribe").result([*SPOKEN, SPOKEN[0]])
+
+
+def test_transcripts_without_spaces_are_led_by_their_characters():
+    """1 of 4 and 0 of 3 characters are wrong; as words, the first utterance as a whole."""
+    mission = get_mission("transcribe")
+    pairs = records(("今天天气", "今天天汽"), ("你好吗", "你好吗"))
+    scores = mission.score(pairs)
+    assert (scores.leading.kind.name, scores.leading.value) == ("cer", pytest.approx(1 / 7))
+    assert scores.headline.startswith("CER 14.29%, WER 50.00%")
+    rows = [replace(ROW, text=text, language=None) for text in ("今天天气", "你好吗", "hello you")]
+    assert mission.leading_of(rows[:2]).name == "cer"
+    assert mission.leading_of(rows).name == "mer", "characters of some, words of the others"
+    assert mission.leading_of([ROW, *rows[2:]]).name == "wer"
 
 
 def test_a_running_score_computes_nothing_that_is_not_asked_for(monkeypatch):
@@ -278,7 +290,7 @@ def test_a_mission_is_trained_evaluated_and_used_by_its_name(world, tmp_path, mo
     assert OPS["predict"](Options.parse(flags)) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [x["text"] for x in printed] == [record.hypothesis for record in found]
-    model = world.speech_rwkv(adapter=newest_mission_file(tmp_path))
+    model = world.speech_rwkv(adapter=best_mission_file(tmp_path)[0])
     losses = {x: model.loss([load_audio(audio[0])], [x]).item() for x in animals}
     assert printed[0]["text"] == min(losses, key=losses.get), "the likeliest answer, by the mean loss of each"
 

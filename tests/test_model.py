@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_speech.lm import load, wkv
+from rwkv_speech.lm import linear, load, wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.lm.rwkv7 import RWKV7
@@ -362,3 +362,30 @@ def test_few_rows_matmul_equals_fp64(rows, dtype):
     got = torch.ops.rwkv_speech_cpu.few_rows_matmul(x, matrix)
     assert got.dtype == dtype
     assert relative_error(got.double(), x.double() @ matrix.double()) <= (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("learns", ["x", "weights", "both"])
+def test_products_of_few_rows_have_the_gradients_of_torchs_own(learns):
+    wkv.backend("cpu")
+    g = torch.Generator().manual_seed(0)
+
+    def new(*shape, what):
+        return torch.randn(shape, generator=g).requires_grad_(learns in (what, "both"))
+
+    x, weight = new(2, 1, 48, what="x"), new(37, 48, what="weights")
+    heads, matrices = new(5, 2, 48, what="x"), new(5, 48, 37, what="weights")
+    first, second = new(48, 6, what="weights"), new(6, 48, what="weights")
+    with torch.no_grad():
+        expected = F.linear(x, weight)
+        assert linear._few(x, 48, weight), "the case is void: the kernel doesn't take it"
+        torch.testing.assert_close(linear.linear(x, weight), expected)
+    pairs = (
+        (linear.linear(x, weight), F.linear(x, weight), (x, weight)),
+        (linear.bmm(heads, matrices), heads @ matrices, (heads, matrices)),
+        (linear.low_rank(x, first, second, torch.tanh), torch.tanh(x @ first) @ second, (x, first, second)),
+    )
+    for ours, theirs, tensors in pairs:
+        tensors = [tensor for tensor in tensors if tensor.requires_grad]
+        got, want = (torch.autograd.grad(y.square().sum(), tensors) for y in (ours, theirs))
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.options import GROUPS, Options, environment_flags, setting_fields
+from rwkv_speech.options import GROUPS, Options, TrainingOptions, environment_flags, setting_fields
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {f.name: group for group, f in setting_fields()}
@@ -166,6 +166,30 @@ def test_value(line, flag, value):
     assert parse(line).flat()[flag] == value
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TrainingOptions(lr_init=1e-5),
+        lambda: Options.of(load_model="m.pth", lr_init=1e-5).training,
+        lambda: parse("--lr_init 1e-5").training,
+        lambda: Options.parse(["--load_model=m", "--from_environment"], {"lr_init": "1e-5", "lr_final": ""}).training,
+    ],
+    ids=["group", "flat", "flags", "environment"],
+)
+def test_a_learning_rate_alone_is_held(make):
+    options = make()
+    assert [options.lr_init * options.lr_factor(step, 1000) for step in (100, 500, 999)] == [1e-5] * 3
+    assert options.largest_lr(1000, 1000) == 1e-5
+
+
+def test_the_largest_learning_rate_by_hand():
+    """0.2, 0.4, 0.6, 0.8, 1 times lr_init, then by equal factors to lr_final."""
+    falling = TrainingOptions(lr_init=1e-3, lr_final=1e-5, warmup_steps=4)
+    assert [falling.largest_lr(n, 20) for n in (1, 3, 5, 20)] == pytest.approx([2e-4, 6e-4, 1e-3, 1e-3])
+    rising = TrainingOptions(lr_init=1e-4, lr_final=4e-4, warmup_steps=0)
+    assert [rising.largest_lr(n, 101) for n in (1, 51, 101)] == pytest.approx([1e-4, 2e-4, 4e-4])
+
+
 def test_values_lie_in_groups():
     options = parse("--beam 4 --lr_init 1e-3 --data x.jsonl --devices 2 --eval_bsz 3")
     assert (options.model.load_model, options.data.data, options.training.lr_init) == ("m.pth", "x.jsonl", 1e-3)
@@ -267,7 +291,7 @@ def test_what_an_interrupted_training_may_change():
     assert SETTINGS.keys() - left.keys() == {
         *("num_workers", "wandb", "wkv", "on_bad_audio", "on_nonfinite"),
         *("valid_split", "valid_steps", "early_stop", "average"),
-        *("eval_split", "eval_bsz", "perturb", "resume", "max_audio_s", "format"),
+        *("log_every", "eval_split", "eval_bsz", "perturb", "resume", "max_audio_s", "format"),
         *(name for name, group in SETTINGS.items() if group == "decoding"),
     }
 

@@ -111,6 +111,24 @@ def test_constants_are_those_of_the_tokenizer_and_of_torch():
             12,
             id="three-rounds",
         ),
+        pytest.param(
+            Sample("", (Message("assistant", ("ab",)), Message("user", (TWO,)), Message("assistant", ("c",)))),
+            [A, B, 0, 0, 0, 36, C],
+            [B, 0, N, N, N, C, 0],
+            [3, 4],
+            [11],
+            6,
+            id="the-assistant-first",
+        ),
+        pytest.param(
+            Sample("", (Message("assistant", ("",)), Message("user", ("a",)))),
+            [0, A, 36],
+            [N, N, N],
+            [],
+            [],
+            3,
+            id="the-assistant-first-silent",
+        ),
     ],
 )
 def test_sequence_by_hand(sample, ids, labels, slots, frames, prompt_length):

@@ -101,7 +101,8 @@ QUIET, LOUD = 0.1, 0.9
 @pytest.mark.parametrize(
     ("runs", "expected"),
     [
-        pytest.param([(31, QUIET)], [(0, 31)], id="short-audio-as-it-is"),
+        pytest.param([(20, QUIET), (1, LOUD), (10, QUIET)], [(0, 31)], id="short-audio-as-it-is"),
+        pytest.param([(31, 0.0)], [], id="short-silence"),
         pytest.param([(32, QUIET)], [], id="only-silence"),
         pytest.param([(40, QUIET), (10, LOUD), (40, QUIET)], [(32, 58)], id="margins-of-8"),
         pytest.param([(5, QUIET), (10, LOUD), (10, QUIET), (20, LOUD)], [(0, 20), (20, 45)], id="middle-of-a-pause"),
@@ -152,13 +153,20 @@ def test_segments_hold_no_more_memory_than_they_show(told):
         assert segment.waveform.untyped_storage().nbytes() == 4 * len(segment.waveform)
 
 
-def test_short_audio_is_not_listened_to(monkeypatch):
-    monkeypatch.setattr(segments, "voice_activity", None)
-    audio = noise(30.0)
+def test_short_audio_is_not_cut(told):
+    audio = frames((400, QUIET), (1, 0.2), (400, QUIET))[:-100]
     (segment,) = cut(audio.split(10_000))
-    assert (segment.start, segment.end) == (0.0, 30.0)
+    assert (segment.start, segment.end) == (0.0, len(audio) / SAMPLE_RATE)
     assert torch.equal(segment.waveform, audio)
     assert list(cut([])) == []
+
+
+def test_a_bound_that_no_number_of_seconds_is_is_met_to_the_sample(told):
+    """As a mission file remembers it: 18,001 / 16,000 s; 18,001 / 16,000 * 16,000 is less in floating point."""
+    bound = next(n for n in range(16_000, 32_000) if int(n / SAMPLE_RATE * SAMPLE_RATE) < n)
+    audio = torch.full((bound + 1,), LOUD)
+    assert len(list(cut([audio[:-1]], max_seconds=bound / SAMPLE_RATE))) == 1
+    assert len(list(cut([audio], max_seconds=bound / SAMPLE_RATE))) == 2
 
 
 @pytest.mark.parametrize("seconds", [0.99, 0.0, -1.0, float("nan")])
@@ -232,9 +240,23 @@ def test_speech_without_a_pause_is_cut_but_kept_whole():
     assert heard > 0.999 * float(stretch.square().sum())
 
 
-@pytest.mark.parametrize("level", [0.0, 0.001, 0.1], ids=["digital-silence", "hiss", "noise"])
-def test_noise_is_no_speech(level):
-    assert list(cut([noise(35.0, level)])) == []
+@pytest.mark.parametrize("level", [0.0, 1e-40, 0.001, 0.1], ids=["digital-silence", "denormal", "hiss", "noise"])
+@pytest.mark.parametrize("seconds", [0.1, 5.0, 35.0])
+def test_noise_is_no_speech(level, seconds):
+    assert list(cut([noise(seconds, level)])) == []
+
+
+@needs_speech
+@pytest.mark.parametrize("level", [1.0, 0.001])
+def test_short_speech_is_heard_however_faint(level):
+    for path in CLIPS:
+        clip = level * load_audio(path)
+        (segment,) = cut([clip])
+        assert torch.equal(segment.waveform, clip)
+
+
+def test_a_short_voice_is_speech_without_a_corpus():
+    assert len(list(cut([a_voice()]))) == 1
 
 
 @pytest.mark.skipif(not (SPEECH / "jfk.flac").exists(), reason="../shared/speech is absent")

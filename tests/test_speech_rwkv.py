@@ -14,7 +14,8 @@ from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.errors import UserError
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.audio import AudioError
-from rwkv_speech.trained import MissionFile
+
+pytestmark = pytest.mark.usefixtures("voiced")
 
 HASH = 36  # the token of "#"
 TEXTS = ["abcab", "j", "feed a cab", "de"]
@@ -226,7 +227,7 @@ def test_masters_are_fp32_under_bf16(world, waveforms):
     for name, x in model.trainable_state_dict().items():
         assert (x.dtype, x.grad.dtype) == (torch.float32, torch.float32), name
     full = world.speech_rwkv(adapter_hidden=24)
-    full.load_mission_file(MissionFile(None, model.trainable_state_dict()))
+    full.load_trained(model.trainable_state_dict())
     assert loss.item() == pytest.approx(full.loss(waveforms, TEXTS).item(), rel=2e-2)
 
 

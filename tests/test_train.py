@@ -14,26 +14,25 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from safetensors.torch import load_file, save_file
 
-import train as door
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
-from rwkv_speech.engine.runs import Run
+from rwkv_speech.engine.runs import Run, find_run
+from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
-from tests.tiny import QUICK, do, last, missions
+from rwkv_speech.ops.train import _longest
+from rwkv_speech.options import Options, TrainingOptions
+from rwkv_speech.scoring import EvalRecord
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.frame_cache import AbsentEncoder
+from tests.tiny import NO_FILES, QUICK, at_door, do, last, losses, missions, no_file
+
+pytestmark = pytest.mark.usefixtures("voiced")
 
 ROOT = Path(__file__).parents[1]
-
-
-def at_door(monkeypatch, capsys, *flags):
-    """The exit status of `train.py`, and what it printed."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    capsys.readouterr()
-    status = door.main()
-    return status, capsys.readouterr()
 
 
 def contents(folder):
@@ -41,13 +40,6 @@ def contents(folder):
     shared = ("metrics.csv", "training.png", "durations.json")
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in shared]
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
-
-
-def losses(project, run=1):
-    """Step -> loss, as TensorBoard has them."""
-    events = EventAccumulator(str(project / "tensorboard" / f"run-{run}"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("loss")}
 
 
 def equal(some, others):
@@ -98,6 +90,8 @@ def test_training_lowers_the_loss_and_writes_a_mission_file(trained, world):
     epochs = np.array([curve[step] for step in sorted(curve)]).reshape(15, 4).mean(axis=1)
     assert epochs[0] > 5, "the first loss is about ln 257"
     assert epochs[-1] < epochs[0] - 0.7
+    longest = max(soundfile.info(path).frames for path, _ in world.utterances[:16])
+    assert info["trained_audio_s"] == longest / 16_000
     assert info["train_loss"] == pytest.approx(epochs[-5:].mean(), rel=0.02), "up to the weights of the steps"
 
 
@@ -107,7 +101,7 @@ def test_evaluation_reads_it_back_and_prints_two_rates(trained, world, librispee
     flags = [flag for flag in flags if not flag.startswith("--encoder")]  # the mission file tells
     status, printed = at_door(monkeypatch, capsys, "--op=eval", f"--proj_dir={trained}", *flags)
     assert status == 0
-    assert f"evaluating {trained / 'rwkv-adapter-60.pth'}" in caplog.text
+    assert f"evaluating {trained / 'rwkv-adapter-60.pth'}, the newest" in caplog.text
     for split, count in (("test-clean", 5), ("test-other", 3)):
         records = [json.loads(line) for line in (trained / f"eval/{split}.jsonl").read_text().splitlines()]
         assert len(records) == count
@@ -145,12 +139,13 @@ def test_prediction_prints_a_line_for_each_file_and_nothing_else(trained, world,
 
 
 def test_a_folder_and_a_glob_stand_for_their_files(trained, world, tmp_path, monkeypatch, capsys):
-    for name, (path, _) in zip(("b.wav", "a.WAV", "sub/c.wav"), world.utterances, strict=False):
+    for name, (path, _) in zip(("b.wav", "a.WAV", "sub/c.wav", "._b.wav"), world.utterances, strict=False):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / name)
     (tmp_path / "notes.txt").write_text("no audio")
+    (tmp_path / "sub" / "round").symlink_to(tmp_path)
     flags = ["--op=predict", f"--proj_dir={trained}", "--max_new_tokens=4", *world.flags[:1], "--accelerator=cpu"]
-    for pattern, count in ((tmp_path, 3), (tmp_path / "*.wav", 1), (tmp_path / "**/*.wav", 2)):
+    for pattern, count in ((tmp_path, 3), (tmp_path / "*.wav", 1), (tmp_path / "s*", 3)):
         status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", pattern)
         assert (status, len(printed.out.splitlines())) == (0, count)
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", tmp_path / "*.flac")
@@ -316,6 +311,138 @@ def test_a_killed_process_resumes_in_another(world, tmp_path, uninterrupted):
     assert equal(last(tmp_path), last(uninterrupted))
 
 
+@pytest.mark.parametrize("change", ["shortened", "other-texts", "another-recording"])
+def test_a_run_whose_data_changed_says_so_and_starts_its_epoch_anew(world, tmp_path, monkeypatch, caplog, change):
+    recordings = [shutil.copy(path, tmp_path / path.name) for path, _ in world.utterances]
+    lines = [{"audio": str(x), "text": t, "id": x.stem} for x, (_, t) in zip(recordings, world.utterances, strict=True)]
+    manifest = tmp_path / "data.jsonl"
+
+    def write(lines):
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    plain, steps, cut = TrainingModule.training_step, [], 9  # of 6 to an epoch; the resume point is of step 8
+
+    def training_step(self, batch, index):
+        if len(steps) == cut:
+            raise PowerCutError
+        weights = {name: x.detach().clone() for name, x in self.model.trainable_state_dict().items()}
+        moments = sum(len(state) for state in self.trainer.optimizers[0].state.values())
+        steps.append(
+            (self.trainer.global_step, self.trainer.current_epoch, batch.names, batch.references, weights, moments)
+        )
+        return plain(self, batch, index)
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    flags = [f"--data={manifest}", "--epoch_count=2", "--save_steps=4", "--lr_final=1e-4"]
+    write(lines)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "out", *flags)
+    before = next(weights for step, *_, weights, _ in steps if step == 8)
+    assert "changed since" not in caplog.text
+    steps.clear()
+    cut = None
+    if change == "shortened":
+        lines = lines[:7]
+    elif change == "other-texts":
+        lines[3]["text"] = "jjj"
+    elif change == "another-recording":
+        shutil.copy(world.utterances[5][0], recordings[3])
+    write(lines)
+    assert do("train", world, tmp_path / "out", *flags) == 0
+    first, *_ = steps
+    assert first[:2] == (8, 1)
+    assert equal(first[4], before), "the weights go on"
+    assert first[5] == 3 * len(before), "so do both moments of each, and the number of steps"
+    texts = {line["id"]: line["text"] for line in lines}
+    seen = [pair for _, _, names, said, *_ in steps for pair in zip(names, said, strict=True)]
+    assert sorted(seen) == sorted(texts.items()), "each sample once, as it is now"
+    (warning,) = [record.getMessage() for record in caplog.records if "changed since" in record.getMessage()]
+    assert warning.startswith("the training data changed since ")
+    assert "step=8.ckpt" in warning
+    assert warning.endswith("weights and optimiser go on, epoch 1 starts anew")
+
+
+def test_scores_on_other_samples_are_not_compared(world, tmp_path, cut_power, monkeypatch):
+    """Validated on another split since it was interrupted, the best file is the best of that split."""
+    manifests = []
+    for name, part in (("easy", slice(3)), ("hard", slice(3, 6))):
+        manifests.append(world.folder / f"{name}.jsonl")
+        manifests[-1].write_text("".join((world.folder / "train.jsonl").read_text().splitlines(keepends=True)[part]))
+    rates = {"easy": iter([0.1]), "hard": iter([0.9, 0.8, 0.7])}
+
+    def share(self, module):
+        errors = round(10 * next(rates["hard" if self.batches.dataset.rows[0].id == "u3" else "easy"]))
+        words = " ".join(["x"] * errors + ["y"] * (10 - errors))
+        return 1.0, 1, [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0)]
+
+    monkeypatch.setattr(Validation, "_share", share)
+    flags = ["--epoch_count=2", "--valid_steps=4", "--save_steps=5", "--early_stop=3"]
+    cut_power(6)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path, *flags, f"--valid_split={manifests[0]}")
+    cut_power(100)
+    do("train", world, tmp_path, *flags, f"--valid_split={manifests[1]}")
+    files = missions(tmp_path)
+    assert files["rwkv-adapter-12.pth"][1]["wer"] == 0.8
+    point = torch.load(*tmp_path.glob("checkpoints/run-1/*.ckpt"), weights_only=True)
+    (state,) = [state for name, state in point["callbacks"].items() if name == "MissionFiles"]
+    assert state["best"] == (0.9, "rwkv-adapter-8.pth")
+
+
+@pytest.mark.parametrize("part", ["load_model", "encoder"])
+def test_a_run_whose_frozen_parts_have_other_weights_is_another_run(world, tmp_path, cut_power, caplog, part):
+    place = tmp_path / "part"
+    if part == "load_model":
+        content = torch.load(world.model, weights_only=True)
+        torch.save(content, place)
+    else:
+        shutil.copytree(world.encoder, place)
+    cut_power(2)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "out", f"--{part}={place}")
+    if part == "load_model":
+        torch.save(content | {"emb.weight": content["emb.weight"] * 1.5}, place)
+    else:
+        content = load_file(place / "model.safetensors")
+        save_file(
+            {name: x * 1.5 for name, x in content.items()}, place / "model.safetensors", metadata={"format": "pt"}
+        )
+    caplog.set_level("INFO", "rwkv_speech")
+    cut_power(1)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "out", f"--{part}={place}")
+    assert f"had other {part}_weights; this is run 2" in caplog.text
+
+
+def test_a_damaged_resume_point_is_one_line_that_says_what_to_remove(
+    world, tmp_path, uninterrupted, cut_power, monkeypatch, capsys
+):
+    cut_power(6)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path, *RUN)
+    monkeypatch.undo()
+    (point,) = tmp_path.glob("checkpoints/run-1/step=4.ckpt")
+    whole = point.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]  # one bit, which torch.load takes
+    for content in (b"", whole[:middle], b"no archive", flipped):
+        point.write_bytes(content)
+        status, printed = at_door(monkeypatch, capsys, *world.flags, *QUICK, *RUN, f"--proj_dir={tmp_path}")
+        assert status == 2
+        assert f"train.py: {point} is damaged: remove it, and the same command" in printed.err
+        assert "Traceback" not in printed.err
+    assert missions(tmp_path)
+    point.unlink()
+    monkeypatch.undo()
+    do("train", world, tmp_path, *RUN)
+    assert equal(last(tmp_path), last(uninterrupted))
+    assert not list(tmp_path.glob("checkpoints/run-2"))
+    for content in ("", "{", "[]", '{"finished": false}'):
+        (tmp_path / "checkpoints/run-1/run.json").write_text(content)
+        options = Options.parse([*world.flags, f"--proj_dir={tmp_path}"])
+        assert find_run(options, {}).number == 2
+
+
 def test_a_run_with_other_options_leaves_an_unfinished_one_alone(world, tmp_path, cut_power, monkeypatch, caplog):
     cut_power(6)
     with pytest.raises(PowerCutError):
@@ -360,7 +487,7 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     for step, loss in enumerate([3.0, 2.0, 4.0, 2.5, 1.0, 1.5], start=1):
         outputs = {"stats": SimpleNamespace(loss_sum=loss * 10, tokens=10)}
         trainer = SimpleNamespace(global_step=step, current_epoch=0, is_global_zero=True, strategy=None)
-        callback.on_train_batch_end(trainer, module, outputs, None, step)
+        callback.on_train_batch_end(trainer, module, outputs, SimpleNamespace(samples=[8_000 * step, 40_000]), step)
         files = {path.name for path in tmp_path.iterdir()} - set(foreign)
         assert {name.replace(".json", ".pth") for name in files} == {name for name in files if "pth" in name}
         kept.append(sorted(name.removeprefix("rwkv-adapter-") for name in files if "pth" in name))
@@ -370,6 +497,8 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     best = "2-run5.pth"  # its name was taken
     assert kept == [["1.pth"], [best], [best, "3.pth"], [best, "4.pth"], ["5.pth"], ["5.pth", "6.pth"]]
     assert all((tmp_path / name).read_text() == "of another run" for name in foreign)
+    lengths = [json.loads((tmp_path / f"rwkv-adapter-{step}.json").read_text())["trained_audio_s"] for step in (5, 6)]
+    assert lengths == [2.5, 3.0], "the longest so far, over the interruptions"
 
 
 # --- bad samples -----------------------------------------------------------------------------------------------------
@@ -377,7 +506,7 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
 
 @pytest.fixture
 def flawed(world, tmp_path):
-    """A manifest of 8 good utterances, an empty file, a missing one, a long one and one without a word."""
+    """A manifest of 8 good utterances, an empty file, a missing one, a long one, one without a word, odd names."""
     (tmp_path / "empty.wav").touch()
     soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
     good = [{"audio": str(path), "text": text} for path, text in world.utterances[:8]]
@@ -387,20 +516,22 @@ def flawed(world, tmp_path):
         {"audio": "long.wav", "text": "abc"},
         {"audio": str(world.utterances[8][0]), "text": "  ", "id": "wordless"},
     ]
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    bad += [{"audio": name, "text": "abc"} for name in ("loop.wav", "nul\0.wav", "caf\udce9.wav")]
     path = tmp_path / "flawed.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (*good, *bad)))
     return path
 
 
 REASONS = {"empty.wav": "empty", "missing.wav": "no such file", "long.wav": "--ctx_len 40", "wordless": "no tokens"}
+REASONS |= dict.fromkeys(("loop.wav", r"nul\x00.wav", r"caf\udce9.wav"), "")  # whatever the system says
 
 
 @pytest.mark.parametrize("bad", REASONS)
 def test_a_bad_sample_stops_the_run_by_its_name(world, flawed, tmp_path, monkeypatch, capsys, bad):
     lines = flawed.read_text().splitlines()
-    keep = [line for line in lines if bad in line or not any(name in line for name in REASONS)]
-    assert len(keep) == 9
-    flawed.write_text("\n".join(keep))
+    kept = [*lines[:8], lines[8 + list(REASONS).index(bad)]]
+    flawed.write_text("\n".join(kept))
     flags = [*world.flags, *QUICK, f"--data={flawed}", f"--proj_dir={tmp_path / 'out'}", "--ctx_len=40"]
     status, printed = at_door(monkeypatch, capsys, *flags)
     assert status == 2
@@ -411,19 +542,112 @@ def test_a_bad_sample_stops_the_run_by_its_name(world, flawed, tmp_path, monkeyp
     assert "Traceback" not in printed.err
 
 
-def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path, caplog):
+@pytest.mark.parametrize("cache", [False, True], ids=["", "frames-cached"])
+def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path, caplog, cache):
     caplog.set_level("INFO", "rwkv_speech")
     flags = [f"--data={flawed}", "--ctx_len=40", "--on_bad_audio=skip", "--micro_bsz=1", "--epoch_count=2"]
+    flags += [f"--cache_features={tmp_path / 'cache'}"] * cache
     assert do("train", world, tmp_path / "out", *flags) == 0
     lines = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == len(REASONS)
     found = {line["id"]: line["reason"] for line in lines}
     for name, reason in REASONS.items():
         assert reason in found[name]
-    assert caplog.records[-1].getMessage().startswith("4 bad samples skipped, listed in ")
-    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 24, "a step of none is a step"
+    assert caplog.records[-1].getMessage().startswith("7 bad samples skipped, listed in ")
+    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 30, "a step of none is a step"
     for x in last(tmp_path / "out").values():
         assert x.isfinite().all()
+
+
+def test_what_a_folder_lacks_stops_the_run_or_is_left_out(trained, world, librispeech, tmp_path, capsys):
+    shutil.copytree(librispeech / "test-clean", tmp_path / "part")
+    chapter = tmp_path / "part" / "2" / "7"
+    (chapter / "2-7-0001.flac").rename(chapter / "2-7-0009.flac")
+    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("eval", "checkpoints"))
+    for op in ("train", "eval"):
+        flags = ["--data=librispeech", f"--data_dir={tmp_path / 'part'}", "--epoch_count=1", "--max_new_tokens=5"]
+        with pytest.raises(UserError, match=r"without an audio file: 1 \(2-7-0001\), .* line: 1 \(2-7-0009\)"):
+            do(op, world, tmp_path / "out", *flags)
+        assert do(op, world, tmp_path / "out", *flags, "--on_bad_audio=skip") == 0
+        lines = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+        assert sorted(line["id"] for line in lines) == ["2-7-0001", "2-7-0009"]
+    (split,) = json.loads((tmp_path / "out/eval/summary.json").read_text())["splits"].values()
+    assert (split["utterances"], split["left_out"]) == (4, 1)
+
+
+def test_columns_of_tables_and_a_plus_in_their_path(trained, world, tmp_path):
+    rows = [f"{path}\t{text}\t{text[::-1]}\n" for path, text in world.utterances[:3]]
+    for place in ("c++ talks/one.tsv", "two.tsv"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("".join(["clip\there\tthere\n", *rows]))
+    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("eval", "checkpoints"))
+    splits = f"--eval_split={tmp_path}/c++ talks/one.tsv+{tmp_path}/two.tsv"
+    flags = [splits, "--audio_column=clip", "--text_column=there", "--max_new_tokens=5"]
+    assert do("eval", world, tmp_path / "out", *flags) == 0
+    assert do("train", world, tmp_path / "out", splits.replace("eval", "train"), *flags[1:], "--epoch_count=1") == 0
+    for name in ("one", "two"):
+        (records,) = (tmp_path / "out/eval").glob(f"{name}*.jsonl")
+        references = [json.loads(line)["reference"] for line in records.read_text().splitlines()]
+        assert references == [text[::-1] for _, text in world.utterances[:3]]
+
+
+CONVOLUTIONS = {
+    "wavlm": [(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2],
+    "w2v-bert": [(400, 160), (2, 2)],
+    "whisper": [(1, 320)],
+}
+
+
+@pytest.mark.parametrize("convolutions", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("ctx_len", [1, 7, 2048])
+def test_only_what_has_no_room_is_left_undecoded(convolutions, k, ctx_len):
+    encoder, adapter = AbsentEncoder("x", width=4, convolutions=convolutions), Adapter(4, 4, downsample_k=k, hidden=4)
+    options = TrainingOptions(ctx_len=ctx_len, max_batch_s=ctx_len)
+    longest = _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter))
+
+    def positions(samples):
+        return adapter.group_count(encoder.frame_count(samples)) + 1  # the separator
+
+    assert ctx_len < positions(longest.samples + 1)
+    assert positions(longest.samples) <= ctx_len + 3
+    assert _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter), 0.9).seconds <= 0.9 * ctx_len
+
+
+def test_what_is_no_file_is_a_bad_sample_everywhere(world, tmp_path, monkeypatch, capsys):
+    """In caching and training, in evaluation, and in prediction, where each is a line; and so is what is too long."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
+    paths = {"long": tmp_path / "long.wav"}
+    for kind in NO_FILES:
+        (tmp_path / kind).mkdir()
+        paths[kind] = no_file(tmp_path / kind, kind)
+    manifest = tmp_path / "special.jsonl"
+    lines = [{"audio": str(path), "text": "abc", "id": id} for id, path in paths.items()]
+    lines += [{"audio": str(path), "text": text} for path, text in world.utterances[:4]]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--data={manifest}", "--on_bad_audio=skip", "--epoch_count=1", f"--valid_split={manifest}"]
+    flags += ["--max_new_tokens=4", f"--cache_features={tmp_path / 'cache'}", "--ctx_len=40"]
+    assert do("train", world, tmp_path / "out", *flags) == 0
+    found = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(paths)
+    reasons = {line["id"]: line["reason"] for line in found}
+    assert reasons["long"].endswith("long.wav: lasts 5 s, more than the 4.2 s that --ctx_len 40 leaves")
+
+    assert do("eval", world, tmp_path / "out", f"--data={manifest}", "--on_bad_audio=skip", "--max_new_tokens=4") == 0
+    found = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(paths), "once each, for the same reason"
+    assert len((tmp_path / "out/eval/all.jsonl").read_text().splitlines()) == 5
+
+    del paths["folder"], paths["nul"]  # one stands for its files, the other can't come from a shell
+    flags = [
+        "--op=predict",
+        f"--proj_dir={tmp_path / 'out'}",
+        "--max_new_tokens=4",
+        *world.flags[:1],
+        "--accelerator=cpu",
+    ]
+    status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", *paths.values(), world.utterances[0][0])
+    assert (status, len(printed.out.splitlines())) == (1, 2)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

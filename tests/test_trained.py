@@ -3,13 +3,24 @@
 import json
 import os
 import pickle
+import re
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.trained import MissionFileError, newest_mission_file, read_mission_file, write_mission_file
+from rwkv_speech.trained import (
+    MissionFileError,
+    best_mission_file,
+    newest_mission_file,
+    read_best_mission_file,
+    read_mission_file,
+    write_mission_file,
+)
 
 # The world's encoder has width 32, its language model 2 layers of width 64 in heads of 32.
 PUBLISHED = {
@@ -147,7 +158,9 @@ class Trap:
 def test_a_pickled_object_is_refused_and_not_run(tmp_path):
     trap = tmp_path / "sprung"
     for content in (tensors() | {FIRST: Trap(trap)}, Trap(trap)):
-        assert "rwkv-adapter-7.pth" in refusal(read_mission_file, save(tmp_path, content))
+        message = refusal(read_mission_file, save(tmp_path, content))
+        assert "rwkv-adapter-7.pth" in message
+        assert "weights_only" not in message
         assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap))).close()
     assert trap.exists(), "the case is void: the trap doesn't work"
@@ -159,16 +172,128 @@ def test_other_content_is_refused(tmp_path, content):
 
 
 def test_no_file_an_empty_one_a_truncated_one_and_a_bad_json(tmp_path):
-    assert "no such file" in refusal(read_mission_file, tmp_path / "rwkv-adapter-1.pth")
-    assert "no such file" in refusal(read_mission_file, tmp_path)
+    assert "does not exist" in refusal(read_mission_file, tmp_path / "rwkv-adapter-1.pth")
+    assert "is a folder" in refusal(read_mission_file, tmp_path)
     path = save(tmp_path, tensors())
     whole = path.read_bytes()
     for size in (0, 5, len(whole) // 2):
         path.write_bytes(whole[:size])
         assert str(path) in refusal(read_mission_file, path)
     path.write_bytes(whole)
-    path.with_suffix(".json").write_text('{"downsample_k": ')
-    assert "rwkv-adapter-7.json" in refusal(read_mission_file, path)
+    for info in (
+        '{"downsample_k": ',
+        "[" * 100_000,
+        "[]",
+        '{"encoder": 3}',
+        '{"downsample_k": "5"}',
+        '{"answers": [1]}',
+    ):
+        path.with_suffix(".json").write_text(info)
+        assert "rwkv-adapter-7.json" in refusal(read_mission_file, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    content = tensors()
+    content[STATES[1]][1, 2, 3] = value
+    assert f"{STATES[1]} holds NaN or infinite numbers" in refusal(read_mission_file, save(tmp_path, content))
+
+
+# --- states alone, as RWKV-PEFT saves them ---
+
+
+@pytest.fixture
+def states(tmp_path):
+    """Names and shape of RWKV-PEFT's own: `{n: p for n, p in state_dict.items() if "time_state" in n}`."""
+    content = {f"blocks.{i}.att.time_state": torch.full((2, 32, 32), i + 1.0).bfloat16() for i in range(2)}
+    torch.save(content, tmp_path / "rwkv-3-state.pth")
+    return tmp_path / "rwkv-3-state.pth"
+
+
+def test_states_alone_are_no_mission_file_and_it_says_so(states):
+    message = refusal(read_mission_file, states)
+    assert "initial states without an adapter" in message
+    assert "--load_state" in message
+
+
+def test_states_alone_replace_those_of_the_mission_file(world, tmp_path, states):
+    published = tensors()
+    model = world.speech_rwkv(adapter=save(tmp_path, published), load_state=states)
+    assert [x.unique().tolist() for x in model.language_model.time_states] == [[1.0], [2.0]]
+    assert torch.equal(model.adapter.layers[0].weight, published[FIRST])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blocks.1.att.time_state": None}, "blocks.1.att.time_state is missing; expected .* of 2 layers"),
+        ({"blocks.2.att.time_state": (2, 32, 32)}, r"blocks.2.att.time_state is \(2, 32, 32\); expected"),
+        ({"blocks.0.att.time_state": (1, 64, 64)}, r"is \(1, 64, 64\); expected .* \(2, 32, 32\)"),
+        ({"emb.weight": (8, 8)}, "emb.weight"),
+    ],
+    ids=["too-few", "too-many", "heads", "a-model"],
+)
+def test_states_of_another_model_are_refused(world, states, change, said):
+    content = torch.load(states)
+    for name, shape in change.items():
+        content.pop(name, None)
+        if shape:
+            content[name] = torch.zeros(shape)
+    torch.save(content, states)
+    assert re.search(said, refusal(world.speech_rwkv, load_state=states))
+
+
+# --- the encoder that a mission file names ---
+
+
+def test_a_folder_is_kept_with_where_and_what_it_is(world, tmp_path, monkeypatch, caplog):
+    """`encoder=enc` of one working directory, used from another, moved, and changed."""
+    shutil.copytree(world.encoder, tmp_path / "enc")
+    monkeypatch.chdir(tmp_path)
+    model = world.speech_rwkv(encoder="enc", adapter_hidden=24)
+    path = tmp_path / "rwkv-adapter-3.pth"
+    write_mission_file(path, model.trainable_state_dict(), model.describe())
+    assert json.loads(path.with_suffix(".json").read_text())["encoder"] == str(tmp_path / "enc")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert world.speech_rwkv(adapter=path, encoder=None).speech_encoder.name == str(tmp_path / "enc")
+    shutil.move(tmp_path / "enc", tmp_path / "moved")
+    message = refusal(world.speech_rwkv, adapter=path, encoder=None)
+    assert f"the encoder {tmp_path / 'enc'}, which is no folder here" in message
+    world.speech_rwkv(adapter=path, encoder="../moved")
+    assert not caplog.records
+
+    weights = tmp_path / "moved/model.safetensors"
+    other = {name: x + 1 for name, x in load_file(weights).items()}
+    save_file(other, weights, metadata={"format": "pt"})
+    world.speech_rwkv(adapter=path, encoder="../moved")
+    assert f"was trained with the encoder {tmp_path / 'enc'}, not ../moved" in caplog.text
+    shutil.move(tmp_path / "moved", tmp_path / "enc")
+    world.speech_rwkv(adapter=path, encoder=None)
+    assert f"another encoder than the one that {tmp_path / 'enc'} holds now" in caplog.text
+
+
+def test_a_name_of_the_hub_is_said_before_it_is_fetched(world, tmp_path, caplog):
+    caplog.set_level("INFO", "rwkv_speech")
+    asked = []
+
+    def fetch(name, **_):
+        asked.extend(caplog.messages)
+        raise UserError("stop here")
+
+    path = save(tmp_path, tensors(), {"encoder": "somebody/else"})
+    with pytest.raises(UserError, match="stop here"):
+        world.speech_rwkv(adapter=path, encoder=None, load_encoder=fetch)
+    assert asked == [f"{path} asks for the encoder somebody/else from the Hugging Face hub"]
+
+
+def test_one_word_is_never_asked_of_the_hub(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_speech.speech.hub.hub_is_reachable", lambda: pytest.fail("the hub is asked"))
+    path = save(tmp_path, tensors(), {"encoder": "enc"})
+    assert "the encoder enc, which is no folder here" in refusal(world.speech_rwkv, adapter=path, encoder=None)
+    with pytest.raises(UserError, match="speech encoder enc: no such folder"):
+        world.speech_rwkv(encoder="enc")
 
 
 def test_what_is_written_is_the_published_form(world, tmp_path):
@@ -206,13 +331,86 @@ def test_a_crash_while_writing_leaves_the_old_files(tmp_path, monkeypatch, modul
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_the_newest_is_told_by_modification_time(tmp_path):
+@pytest.mark.parametrize(
+    ("files", "newest"),  # name -> when its run began
+    [
+        ({"294": "", "300": "", "300-avg2": "", "8": ""}, "300-avg2"),
+        ({"20": "", "20-run2": "", "20-run10": "", "20-run2-2": "", "9": ""}, "20-run10"),
+        ({"20-avg5": "", "20-avg5-run2": "", "20-run2": ""}, "20-avg5-run2"),
+        ({"300": "2026-01-02", "300-avg2": "2026-01-02", "40": "2026-11-01", "9000": ""}, "40"),
+        ({"mine": "", "7": ""}, "7"),
+        ({"mine": ""}, "mine"),
+    ],
+    ids=["step-and-kind", "names-taken", "means-of-runs", "later-run", "other-name", "only-other-name"],
+)
+def test_the_newest_is_told_by_run_step_and_kind_whatever_its_time(tmp_path, files, newest):
     assert "rwkv-adapter-*.pth" in refusal(newest_mission_file, tmp_path)
     assert "train first" in refusal(newest_mission_file, tmp_path / "nowhere")
-    for name, when in (("9000", 1), ("20", 3), ("20-run2", 2)):
-        path = tmp_path / f"rwkv-adapter-{name}.pth"
-        path.touch()
-        os.utime(path, (when, when))
     for name in ("other.pth", "rwkv-adapter-30.json", ".rwkv-adapter-31.pth.99", "rwkv-adapter-32.pth.tmp"):
         (tmp_path / name).touch()
-    assert newest_mission_file(tmp_path).name == "rwkv-adapter-20.pth"
+    for order in (list(files), list(files)[::-1]):
+        for when, name in enumerate(order):
+            path = tmp_path / f"rwkv-adapter-{name}.pth"
+            path.touch()
+            os.utime(path, (when, when))
+            path.with_suffix(".json").write_text(json.dumps({"run_began": files[name]}) if files[name] else "{")
+        assert newest_mission_file(tmp_path).name == f"rwkv-adapter-{newest}.pth"
+
+
+def test_the_newest_is_read_while_training_writes_and_removes_files(tmp_path):
+    """As `MissionFiles` does it: a file is written, then the one before it removed, its weights first."""
+    writing = threading.Event()
+
+    def train():
+        for step in range(1, 200):
+            write_mission_file(tmp_path / f"rwkv-adapter-{step}.pth", content, {"step": step})
+            writing.set()
+            for suffix in (".pth", ".json"):
+                (tmp_path / f"rwkv-adapter-{step - 1}.pth").with_suffix(suffix).unlink(missing_ok=True)
+
+    content = tensors()
+    training = threading.Thread(target=train)
+    training.start()
+    writing.wait()
+    steps = []
+    while training.is_alive():
+        file, _ = read_best_mission_file(tmp_path)
+        assert f"rwkv-adapter-{file.info['step']}.pth" == file.path.name
+        steps.append(file.info["step"])
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 5, "the case is void: nothing changed meanwhile"
+
+
+def test_the_best_is_that_of_the_newest_run(tmp_path):
+    """Of the second run, step 20 was better than step 10, and 30 wasn't; the third was never validated."""
+
+    def write(step, run, **info):
+        path = tmp_path / f"rwkv-adapter-{step}.pth"
+        write_mission_file(path, tensors(), {"step": step, "run": f"r{run}", "run_began": str(run)} | info)
+        return path
+
+    write(90, 1, wer=0.1, best_by="wer")
+    assert best_mission_file(tmp_path) == (
+        tmp_path / "rwkv-adapter-90.pth",
+        "the best of its run by validation (wer 0.1)",
+    )
+    write(10, 2, wer=0.5, best_by="wer")
+    write(30, 2, wer=0.4)
+    best = write(20, 2, wer=0.3, best_by="wer")
+    expected = "the best of its run by validation (wer 0.3); the newest is rwkv-adapter-30.pth"
+    assert best_mission_file(tmp_path) == (best, expected)
+    file, which = read_best_mission_file(tmp_path)
+    assert (file.path, file.info["wer"], which) == (best, 0.3, expected)
+    best.with_suffix(".json").write_text("[")
+    assert best_mission_file(tmp_path)[0].name == "rwkv-adapter-10.pth", "a damaged one says nothing"
+    assert best_mission_file(write(40, 3, train_loss=1.0).parent) == (tmp_path / "rwkv-adapter-40.pth", "the newest")
+    foreign = tmp_path / "published" / "rwkv-adapter-1.pth"
+    foreign.parent.mkdir()
+    torch.save(tensors(), foreign)
+    assert best_mission_file(foreign.parent) == (foreign, "the newest")
+
+
+def test_json_never_holds_what_is_no_number(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_mission_file(tmp_path / "m.pth", tensors(), {"wer": float("nan")})
+    assert not list(tmp_path.iterdir())

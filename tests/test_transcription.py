@@ -1,7 +1,10 @@
 """Transcripts: their forms against hand-written ones, their order whatever the batch, and `--op predict` on files."""
 
 import json
+import math
+import re
 import sys
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ import train as door
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech.audio import AudioError, load_audio
 from rwkv_speech.speech.segments import AudioSegment, cut
-from rwkv_speech.speech.voice import FRAME
+from rwkv_speech.subtitles import Cue, cues
 from rwkv_speech.transcription import FORMATS, Alternative, Segment, Transcript, output_files, transcripts
+
+pytestmark = pytest.mark.usefixtures("voiced")
 
 # --- forms -----------------------------------------------------------------------------------------------------------
 
@@ -24,6 +29,7 @@ def segment(start: float, end: float, text: str) -> Segment:
 
 TALK = Transcript(
     name="talk.flac",
+    seconds=360_002.0,
     segments=(
         segment(0.064, 29.824, "so, café\n\nand & so"),
         segment(31.0, 59.9995, ""),
@@ -31,17 +37,17 @@ TALK = Transcript(
         segment(360_000.25, 360_001.0, "the end"),
     ),
 )
-SILENCE = Transcript(name="silence.wav", segments=())
+SILENCE = Transcript(name="silence.wav", seconds=5.0, segments=())
 
 EXPECTED = {
     "text": "so, café and & so 1 <b> --> 2 the end\n",
     "srt": """\
 1
-00:00:00,064 --> 00:00:29,824
+00:00:00,064 --> 00:00:07,064
 so, café and & so
 
 2
-01:00:00,000 --> 01:01:01,500
+01:00:00,000 --> 01:00:07,000
 1 <b> --> 2
 
 3
@@ -51,10 +57,10 @@ the end
     "vtt": """\
 WEBVTT
 
-00:00:00.064 --> 00:00:29.824
+00:00:00.064 --> 00:00:07.064
 so, café and &amp; so
 
-01:00:00.000 --> 01:01:01.500
+01:00:00.000 --> 01:00:07.000
 1 &lt;b&gt; --&gt; 2
 
 100:00:00.250 --> 100:00:01.000
@@ -86,6 +92,83 @@ def test_json_is_one_line_that_holds_everything():
     assert len(content["segments"]) == 4
 
 
+def test_what_a_terminal_would_obey_is_shown_instead():
+    """The start of a line cleared and written anew, in C0 and in C1, and the direction of writing reversed."""
+    talk = Transcript(name="a\x1b[2K.wav", segments=(segment(0.0, 1.0, "so\x1b[2K\x9b2K \u202efdp\x7f"),))
+    assert FORMATS["text"](talk) == "so\\x1b[2K\\x9b2K \\u202efdp\\x7f\n"
+    for form in FORMATS:
+        assert all(c.isprintable() or c == "\n" for c in FORMATS[form](talk)), form
+    content = json.loads(FORMATS["json"](talk))
+    assert (content["name"], content["text"]) == (talk.name, talk.text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "whole"),
+    [
+        (["good", "morning"], "good morning"),
+        (["今天", "天气很好"], "今天天气很好"),
+        (["今日は", "カメラ", "ｶﾒﾗ"], "今日はカメラｶﾒﾗ"),
+        (["他说：“好。”", "然后走了"], "他说：“好。”然后走了"),
+        (["안녕", "하세요"], "안녕 하세요"),
+        (["我用", "Python", "编程"], "我用 Python 编程"),
+        (["he said “yes”", "“no”, she said"], "he said “yes” “no”, she said"),
+    ],
+    ids=["english", "chinese", "japanese", "quotes", "korean", "mixed", "english-quotes"],
+)
+def test_passages_are_joined_as_the_script_wants(texts, whole):
+    assert Transcript(name="", segments=tuple(segment(0.0, 1.0, text) for text in ["", *texts])).text == whole
+
+
+SENTENCE = (
+    "the quick brown fox jumps over the lazy dog and then it goes home to sleep until "
+    "the morning comes and everything begins again from the start, as it always has"
+)
+
+
+def test_a_long_passage_is_cut_into_subtitles():
+    """159 columns in 11 s are 101 in 7 s, so two lines at a time; 80 of the 159 take 5.535 s."""
+    assert cues(SENTENCE, 10.0, 21.0) == [
+        Cue(10.0, 15.535, ("the quick brown fox jumps over the lazy", "dog and then it goes home to sleep until")),
+        Cue(15.535, 21.0, ("the morning comes and everything begins", "again from the start, as it always has")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("今天天气很好我们决定去公园。散步路上遇到朋友", ("今天天气很好我们决定去", "公园。散步路上遇到朋友")),
+        ("一二三四五六七八九十一。二三四五六七八九十一", ("一二三四五六七八九十一。", "二三四五六七八九十一")),
+    ],
+    ids=["in-the-middle", "no-line-begins-with-a-full-stop"],
+)
+def test_a_passage_without_spaces_is_cut_between_characters(text, lines):
+    """22 characters of two columns each."""
+    assert cues(text, 0.0, 4.4) == [Cue(0.0, 4.4, lines)]
+
+
+def columns(line: str) -> int:
+    return sum({"W": 2, "F": 2}.get(east_asian_width(c), not combining(c)) for c in line)
+
+
+@pytest.mark.parametrize("alphabet", ["abcdefg", "今天气。，「」ーゃ", "가나다", "x今é\u0301"])
+def test_subtitles_keep_to_the_limits_and_drop_nothing(alphabet):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.choice([1, 2, 5, 9, 60], size=rng.integers(1, 60))
+        text = " ".join("".join(rng.choice(list(alphabet), size=size)) for size in sizes)
+        start = round(rng.uniform(0, 1000), 3)
+        end = round(start + rng.choice([0.02, 0.5, 3, 10, 30]), 3)
+        found = cues(text, start, end)
+        lines = [line for cue in found for line in cue.lines]
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert max(map(columns, lines)) <= 42
+        assert {len(cue.lines) for cue in found} <= {1, 2}
+        times = [time for cue in found for time in (cue.start, cue.end)]
+        assert times == sorted(times)
+        assert (times[0], times[-1] <= end) == (start, True)
+        assert max(round(cue.end - cue.start, 3) for cue in found) <= 7
+
+
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
@@ -105,6 +188,8 @@ def test_files_are_named_after_the_recordings(tmp_path):
     assert output_files(["y.wav"], tmp_path, "text") == [tmp_path / "y.txt"]
     with pytest.raises(UserError, match=r"a/x\.flac and b/x\.mp3 would both go to .*x\.vtt"):
         output_files(["a/x.flac", "y.flac", "b/x.mp3"], tmp_path, "vtt")
+    with pytest.raises(UserError, match="longer than 255 bytes"):
+        output_files([f"{'x' * 251}.wav"], tmp_path, "json")
 
 
 # --- from recordings, with a model that only names what it was given -------------------------------------------------
@@ -212,16 +297,6 @@ def predict(flags, monkeypatch, capsys):
 
 
 @pytest.fixture
-def voiced(monkeypatch):
-    """The voice-activity network hears speech wherever there is sound."""
-
-    def told(samples, memory):
-        return torch.stack([frame.abs().max() > 0.05 for frame in samples.split(FRAME)]).float(), memory
-
-    monkeypatch.setattr("rwkv_speech.speech.segments.voice_activity", lambda: told)
-
-
-@pytest.fixture
 def long_file(world, tmp_path):
     """7 recordings with half a second of silence between any two."""
     parts = [part for path, _ in world.utterances[:7] for part in (soundfile.read(path)[0], np.zeros(8_000))]
@@ -229,7 +304,7 @@ def long_file(world, tmp_path):
     return tmp_path / "long.wav"
 
 
-def test_a_long_file_is_what_its_segments_are_one_by_one(voiced, world, flags, predict, long_file):
+def test_a_long_file_is_what_its_segments_are_one_by_one(world, flags, predict, long_file):
     found = list(cut([load_audio(long_file)], max_seconds=2.0))
     assert len(found) > 3
     adapter = next(flag for flag in flags if flag.startswith("--adapter=")).partition("=")[2]
@@ -266,7 +341,7 @@ def test_a_beam_search_tells_what_else_may_have_been_said(world, predict):
     assert scores[0] < 0
 
 
-def test_subtitles_of_one_file_go_to_standard_output(voiced, predict, long_file):
+def test_subtitles_of_one_file_go_to_standard_output(predict, long_file):
     status, out, _ = predict("--max_audio_s=2", "--format=vtt", "--file_path", long_file)
     assert status == 0
     assert out.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:0")
@@ -284,6 +359,28 @@ def test_a_file_for_each_in_output_dir(world, predict, tmp_path, caplog):
     assert "1 of 3 files" in last
     assert sorted(file.name for file in folder.iterdir()) == [f"{path.stem}.srt" for path in paths]
     assert (folder / f"{paths[0].stem}.srt").read_text().startswith("1\n00:00:00,000 --> 00:00:0")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_output_that_is_not_finite_is_one_line_in_every_form(world, predict, tmp_path, precision):
+    """Of weights that are spoilt, and of such as leave the range of fp16."""
+    weights = torch.load(world.model, weights_only=True)
+    weights["blocks.1.ffn.value.weight"][0] = math.nan if precision == "fp32" else 1e9
+    torch.save(weights, tmp_path / "model.pth")
+    flags = [f"--load_model={tmp_path / 'model.pth'}", f"--precision={precision}", "--beam=2"]
+    path = world.utterances[0][0]
+    for form in FORMATS:
+        status, out, err = predict(*flags, f"--format={form}", "--file_path", path)
+        assert (status, out) == (2, "")
+        (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+        assert "output is not finite" in line
+        assert "Traceback" not in err
+    manifest = world.folder / "train.jsonl"
+    status, out, err = predict("--op=eval", *flags, f"--data={manifest}", f"--proj_dir={tmp_path}", "--num_workers=0")
+    assert (status, out, "output is not finite" in err) == (2, "", True)
+    assert not (tmp_path / "eval/summary.json").exists()
+    written = "".join(file.read_text() for file in (tmp_path / "eval").rglob("*.json*"))
+    assert not re.search(r"\b(NaN|Infinity)\b", written)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 import os
 import re
+import resource
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from rwkv_speech import lm
 from rwkv_speech.lm.initialise import fresh_weights, official_sizes, random_weights
 from rwkv_speech.lm.weights import ModelSizes, WeightsError, expected_shapes, infer_sizes, read_weights
 
@@ -316,6 +319,58 @@ def test_truncated_at_any_length(tmp_path, kind):
             assert re.search("truncated|damaged", message_of(path)), length
 
 
+def repack(path: Path, compression: int, **more: bytes) -> Path:
+    """As any zip program packs what it has unpacked; `more` becomes further parts."""
+    again = path.with_name(f"again-{path.name}")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(again, "w", compression) as new:
+        for part in old.infolist():
+            new.writestr(part.filename, old.read(part))
+        for name, content in more.items():
+            new.writestr(f"{old.namelist()[0].partition('/')[0]}/data/{name}", content)
+    return again
+
+
+def test_packed_again_without_compression(tmp_path, tensors):
+    _, read = read_weights(repack(save(tensors, tmp_path / "model.pth"), zipfile.ZIP_STORED))
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_compressed(tmp_path, tensors):
+    path = save(tensors, tmp_path / "model.pth")
+    assert "is compressed" in message_of(repack(path, zipfile.ZIP_DEFLATED))
+    assert "is compressed" in message_of(repack(path, zipfile.ZIP_DEFLATED, bomb=bytes(100_000_000)))
+
+
+@pytest.mark.parametrize("of", [SIZES, SIZES7], ids=["rwkv6", "rwkv7"])
+def test_transposed_matrices_compute_the_same(tmp_path, of):
+    tensors = random_weights(of, seed=1)
+    turned = {name: x.mT.contiguous().mT if x.dim() > 1 else x for name, x in tensors.items()}
+    assert not turned["head.weight"].is_contiguous()
+    plain, other = (lm.load(save(x, tmp_path / f"{i}.pth")) for i, x in enumerate((tensors, turned)))
+    with torch.no_grad():
+        for ids in (torch.tensor([[5]]), torch.arange(40)[None]):
+            assert torch.equal(plain.logits(plain(ids)[0]), other.logits(other(ids)[0]))
+
+
+@pytest.mark.parametrize(
+    ("stranger", "message"),
+    [
+        ({"blocks.99999999.ln1.weight": torch.zeros(96)}, "with 5 layers; missing: .*unknown: blocks.99999999.ln1"),
+        ({f"blocks.{'9' * 5000}.ln1.weight": torch.zeros(96)}, "with 5 layers; missing: .*unknown: blocks.9999"),
+        ({"emb.weight": torch.zeros(1).expand(10**9, 96)}, "384,0.* by repetition"),
+        ({"blocks.0.ln1.weight": torch.zeros(96).to_sparse()}, "without numbers .blocks.0.ln1.weight"),
+        ({"blocks.0.ln1.weight": torch.empty(96, device="meta")}, "without numbers .blocks.0.ln1.weight"),
+        ({"blocks.0.ln1.weight": torch.zeros(96).to(torch.float8_e4m3fn)}, "holds torch.float8_e4m3fn"),
+    ],
+    ids=["layer-number", "longer-than-int", "stride-0", "sparse", "meta", "float8"],
+)
+def test_what_would_ask_for_all_memory_or_computes_nothing(tmp_path, tensors, stranger, message):
+    path = save(tensors | stranger, tmp_path / "model.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert re.search(message, message_of(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
 def test_text_with_the_name_of_a_model(tmp_path):
     """What a clone without its large files leaves."""
     path = tmp_path / "model.pth"
@@ -332,7 +387,9 @@ class Harmful:
 def test_objects_are_refused_and_run_nothing(tmp_path, monkeypatch, new_form):
     monkeypatch.setattr(Harmful, "target", tmp_path / "run", raising=False)
     torch.save({"emb.weight": Harmful()}, tmp_path / "model.pth", _use_new_zipfile_serialization=new_form)
-    assert "could run code" in message_of(tmp_path / "model.pth")
+    message = message_of(tmp_path / "model.pth")
+    assert "could run code" in message
+    assert "weights_only" not in message
     assert not (tmp_path / "run").exists()
 
 

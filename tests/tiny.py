@@ -4,7 +4,10 @@ The world is a random language model and encoder, and tones with letters for tra
 python tests/tiny.py FOLDER
 """
 
+import contextlib
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,12 @@ LETTERS = "abcdefghij"
 QUICK = ("--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3")
 
 
-def write_world(folder: Path, *, utterances: int = 24) -> list[str]:
+def write_world(folder: Path, *, utterances: int = 24, generation: int = 6) -> list[str]:
     """A model of 2 x 64, a WavLM of width 32 and a manifest in `folder`; the flags that name them.
 
     Utterance i is 0.5 to 1.2 s of tones, and its transcript a letter for each.
     """
-    sizes = official_sizes(n_layer=2, n_embd=64, vocab_size=257, head_size=32)
+    sizes = official_sizes(generation=generation, n_layer=2, n_embd=64, vocab_size=257, head_size=32)
     torch.save(random_weights(sizes, seed=1), folder / "model.pth")
     _write_encoder(folder / "encoder")
     rng = np.random.default_rng(0)
@@ -70,6 +73,31 @@ def _write_encoder(folder: Path) -> None:
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
 
 
+NO_FILES = ("fifo", "device", "socket", "folder", "loop", "nul", "overlong", "below-a-file", "not-utf8")
+
+
+def no_file(folder: Path, kind: str) -> Path:
+    """A path, by x.wav in a folder, to what is no file: one of NO_FILES."""
+    path = folder / "x.wav"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(folder):  # its path can't be long
+            made.bind(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    return {
+        "nul": folder / "x.wav\0y",
+        "overlong": folder / ("x" * 300 + "x.wav"),
+        "below-a-file": Path(__file__, "x.wav"),
+        "not-utf8": Path(os.fsdecode(os.fsencode(path) + b"\xff")),
+    }.get(kind, path)
+
+
 def do(op: str, world: Any, project: Path, *flags: str) -> int:
     """Runs an operation on `world.flags`; the later of two equal flags counts."""
     from rwkv_speech.ops import OPS
@@ -91,6 +119,25 @@ def missions(project: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]
 def last(project: Path) -> dict[str, Tensor]:
     """The tensors of the mission file of the last step."""
     return max(missions(project).values(), key=lambda file: file[1]["step"])[0]
+
+
+def losses(project: Path, run: int = 1) -> dict[int, float]:
+    """Step -> loss, as TensorBoard has them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(project / "tensorboard" / f"run-{run}"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+def at_door(monkeypatch: Any, capsys: Any, *flags: Any) -> tuple[int, Any]:
+    """The exit status of `train.py`, and what it printed."""
+    from train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    capsys.readouterr()
+    status = main()
+    return status, capsys.readouterr()
 
 
 if __name__ == "__main__":

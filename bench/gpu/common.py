@@ -21,10 +21,12 @@ from torch.autograd import DeviceType
 
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes
-from rwkv_speech.lm.language_model import Block
+from rwkv_speech.lm.language_model import Block, LanguageModel
 from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.rwkv7 import RWKV7
 
 _PLAIN_FORWARD = Block.forward
+GENERATIONS = {6: RWKV6, 7: RWKV7}
 
 
 @dataclass(frozen=True)
@@ -190,23 +192,23 @@ def profile(run: Run, call: Callable[[], object]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def random_language_model(run: Run, *, dtype: torch.dtype = torch.bfloat16) -> RWKV6:
+def random_language_model(run: Run, generation: int = 6) -> LanguageModel:
     """A 3B model of random weights, made on the device; activations and decays have healthy sizes."""
-    layers = 2 if run.warm else 32
-    sizes = run.size(official_sizes(n_layer=layers, n_embd=2560), official_sizes(n_layer=2, n_embd=64, vocab_size=300))
+    large, small = {"n_layer": 2 if run.warm else 32, "n_embd": 2560}, {"n_layer": 2, "n_embd": 64, "vocab_size": 300}
+    sizes = official_sizes(generation=generation, **run.size(large, small))
     with torch.device("meta"):
-        model = RWKV6(sizes)
-    model = model.to(dtype).to_empty(device=run.device)
+        model = GENERATIONS[generation](sizes)
+    model = model.to(torch.bfloat16).to_empty(device=run.device)
     torch.manual_seed(0)
     for name, x in model.named_parameters():
         last = name.rpartition(".")[2]
         if x.squeeze().dim() == 1:
-            x.uniform_(*((-7, 1.5) if last == "time_decay" else (0.1, 0.9)))
+            x.uniform_(*{"time_decay": (-7, 1.5), "w0": (-8, 4)}.get(last, (0.1, 0.9)))
         else:  # a matrix: (outputs, inputs), or (..., inputs, outputs) for the low-rank pairs
             x.normal_(0, x.shape[-1 if last == "weight" else -2] ** -0.5)
     for block in model.blocks:
-        block.att.time_state = nn.Parameter(block.att.time_state.float(), requires_grad=False)
-    return model
+        block.att.time_state = nn.Parameter(block.att.time_state.float())
+    return model.requires_grad_(False)
 
 
 def compile_blocks(run: Run, on: bool = True) -> None:

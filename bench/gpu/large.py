@@ -1,4 +1,4 @@
-"""The sizes that are used: a training step and decoding of a 3B model of random weights, and what may speed them up."""
+"""The sizes that are used: a training step and decoding of 3B models of random weights, and what may speed them up."""
 
 import re
 import shutil
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.common import (
+    GENERATIONS,
     Limits,
     Run,
     compile_blocks,
@@ -21,7 +22,7 @@ from bench.gpu.common import (
     random_language_model,
     relative_error,
 )
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.state import State
 
 WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
@@ -31,7 +32,28 @@ COMPILED = 5e-2  # a relative difference of bf16 logits that a change of their o
 
 
 def train(run: Run) -> None:
-    """A training step of 3B beside WavLM-large's form: time against its products, memory, what takes the time."""
+    """Training steps of 3B beside WavLM-large's form; of RWKV-7 time and memory alone."""
+    from rwkv_speech import SpeechRWKV
+
+    model = from_files(run)
+    samples = run.size(15 * 16000, 16000)
+    waveforms = [0.1 * torch.randn(samples) for _ in range(run.size(4, 2))]
+    texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(run.size(45, 5))) for i in range(len(waveforms))]
+    encoder, adapter = model.speech_encoder, model.adapter
+    study(run, model, waveforms, texts)
+    if run.warm:
+        return
+    del model  # room for the other one
+
+    def other_generation() -> None:
+        model = SpeechRWKV(random_language_model(run, 7), encoder, adapter)
+        Training(run, model, waveforms, texts).time_and_memory()
+
+    run.section("RWKV-7", other_generation)
+
+
+def from_files(run: Run) -> nn.Module:
+    """3B of random weights with its encoder, written to files and read."""
     from rwkv_speech import SpeechRWKV
 
     with TemporaryDirectory(dir=fast_folder(run)) as name:
@@ -46,47 +68,14 @@ def train(run: Run) -> None:
         )
         run.wait()
     run.record("3B and encoder read from files", seconds=round(time.perf_counter() - begin, 1))
-    samples = run.size(15 * 16000, 16000)
-    waveforms = [0.1 * torch.randn(samples) for _ in range(run.size(4, 2))]
-    texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(run.size(45, 5))) for i in range(len(waveforms))]
-    trained = [*model.trainable_state_dict().values()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    return model
 
-    def step() -> None:
-        model.loss(waveforms, texts).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    def measured(what: str, flops: float) -> None:
-        limits = Limits(run)
-        times = interleaved(run, {"step": step} | limits.things, rounds=1 if run.warm else run.size(8, 1))
-        spent, (peak, _) = medians(times)["step"], limits.of(times)
-        found = {"ms": round(spent * 1e3, 1), "tflop": round(flops / 1e12, 3), "peak tflop/s": round(peak / 1e12, 1)}
-        run.record(what, backend=run.backend, **found, **{"share of peak": round(flops / peak / spent, 3)})
-
-    def memory(grad_cp: int) -> None:
-        model.language_model.checkpointing = bool(grad_cp)
-        step()
-        if not run.dry:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = 0 if run.dry else torch.cuda.max_memory_allocated()
-        model.language_model.checkpointing = False
-        said = readme_memory(run)[grad_cp]
-        run.record(f"memory, grad_cp={grad_cp}", gb=round(peak / 1e9, 2), **{"README's table": said})
-
-    step()
-    with FlopCounterMode(display=False) as counter:
-        model.loss(waveforms, texts).backward()
-    flops = counter.get_total_flops()
-    optimizer.zero_grad()
-    what = f"training step, 3B, {len(waveforms)} x {samples / 16000:g} s"
-    run.section(what, lambda: measured(what, flops))
-    run.section("memory, grad_cp=0", lambda: memory(0))
-    run.section("memory, grad_cp=1", lambda: memory(1))
-    run.section("profile of a step", lambda: run.record("profile of a step", **profile(run, step)))
+def study(run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str]) -> None:
+    """Time against a step's products, memory, what takes the time, and what compiled blocks change."""
+    training = Training(run, model, waveforms, texts)
+    training.time_and_memory()
+    run.section("profile of a step", lambda: run.record("profile of a step", **profile(run, training.step)))
     run.section("transcribe", lambda: real_time_factor(run, model, waveforms[0]))
 
     def compiled() -> None:
@@ -94,9 +83,59 @@ def train(run: Run) -> None:
         compile_blocks(run)
         off = relative_error(model.loss(waveforms, texts), loss)
         run.record("compiled blocks agree", ok=off <= COMPILED, detail=True, error=off)
-        measured(f"{what}, compiled blocks", flops)
+        training.time(f"{training.what}, compiled blocks")
 
     run.section("compiled blocks", compiled)
+    compile_blocks(run, False)
+
+
+class Training:
+    """Training steps on one batch."""
+
+    def __init__(self, run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str]) -> None:
+        self.run, self.model, self.waveforms, self.texts = run, model, waveforms, texts
+        self.trained = [*model.trainable_state_dict().values()]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.generation = model.language_model.generation
+        size = f"3B, {len(waveforms)} x {len(waveforms[0]) / 16000:g} s"
+        self.what = f"RWKV-{self.generation}, training step, {size}"
+        self.step()
+        with FlopCounterMode(display=False) as counter:
+            model.loss(waveforms, texts).backward()
+        self.flops = counter.get_total_flops()
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.model.loss(self.waveforms, self.texts).backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def time_and_memory(self) -> None:
+        self.run.section(self.what, lambda: self.time(self.what))
+        for grad_cp in (0, 1):
+            self.run.section(f"{self.what}, memory", lambda: self.memory(grad_cp))  # noqa: B023
+
+    def time(self, what: str) -> None:
+        run, limits = self.run, Limits(self.run)
+        times = interleaved(run, {"step": self.step} | limits.things, rounds=1 if run.warm else run.size(8, 1))
+        spent, (peak, _) = medians(times)["step"], limits.of(times)
+        found = {"ms": round(spent * 1e3, 1), "tflop": round(self.flops / 1e12, 3)}
+        found |= {"peak tflop/s": round(peak / 1e12, 1), "share of peak": round(self.flops / peak / spent, 3)}
+        run.record(what, backend=run.backend, **found)
+
+    def memory(self, grad_cp: int) -> None:
+        run, language_model = self.run, self.model.language_model
+        language_model.checkpointing = bool(grad_cp)
+        self.step()
+        if not run.dry:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.step()
+        peak = 0 if run.dry else torch.cuda.max_memory_allocated()
+        language_model.checkpointing = False
+        found = {"gb": round(peak / 1e9, 2), "README's table": readme_memory(run, self.generation)[grad_cp]}
+        run.record(f"RWKV-{self.generation}, memory, grad_cp={grad_cp}", **found)
 
 
 def real_time_factor(run: Run, model: nn.Module, waveform: Tensor) -> None:
@@ -116,23 +155,30 @@ def real_time_factor(run: Run, model: nn.Module, waveform: Tensor) -> None:
 
 
 def decode(run: Run) -> None:
-    """Tokens a second, plain and with the remedies, against reading the weights once a token."""
-    model = random_language_model(run)
+    """Tokens a second, plain and with the remedies (of RWKV-7 without compiling), against reading the weights once."""
+    for generation in GENERATIONS:
+        if generation == 6 or not run.warm:
+            decode_generation(run, generation)
+
+
+def decode_generation(run: Run, generation: int) -> None:
+    model = random_language_model(run, generation)
     limits = Limits(run)
     weights = sum(x.nbytes for name, x in model.named_parameters() if name != "emb.weight")
     with torch.inference_mode():
-        for batch in run.size((1, 16, 64), (1, 2)):
-            run.section(f"batch {batch}", lambda: decode_batch(run, model, limits, batch, weights))  # noqa: B023
+        for batch in run.size((1, 16, 64) if generation == 6 else (1, 16), (1, 2)):
+            run.section(f"RWKV-{generation}, batch {batch}", lambda: decode_batch(run, model, limits, batch, weights))  # noqa: B023
         compile_blocks(run, False)
         decoding = Decoding(run, model, 1)
         decoding.steps(2)
-        run.section("profile", lambda: run.record("profile of 5 tokens", **profile(run, lambda: decoding.steps(5))))
+        what = f"RWKV-{generation}, profile of 5 tokens"
+        run.section(what, lambda: run.record(what, **profile(run, lambda: decoding.steps(5))))
 
 
 class Decoding:
     """Greedy decoding of a batch with all that a step reads and writes in the same memory: what a graph needs."""
 
-    def __init__(self, run: Run, model: RWKV6, batch: int) -> None:
+    def __init__(self, run: Run, model: LanguageModel, batch: int) -> None:
         self.run, self.model = run, model
         generator = torch.Generator().manual_seed(batch)
         prompt = torch.randint(1, model.sizes.vocab_size, (batch, 4), generator=generator).to(run.device)
@@ -181,8 +227,8 @@ def copy(source: State, target: State) -> None:
             there.copy_(here)
 
 
-def decode_batch(run: Run, model: RWKV6, limits: Limits, batch: int, weights: int) -> None:
-    count = run.size(TOKENS, 3)
+def decode_batch(run: Run, model: LanguageModel, limits: Limits, batch: int, weights: int) -> None:
+    count, name = run.size(TOKENS, 3), f"RWKV-{model.generation}, batch {batch}"
     compile_blocks(run, False)
     plain, graph, fused = (Decoding(run, model, batch) for _ in range(3))
     want = torch.cat(plain.steps(count), 1)
@@ -190,7 +236,7 @@ def decode_batch(run: Run, model: RWKV6, limits: Limits, batch: int, weights: in
     graph.capture()
     graph.restart()
     equal = torch.equal(torch.cat(graph.steps(count), 1), want)
-    run.record(f"batch {batch}, graph: tokens as plain", ok=equal, detail=equal)
+    run.record(f"{name}, graph: tokens as plain", ok=equal, detail=equal)
     things["graph"] = graph
 
     def fuse() -> None:
@@ -199,11 +245,12 @@ def decode_batch(run: Run, model: RWKV6, limits: Limits, batch: int, weights: in
         compile_blocks(run)
         fused.steps(1)
         off = relative_error(fused.logits, plain.logits)
-        run.record(f"batch {batch}, compiled blocks: logits as plain", ok=off <= COMPILED, detail=True, error=off)
+        run.record(f"{name}, compiled blocks: logits as plain", ok=off <= COMPILED, detail=True, error=off)
         fused.capture()
         things["graph, compiled"] = fused
 
-    run.section(f"batch {batch}, compiled blocks", fuse)
+    if model.generation == 6:
+        run.section(f"{name}, compiled blocks", fuse)
     compile_blocks(run, False)
     if run.dry:  # no graph has kept the compiled form
         things.pop("graph, compiled", None)
@@ -214,7 +261,7 @@ def decode_batch(run: Run, model: RWKV6, limits: Limits, batch: int, weights: in
     spent = {name: seconds / count for name, seconds in medians(times).items() if name in things}
     found = {f"{name}, tokens/s": round(batch / seconds, 1) for name, seconds in spent.items()}
     found |= {f"share of reading the weights, {name}": round(weights / memory / s, 3) for name, s in spent.items()}
-    run.record(f"decoding, 3B, batch {batch}", **found)
+    run.record(f"{name}, decoding, 3B", **found)
 
 
 def fast_folder(run: Run) -> Path:
@@ -238,9 +285,8 @@ def write_encoder(run: Run, folder: Path) -> None:
     transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
 
 
-def readme_memory(run: Run) -> tuple[str, str]:
+def readme_memory(run: Run, generation: int) -> tuple[str, str]:
     """What README's table says of 3B: without and with grad_cp."""
-    found = re.search(
-        r"^\| RWKV-6 3B \|.*\| ([\d.]+ GB), ([\d.]+ GB) \|$", (run.program / "README.md").read_text(), re.M
-    )
+    row, readme = {6: "6 3B", 7: "7 2.9B"}[generation], (run.program / "README.md").read_text()
+    found = re.search(rf"^\| RWKV-{row} \|.*\| ([\d.]+ GB), ([\d.]+ GB) \|$", readme, re.M)
     return found.groups() if found else ("no such row", "no such row")

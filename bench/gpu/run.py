@@ -12,6 +12,7 @@ TRAINING = (*SPEECH, "tensorboard", "matplotlib")
 PARTS = {
     "build": ("build", "build", ()),
     "operator": ("operators", "check", ()),
+    "operator7": ("operators", "check7", ()),
     "sanitizer": ("operators", "sanitize", ()),
     "whole": ("whole", "compare", SPEECH),
     "training": ("commands", "train", TRAINING),

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rwkv_speech import SpeechRWKV
-from rwkv_speech.trained import newest_mission_file, write_mission_file
+from rwkv_speech.trained import best_mission_file, write_mission_file
 
 
 def write_untrained(args: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def write_untrained(args: argparse.Namespace) -> None:
 
 def results(args: argparse.Namespace) -> Table:
     """Word error rates before and after, and what was trained and what not."""
-    folder, mission = args.folder, newest_mission_file(args.folder)
+    folder, (mission, _) = args.folder, best_mission_file(args.folder)
     model = SpeechRWKV.from_pretrained(args.load_model, encoder=args.encoder, adapter=mission)
     table = Table(title="Synthetic speech; sentences that no part has met before", title_justify="left")
     table.add_column()

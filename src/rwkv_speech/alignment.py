@@ -14,6 +14,12 @@ from torch.utils.checkpoint import checkpoint
 SCALE = 12.0  # cosines lie within one of zero; so scaled they can give a token a probability near one
 BLANK = 1  # token of the byte 0, which no transcript holds
 ROWS = 256  # positions whose logits over the whole vocabulary are held at once
+SMALLEST_NORM = 1e-8  # of an embedding; one of zeros has a cosine of zero
+
+
+def fits(tokens: Tensor, positions: int) -> bool:
+    """Whether CTC can align 1-D tokens to so many positions: each needs one, and equal neighbours a blank between."""
+    return len(tokens) + int((tokens[1:] == tokens[:-1]).sum()) <= positions
 
 
 def alignment_loss_sum(audio_embeds: Tensor, lengths: Tensor, tokens: Sequence[Tensor], embeddings: Tensor) -> Tensor:
@@ -22,7 +28,7 @@ def alignment_loss_sum(audio_embeds: Tensor, lengths: Tensor, tokens: Sequence[T
     Args:
         audio_embeds: (B, G, C), the adapter's outputs.
         lengths: (B,) int64 on the CPU, the valid positions of each.
-        tokens: of each transcript, 1-D int64 on the CPU. One that doesn't fit into its positions counts for nothing.
+        tokens: of each transcript, 1-D int64 on the CPU. One that doesn't fit into its positions adds nothing.
         embeddings: (V, C), frozen.
     """
     device = audio_embeds.device
@@ -30,7 +36,7 @@ def alignment_loss_sum(audio_embeds: Tensor, lengths: Tensor, tokens: Sequence[T
     classes = torch.unique(torch.cat([torch.tensor([BLANK]), *tokens]))
     targets, blank = torch.searchsorted(classes, torch.cat(list(tokens))), int(torch.searchsorted(classes, BLANK))
     classes = classes.to(device)
-    norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32).clamp(min=SMALLEST_NORM)
     parts = [
         checkpoint(_class_logits, rows, classes, embeddings, norms, use_reentrant=False) for rows in flat.split(ROWS)
     ]

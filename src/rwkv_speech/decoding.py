@@ -268,7 +268,7 @@ def _candidates(
         tokens = order.gather(-1, place)
         values = log_probs.gather(-1, tokens)
     candidates = list(zip(values.tolist(), tokens.tolist(), strict=True))
-    _check_finite(row[0] for row, _ in candidates)
+    _check_finite(value for row, _ in candidates for value in row)
     return candidates
 
 

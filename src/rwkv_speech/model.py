@@ -7,8 +7,7 @@ which holds it and knows how to train it.
 """
 
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,23 @@ from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, du
 from rwkv_speech.speech.augmentation import apply_masks
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
-from rwkv_speech.trained import MissionFile, TrainedTensor, check_fit, read_mission_file, trained_tensors
+from rwkv_speech.speech.hub import encoder_folder
+from rwkv_speech.speech.identity import encoder_digest
+from rwkv_speech.trained import (
+    MissionFile,
+    TrainedTensor,
+    check_fit,
+    chosen_encoder,
+    read_mission_file,
+    read_states,
+    trained_tensors,
+)
 from rwkv_speech.transcription import Alternative, Transcript, transcripts
-
-log = logging.getLogger("rwkv_speech")
 
 DEFAULT_ENCODER = "microsoft/wavlm-large"
 DOWNSAMPLE_K = 5
 ADAPTER_HIDDEN = 2048
+MAX_AUDIO_S = 30.0
 
 
 class SpeechRWKV(nn.Module):
@@ -48,6 +56,7 @@ class SpeechRWKV(nn.Module):
 
     mission: what is asked of the model, one of `rwkv_speech.missions`.
     labels: the texts that an answer is chosen from, where the mission chooses.
+    trained_audio_s: the longest recording that it was trained on, in seconds, where its mission file says so.
     renderer: makes sequences of samples.
     """
 
@@ -65,6 +74,7 @@ class SpeechRWKV(nn.Module):
         self.adapter = adapter
         self.mission = get_mission(mission)
         self.labels: list[str] | None = None
+        self.trained_audio_s: float | None = None
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.renderer = Renderer(
             self.tokenizer, frame_count=speech_encoder.frame_count, group_count=adapter.group_count
@@ -78,7 +88,8 @@ class SpeechRWKV(nn.Module):
         load_model: str | Path,
         *,
         encoder: str | None = None,
-        adapter: str | Path | None = None,
+        adapter: str | Path | MissionFile | None = None,
+        load_state: str | Path | None = None,
         mission: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -91,8 +102,9 @@ class SpeechRWKV(nn.Module):
         Args:
             load_model: an RWKV-6 or RWKV-7 weight file, .pth or .safetensors.
             encoder: a Hugging Face name or folder; None is the one that the mission file names, or WavLM-large.
-            adapter: a mission file; None starts from torch's initialisation of the adapter and the model's own
-                initial state (zero, unless its file holds one).
+            adapter: a mission file, or what was read of one; None starts from torch's initialisation of the adapter and
+                the model's own initial state (zero, unless its file holds one).
+            load_state: a file of initial states alone, as RWKV-PEFT writes it; they replace those of `adapter`.
             mission: what is asked of the model; None is what the mission file names, or "transcribe".
             device: where to compute.
             dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
@@ -103,16 +115,12 @@ class SpeechRWKV(nn.Module):
         Raises:
             UserError: a file or encoder that can't be read, or parts that don't fit each other.
         """
-        file = read_mission_file(adapter) if adapter is not None else None
+        file = adapter if isinstance(adapter, MissionFile | None) else read_mission_file(adapter)
         info = file.info if file else {}
-        named = info.get("encoder")
-        if encoder and named and encoder != named:
-            log.warning("%s was trained with the encoder %s, not %s", file.path, named, encoder)
+        encoder = (chosen_encoder(file, encoder) if file else encoder) or DEFAULT_ENCODER
         language_model = lm.load(load_model, device=device, dtype=dtype)
         with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
-            speech_encoder = load_encoder(
-                encoder or named or DEFAULT_ENCODER, device=device, dtype=language_model.dtype
-            )
+            speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)
         if file:
             check_fit(file, language_model, speech_encoder, downsample_k, adapter_hidden)
             downsample_k, adapter_hidden = file.inputs // speech_encoder.width, file.hidden
@@ -125,8 +133,11 @@ class SpeechRWKV(nn.Module):
         mission = mission or info.get("mission") or "transcribe"
         model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
         if file:
-            model.load_mission_file(file)
+            model.load_trained(file.tensors)
             model.labels = info.get("labels") if mission == info.get("mission") else None
+            model.trained_audio_s = file.trained_audio_s
+        if load_state is not None:
+            model.load_trained(read_states(load_state, language_model.sizes))
         return model
 
     @property
@@ -146,10 +157,12 @@ class SpeechRWKV(nn.Module):
     def describe(self, **more: Any) -> dict[str, Any]:
         """What a reader of a mission file must know beside its weights, and `more`."""
         sizes = self.language_model.sizes
+        folder = encoder_folder(self.speech_encoder.name)
         return {
             "mission": self.mission.name,
             **({"labels": self.labels} if self.labels else {}),
             "encoder": self.speech_encoder.name,
+            **({"encoder_digest": encoder_digest(folder)} if folder else {}),
             "encoder_width": self.speech_encoder.width,
             "downsample_k": self.adapter.downsample_k,
             "adapter_hidden": self.adapter.layers[0].out_features,
@@ -162,10 +175,11 @@ class SpeechRWKV(nn.Module):
         } | more
 
     @torch.no_grad()
-    def load_mission_file(self, file: MissionFile) -> None:
-        """Takes over the trained tensors of a mission file that fits."""
-        for name, parameter in self.trainable_state_dict().items():
-            parameter.copy_(file.tensors[name])
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over tensors, of shapes that fit, under their names in a mission file."""
+        parameters = self.trainable_state_dict()
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
 
     # From samples to hidden vectors
 
@@ -270,7 +284,7 @@ class SpeechRWKV(nn.Module):
         audio: Sequence[str | Path | Tensor],
         *,
         batch_size: int = 8,
-        max_audio_s: float = 30.0,
+        max_audio_s: float | None = None,
         prompt: str | None = None,
         **search: Any,
     ) -> list[str]:
@@ -279,7 +293,8 @@ class SpeechRWKV(nn.Module):
         Args:
             audio: paths, or 1-D float arrays at 16 kHz.
             batch_size: how many are decoded together; recordings of like length share a batch.
-            max_audio_s: longer recordings are cut in pauses, as `segments.cut` does, and decoded piece by piece.
+            max_audio_s: longer recordings are cut in pauses, as `segments.cut` does, and decoded piece by piece; None:
+                see `longest_piece`.
             prompt: typed text before each recording, where the mission has that.
             search: fields of `rwkv_speech.options.DecodingOptions`: `beam=4`, `max_new_tokens=100`, ...
 
@@ -308,7 +323,7 @@ class SpeechRWKV(nn.Module):
         audio: Iterable[str | Path | Tensor],
         *,
         batch_size: int = 8,
-        max_audio_s: float = 30.0,
+        max_audio_s: float | None = None,
         options: DecodingOptions = DecodingOptions(),
         prompt: str | None = None,
     ) -> Iterator[Transcript | AudioError]:
@@ -326,11 +341,25 @@ class SpeechRWKV(nn.Module):
             rows = (Row(str(next(number)), None, waveform, prompt=prompt) for waveform in waveforms)
             samples = [self.mission.sample(row) for row in rows]
             results = self.decode(self.prepare(samples).to(self.device), options)
-            return [self._alternatives(result) for result in results]
+            return [self.alternatives(result) for result in results]
 
-        return transcripts(audio, decode_waveforms, batch_size=batch_size, max_seconds=max_audio_s)
+        return transcripts(
+            audio,
+            decode_waveforms,
+            batch_size=batch_size,
+            max_seconds=self.longest_piece(max_audio_s),
+            cut_longer=self.mission.cut,
+        )
 
-    def _alternatives(self, result: DecodingResult) -> list[Alternative]:
+    def longest_piece(self, asked: float | None = None) -> float:
+        """Seconds of audio that are decoded in one go: those asked for, else the longest that it was trained on, or 30
+        where that isn't known. Where longer audio is not cut, 30 at least.
+
+        Of audio that is much longer than what it was trained on, a model says the beginning and loses the rest.
+        """
+        return asked or max(1.0 if self.mission.cut else MAX_AUDIO_S, self.trained_audio_s or MAX_AUDIO_S)
+
+    def alternatives(self, result: DecodingResult) -> list[Alternative]:
         """Best first, each text once: several rows of tokens may spell the same."""
         found: dict[str, Alternative] = {}
         for x in (result, *result.alternatives):

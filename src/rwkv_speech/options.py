@@ -87,6 +87,9 @@ class ModelOptions:
     adapter: str | None = flag(
         None, "mission file to train on from, or that eval and predict use (default: the newest in proj_dir)"
     )
+    load_state: str | None = flag(
+        None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
+    )
     mission: str | None = flag(
         None,
         "what is asked of the model: transcribe, translate, answer, label, describe (default: what the rows name, else "
@@ -112,10 +115,10 @@ class ModelOptions:
 class DataOptions:
     """Where samples come from, and how they are read."""
 
-    data: str = flag("librispeech", "librispeech, a JSON-lines manifest, a folder, or a Hugging Face dataset")
+    data: str = flag("librispeech", "librispeech, a manifest or table, a folder, or a Hugging Face dataset")
     data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout")
     train_split: str | None = flag(
-        None, "split to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
+        None, "split or file to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
     )
     valid_split: str | None = flag(
         None, "split to validate on while training, joined by + (default: no validation)", resume_ignored=True
@@ -125,8 +128,8 @@ class DataOptions:
         "splits to evaluate, joined by +, a row each (default for LibriSpeech: test-clean+test-other)",
         resume_ignored=True,
     )
-    audio_column: str | None = flag(None, "column of the audio in a Hugging Face dataset (default: guessed)")
-    text_column: str | None = flag(None, "column of the transcript in a Hugging Face dataset (default: guessed)")
+    audio_column: str | None = flag(None, "column of the audio in a dataset, table or manifest (default: guessed)")
+    text_column: str | None = flag(None, "column of the transcript in a dataset, table or manifest (default: guessed)")
     download: bool = flag(False, "fetch the LibriSpeech splits that data_dir lacks")
     on_bad_audio: str = flag(
         "stop",
@@ -218,6 +221,11 @@ class TrainingOptions:
         progress = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
         return ((self.lr_final or self.lr_init) / self.lr_init) ** min(1.0, progress)
 
+    def largest_lr(self, steps: int, total: int) -> float:
+        """The largest learning rate of the first `steps` of `total`: where the warm-up ends, or that of the last."""
+        last = steps - 1
+        return self.lr_init * max(self.lr_factor(step, total) for step in (min(self.warmup_steps, last), last))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
@@ -301,14 +309,21 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    log_every: float = flag(
+        30.0, "seconds between lines of progress in a log; a terminal has bars", type=seconds, resume_ignored=True
+    )
     eval_bsz: int = flag(8, "utterances decoded together", type=positive, resume_ignored=True)
     perturb: bool = flag(
         False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB", resume_ignored=True
     )
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped", resume_ignored=True)
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
-    max_audio_s: float = flag(
-        30.0, "predict: seconds; longer audio is cut in pauses of speech and joined again", resume_ignored=True
+    max_audio_s: float | None = flag(
+        None,
+        "eval, predict: seconds; longer audio is cut in pauses of speech and joined again (default: the longest that "
+        "the mission file was trained on, or 30)",
+        type=float,
+        resume_ignored=True,
     )
     format: str = flag(
         "text",
@@ -348,7 +363,7 @@ class Options:
             raise UserError("--op score needs --records: one or more files that evaluation left in eval/")
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
-        if not 1 <= self.max_audio_s < math.inf:
+        if self.max_audio_s is not None and not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
         if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
             changer = "--speed_perturb" if self.training.speed_perturb else "--noise_dir"

@@ -10,9 +10,12 @@ tensors.
 
 import io
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import PARTIAL, writing
 from rwkv_speech.lm.language_model import LanguageModel
+from rwkv_speech.lm.weights import DTYPES, ModelSizes, WeightsError, read_tensors
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
+from rwkv_speech.speech.hub import encoder_folder
+from rwkv_speech.speech.identity import encoder_digest
+
+log = logging.getLogger("rwkv_speech")
 
 STATE = "language_model.blocks.{}.att.time_state"
 ADAPTER = "speech_encoder.adapter."
+_FILE = re.compile(r"rwkv-adapter-(\d+)(-avg\d+)?(?:-run(\d+)(?:-(\d+))?)?")
 _NAME = re.compile(r"language_model\.blocks\.\d+\.att\.time_state|speech_encoder\.adapter\.[02]\.(weight|bias)")
+_STATE_NAME = re.compile(r"blocks\.\d+\.att\.time_state")  # in a file of states alone, as RWKV-PEFT writes it
+# What is read of the JSON file, and its type.
+_INFO = {"mission": str, "answers": list, "encoder": str, "encoder_digest": str, "downsample_k": int, "generation": int}
 
 
 @dataclass(frozen=True)
@@ -106,26 +118,43 @@ class MissionFile:
         """Inputs of the adapter: K times the width of the encoder."""
         return self.tensors[f"{ADAPTER}0.weight"].shape[1]
 
+    @property
+    def trained_audio_s(self) -> float | None:
+        """The longest recording of its training, in seconds; None where the JSON file doesn't say.
+
+        Raises:
+            MissionFileError: it says something else.
+        """
+        seconds = self.info.get("trained_audio_s")
+        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
+            raise MissionFileError(
+                f"{self.path.with_suffix('.json')}: trained_audio_s is {seconds!r}, expected seconds; mend or remove it"
+            )
+        return seconds
+
 
 def read_mission_file(path: str | Path) -> MissionFile:
     """Reads a mission file, ours or one with only the published names.
 
     Raises:
-        MissionFileError: no such file, not a state dict of tensors, names missing or unknown, or inconsistent shapes.
+        MissionFileError: no such file, not a state dict of tensors, names missing or unknown, inconsistent shapes, or
+            numbers that are not finite.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise MissionFileError(f"mission file {path}: no such file")
+    beside = path.with_suffix(".json")
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises almost anything on a damaged file
+        info = beside.read_bytes() if beside.is_file() else None  # before the weights, which training removes first
+    except OSError as error:
+        raise MissionFileError(f"{beside}: cannot be read ({reason(error)})") from error
+    try:
+        tensors = read_tensors(path)
+    except WeightsError as error:
+        raise MissionFileError(f"mission file {path}: {error}") from None
+    if tensors and all(map(_STATE_NAME.fullmatch, tensors)):
         raise MissionFileError(
-            f"mission file {path}: cannot be read as a PyTorch weight file ({_line(error)})"
-        ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(x, Tensor) for name, x in tensors.items()
-    ):
-        raise MissionFileError(f"mission file {path}: expected a state dict of tensors")
+            f"mission file {path}: holds initial states without an adapter; name it by --load_state, beside the "
+            "--adapter that it goes with"
+        )
     unknown = [name for name in tensors if not _NAME.fullmatch(name)]
     n_layer = sum(name.startswith("language_model.") for name in tensors)
     names = [STATE.format(layer) for layer in range(max(n_layer, 1))]
@@ -137,7 +166,66 @@ def read_mission_file(path: str | Path) -> MissionFile:
         raise MissionFileError(f"mission file {path}: {'; '.join(problems)}")
     if problem := _inconsistency(tensors, n_layer):
         raise MissionFileError(f"mission file {path}: {problem}")
-    return MissionFile(path, tensors, _read_info(path.with_suffix(".json")))
+    return MissionFile(path, tensors, {} if info is None else _parse_info(beside, info))
+
+
+def read_states(path: str | Path, sizes: ModelSizes) -> dict[str, Tensor]:
+    """Reads a file of initial states alone, as RWKV-PEFT writes them, for a language model.
+
+    Returns:
+        The states (H, N, N), index [value, key], under their names in a mission file.
+
+    Raises:
+        MissionFileError: no such file, something else in it, or states of another model.
+    """
+    path = Path(path).expanduser()
+    try:
+        tensors = read_tensors(path)
+    except WeightsError as error:
+        raise MissionFileError(f"state file {path}: {error}") from None
+    shape = (sizes.n_head, sizes.head_size, sizes.head_size)
+    expected = {f"blocks.{layer}.att.time_state": shape for layer in range(sizes.n_layer)}
+    found = {name: tuple(x.shape) for name, x in tensors.items()}
+    if found != expected:
+        name = next(iter(found.keys() ^ expected.keys()), None) or next(n for n in found if found[n] != shape)
+        is_there = f"is {found[name]}" if name in found else "is missing"
+        raise MissionFileError(
+            f"state file {path}: {name} {is_there}; expected blocks.<layer>.att.time_state {shape} of "
+            f"{sizes.n_layer} layers, and nothing else"
+        )
+    if problem := _without_sense(tensors):
+        raise MissionFileError(f"state file {path}: {problem}")
+    return {f"language_model.{name}": x for name, x in tensors.items()}
+
+
+def chosen_encoder(file: MissionFile, asked: str | None) -> str | None:
+    """The encoder that goes with a mission file: the one asked for, else the one that it names, if it does.
+
+    The log says where they differ, and what an unasked name would fetch.
+
+    Raises:
+        MissionFileError: the file names a folder that is not here.
+    """
+    named, digest = file.info.get("encoder"), file.info.get("encoder_digest")
+    if not named:
+        return asked
+    if asked:
+        folder = encoder_folder(asked)
+        if named not in (asked, str(folder)) and not (folder and digest == encoder_digest(folder)):
+            log.warning("%s was trained with the encoder %s, not %s", file.path, named, asked)
+        return asked
+    try:
+        folder = encoder_folder(named)
+    except UserError:
+        raise MissionFileError(
+            f"mission file {file.path} was trained with the encoder {named}, which is no folder here: name it by "
+            "--encoder"
+        ) from None
+    if not folder:
+        log.info("%s asks for the encoder %s from the Hugging Face hub", file.path, named)
+    elif digest and digest != encoder_digest(folder):
+        log.warning("%s was trained with another encoder than the one that %s holds now", file.path, named)
+    return named
 
 
 def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -151,7 +239,7 @@ def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(dict(info), indent=2) + "\n")
+            beside.write_text(json.dumps(dict(info), indent=2, allow_nan=False) + "\n")
             weights.write_bytes(content.getbuffer())
             os.replace(beside, path.with_suffix(".json"))
             os.replace(weights, path)
@@ -161,7 +249,10 @@ def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[
 
 
 def newest_mission_file(folder: Path) -> Path:
-    """The mission file written last.
+    """The mission file that training in a folder has come to, whatever times its files have: a copy has new ones.
+
+    In this order: of the run that began last, by the JSON beside it (without that, before all that have it); of its
+    highest step; of the files of that step the mean (`-avg<N>`), which is written last.
 
     Raises:
         MissionFileError: the folder holds none.
@@ -171,7 +262,59 @@ def newest_mission_file(folder: Path) -> Path:
         raise MissionFileError(
             f"{folder} holds no mission file (rwkv-adapter-*.pth): train first, or name one by --adapter"
         )
-    return max(files, key=lambda path: path.stat().st_mtime_ns)
+    return max(files, key=_age)
+
+
+def best_mission_file(folder: Path) -> tuple[Path, str]:
+    """The best of the newest run by its validation, else the newest mission file; and which of these it is.
+
+    Raises:
+        MissionFileError: the folder holds none.
+    """
+    newest = newest_mission_file(folder)
+    run = _info_beside(newest).get("run")
+    scored = []  # step, path, name of the score, score
+    for path in folder.glob("rwkv-adapter-*.pth") if run else ():
+        info = _info_beside(path)
+        step, name = info.get("step"), str(info.get("best_by"))
+        if info.get("run") == run and type(step) is int and type(info.get(name)) in (int, float):
+            scored.append((step, path, name, info[name]))
+    if not scored:
+        return newest, "the newest"
+    _, path, name, score = max(scored)  # each of them was better than all before it
+    which = f"the best of its run by validation ({name} {score:.4g})"
+    return path, which if path == newest else f"{which}; the newest is {newest.name}"
+
+
+def read_best_mission_file(folder: Path) -> tuple[MissionFile, str]:
+    """`best_mission_file`, read; also while training beside it writes better ones and removes this one.
+
+    Raises:
+        MissionFileError: the folder holds none, or it can't be read.
+    """
+    while True:
+        path, which = best_mission_file(folder)
+        try:
+            return read_mission_file(path), which
+        except MissionFileError:
+            if path.exists():
+                raise
+
+
+def _age(path: Path) -> tuple[str, int, bool, int, int, str]:
+    """What orders mission files from the oldest to the newest."""
+    began = str(_info_beside(path).get("run_began", ""))
+    found = _FILE.fullmatch(path.stem)
+    step, mean, run, copy = found.groups() if found else (None,) * 4
+    return began, int(step or -1), mean is not None, int(run or 0), int(copy or 0), path.name
+
+
+def _info_beside(path: Path) -> dict[str, Any]:
+    """What the JSON file of a mission file holds; nothing where it can't be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        info = json.loads(path.with_suffix(".json").read_bytes())
+        return info if isinstance(info, dict) else {}
+    return {}
 
 
 def check_fit(
@@ -229,18 +372,30 @@ def _inconsistency(tensors: Mapping[str, Tensor], n_layer: int) -> str | None:
     if wrong:
         (name, shape), more = wrong[0], f", and {len(wrong) - 1} more like it" * (len(wrong) > 1)
         return f"{name} is {shape}, but by its other tensors should be {expected[name]}{more}"
-    strange = [(name, x.dtype) for name, x in tensors.items() if not x.is_floating_point()]
-    return f"{strange[0][0]} holds {strange[0][1]}, expected floating-point numbers" if strange else None
+    return _without_sense(tensors)
 
 
-def _read_info(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _without_sense(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which tensor holds what computes nothing, if one does; these files are small enough to look."""
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            return f"{name} holds {x.dtype}, expected floating-point numbers"
+        if not x.isfinite().all():
+            return f"{name} holds NaN or infinite numbers; take an earlier file"
+    return None
+
+
+def _parse_info(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise MissionFileError(f"{path}: cannot be read as JSON ({_line(error)}); mend or remove it") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        info = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise MissionFileError(f"{path}: cannot be read as JSON ({reason(error)}); mend or remove it") from error
+    if not isinstance(info, dict):
+        raise MissionFileError(f"{path}: holds a {type(info).__name__}, expected an object; mend or remove it")
+    for name, kind in _INFO.items():
+        value = info.get(name)
+        fits = value is None or type(value) is kind
+        if not fits or (kind is list and value and not all(isinstance(x, str) for x in value)):
+            what = "a list of texts" if kind is list else f"of type {kind.__name__}"
+            raise MissionFileError(f"{path}: {name} is {str(value)[:100]!r}, expected {what}; mend or remove it")
+    return info

@@ -4,17 +4,22 @@ All of it goes piece by piece, so that what is in memory is one batch of segment
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech.audio import AudioError, audio_blocks, check_waveform
+from rwkv_speech.files import UNPRINTABLE, printable
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, audio_blocks, check_waveform
+from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.segments import AudioSegment, cut
+from rwkv_speech.subtitles import Cue, cues, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,37 +55,47 @@ class Transcript:
 
     name: str
     """The recording's path, or whatever else it is called."""
+    seconds: float
+    """Length of the recording."""
     segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
-        return " ".join(segment.text for segment in self.segments if segment.text)
+        return joined(segment.text for segment in self.segments if segment.text)
+
+    @property
+    def empty(self) -> int:
+        """Segments in which there is speech, and for which the model has no text."""
+        return sum(not segment.text for segment in self.segments)
 
 
 DecodeFn = Callable[[Sequence[Tensor]], Sequence[Sequence[Alternative]]]
 
 
 def transcripts(
-    audio: Iterable[str | Path | Tensor],
+    audio: Iterable[str | Path | Recording | Tensor],
     decode: DecodeFn,
     *,
     batch_size: int,
     max_seconds: float,
+    cut_longer: bool = True,
 ) -> Iterator[Transcript | AudioError]:
     """The transcript of each recording, or what is wrong with it, in their order and as soon as it is complete.
 
     Args:
-        audio: paths, or 1-D float arrays at 16 kHz.
+        audio: paths, recordings, or 1-D float arrays at 16 kHz.
         decode: gives what is said in each waveform (samples,) of a batch, the best reading first.
         batch_size: segments in a batch; only the last has fewer.
         max_seconds: the longest segment; longer recordings are cut in pauses, see `segments.cut`.
+        cut_longer: without, each recording is one segment, whatever is in it, and longer ones are errors.
     """
     segments: list[Segment] = []
-    for piece in _decoded(_cut_all(audio, max_seconds), decode, batch_size):
+    longest = Longest(max_seconds, "are answered in one go")
+    for piece in _decoded(_cut_all(audio, longest, cut_longer), decode, batch_size):
         if isinstance(piece, Segment):
             segments.append(piece)
         else:
-            yield piece.error or Transcript(name=piece.name, segments=tuple(segments))
+            yield piece.error or Transcript(name=piece.name, seconds=piece.seconds, segments=tuple(segments))
             segments = []
 
 
@@ -89,19 +104,45 @@ class _End:
     """Of a recording."""
 
     name: str
+    seconds: float
     error: AudioError | None
 
 
-def _cut_all(audio: Iterable[str | Path | Tensor], max_seconds: float) -> Iterator[AudioSegment | _End]:
+def _cut_all(
+    audio: Iterable[str | Path | Recording | Tensor], longest: Longest, cut_longer: bool
+) -> Iterator[AudioSegment | _End]:
     for index, source in enumerate(audio):
-        is_path = isinstance(source, str | Path)
-        name = str(source) if is_path else f"audio {index}"
-        error = None
-        try:
-            yield from cut(audio_blocks(source) if is_path else [check_waveform(source, name)], max_seconds=max_seconds)
-        except AudioError as caught:
-            error = caught
-        yield _End(name, error)
+        is_encoded = isinstance(source, str | Path | Recording)
+        yield from _cut(source, str(source) if is_encoded else f"audio {index}", longest, cut_longer)
+
+
+def _cut(
+    source: str | Path | Recording | Tensor, name: str, longest: Longest, cut_longer: bool
+) -> Iterator[AudioSegment | _End]:
+    samples, error = 0, None
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal samples
+        for block in _blocks(source, name, None if cut_longer else longest):
+            samples += len(block)
+            yield block
+
+    try:
+        if cut_longer:
+            yield from cut(blocks(), max_seconds=longest.seconds)
+        else:
+            yield AudioSegment(0.0, torch.cat(list(blocks())))
+    except AudioError as caught:
+        error = caught
+    yield _End(name, samples / SAMPLE_RATE, error)
+
+
+def _blocks(source: str | Path | Recording | Tensor, name: str, longest: Longest | None) -> Iterable[Tensor]:
+    if isinstance(source, Recording):
+        return source.blocks(longest)
+    if isinstance(source, str | Path):
+        return audio_blocks(source, longest=longest)
+    return [check_waveform(source, name, longest)]
 
 
 def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size: int) -> Iterator[Segment | _End]:
@@ -148,23 +189,20 @@ def as_json(transcript: Transcript) -> str:
 
     segments = [asdict(segment, dict_factory=known) for segment in transcript.segments]
     content = {"name": transcript.name, "text": transcript.text, "segments": segments}
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
 
 def as_srt(transcript: Transcript) -> str:
     """SubRip: numbered cues with times like 00:01:02,345; segments without text have none."""
-    cues = [(_times(segment, ","), _line(segment.text)) for segment in transcript.segments if segment.text]
-    return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(cues, 1))
+    shown = [f"{_times(cue, ',')}\n" + "\n".join(cue.lines) for cue in _cues(transcript)]
+    return "\n".join(f"{number}\n{cue}\n" for number, cue in enumerate(shown, 1))
 
 
 def as_vtt(transcript: Transcript) -> str:
     """WebVTT (https://www.w3.org/TR/webvtt1/): times like 00:01:02.345, `&`, `<` and `>` escaped."""
-    cues = [
-        f"{_times(segment, '.')}\n{escape(_line(segment.text), quote=False)}\n"
-        for segment in transcript.segments
-        if segment.text
-    ]
-    return "\n".join(["WEBVTT\n", *cues])
+    shown = [f"{_times(cue, '.')}\n{escape(chr(10).join(cue.lines), quote=False)}\n" for cue in _cues(transcript)]
+    return "\n".join(["WEBVTT\n", *shown])
 
 
 FORMATS: dict[str, Callable[[Transcript], str]] = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
@@ -175,11 +213,13 @@ def output_files(recordings: Sequence[str | Path], folder: Path, format: str) ->
     """Where the transcript of each recording goes: into the folder, under the recording's name.
 
     Raises:
-        UserError: two recordings of one name.
+        UserError: two recordings of one name, or a name that gets too long.
     """
     taken: dict[Path, str | Path] = {}
     for recording in recordings:
         file = folder / f"{Path(recording).stem}{_SUFFIXES[format]}"
+        if len(os.fsencode(file.name)) > 255:
+            raise UserError(f"{recording}: the name of its transcript would be longer than 255 bytes: rename it")
         if file in taken:
             raise UserError(f"{taken[file]} and {recording} would both go to {file}: do them one by one, or rename one")
         taken[file] = recording
@@ -188,11 +228,15 @@ def output_files(recordings: Sequence[str | Path], folder: Path, format: str) ->
 
 def _line(text: str) -> str:
     """A line break would end the line that a text is, and an empty line would end a cue."""
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
-def _times(segment: Segment, point: str) -> str:
-    return f"{_clock(segment.start, point)} --> {_clock(segment.end, point)}"
+def _cues(transcript: Transcript) -> list[Cue]:
+    return [cue for passage in transcript.segments for cue in cues(_line(passage.text), passage.start, passage.end)]
+
+
+def _times(cue: Cue, point: str) -> str:
+    return f"{_clock(cue.start, point)} --> {_clock(cue.end, point)}"
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -1,4 +1,4 @@
-// Stands in for the part of the CUDA language that cuda/wkv6.cu uses, so that the same source runs on a CPU as C++.
+// Stands in for the part of the CUDA language that the kernels of cuda/ use, so that the same source runs on a CPU as C++.
 //
 // Every thread of a block is a fiber. Between two barriers (of the block or of a warp) the fibers run one after another
 // in random order, so that code which needs a barrier that is not there computes something else under some seed. In
@@ -66,6 +66,8 @@ template <typename T>
 void __stcg(T *to, const T &x) {
   *to = x;
 }
+
+inline float __fdividef(float x, float y) { return x / y; }
 
 struct Index {
   unsigned x;

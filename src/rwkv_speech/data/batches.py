@@ -6,25 +6,33 @@
 - What needs no weights is done in the loader's workers: decoding audio, augmentation, the encoder's features, tokens,
   labels, and the indices that put audio embeddings into their slots.
 - A sample that can't be used travels as a `BadSample` in its batch; the consumer of the batch hands it to `BadSamples`.
+- Batches come from the workers through pipes. Shared memory would take a descriptor for each tensor, and room in
+  /dev/shm, of which a container has little.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
+from rwkv_speech.alignment import fits
 from rwkv_speech.data.rendering import NO_LABEL, Rendered, Renderer
 from rwkv_speech.data.sample import BadSample, Row, Sample, SampleError
+from rwkv_speech.errors import UserError
 from rwkv_speech.lm.tokenizer import END_OF_TEXT
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, TooLongError
 from rwkv_speech.speech.augmentation import Masks, SpecAugment
 from rwkv_speech.speech.frame_cache import FrameCache
 from rwkv_speech.speech.recording import Recording
@@ -56,7 +64,8 @@ class Batch:
 
     names: ids of the samples.
     references: the texts of their last answers, and
-    answers: the tokens of those, without the end of text.
+    answers: the tokens of those, without the end of text, and
+    fits: whether CTC can align these to the positions of the sample's recordings.
     indices: places of their rows in the dataset.
     ids: (B, T) int64 token ids, padded with END_OF_TEXT; see `Rendered`.
     lengths: (B,) int64, positions of each.
@@ -74,13 +83,16 @@ class Batch:
     masks: SpecAugment's, (A, F) and (A, width), or None.
     seconds: length of the recordings of each sample.
     bad: samples that couldn't be used.
-    step_tokens: labels in all batches of its optimiser step in this process; `AccumulationLoader` counts them.
+    long: places of rows that were set apart, see `SpeechDataset`.
+    step_tokens, step_aligned: `tokens` and `aligned` of all batches of its optimiser step in this process;
+        `AccumulationLoader` counts them.
     epoch: of training, that it belongs to.
     """
 
     names: list[str]
     references: list[str]
     answers: list[Tensor]
+    fits: list[bool]
     indices: list[int]
     ids: Tensor
     lengths: Tensor
@@ -98,16 +110,30 @@ class Batch:
     masks: Masks | None
     seconds: list[float]
     bad: list[BadSample]
+    long: list[int]
     step_tokens: int = 0
+    step_aligned: int = 0
     epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With arrays for tensors, which would go through shared memory."""
+        return tree_map(lambda x: x.numpy() if isinstance(x, Tensor) else x, vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(tree_map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, state))
+
     @property
     def tokens(self) -> int:
         """Labels in this batch."""
         return len(self.labels)
+
+    @property
+    def aligned(self) -> int:
+        """Tokens of answers, with their ends of text, that CTC can align."""
+        return sum(len(answer) + 1 for answer, fit in zip(self.answers, self.fits, strict=True) if fit)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device; `audio` stays where the encoder will fetch it from."""
@@ -126,7 +152,14 @@ class Batch:
         return replace(self, **moved, masks=masks)
 
 
-class SpeechDataset(Dataset[Item | BadSample]):
+@dataclass(frozen=True, slots=True)
+class LongRow:
+    """A row whose recording is too long to be a sample as it is; index: its place in the dataset."""
+
+    index: int
+
+
+class SpeechDataset(Dataset[Item | BadSample | LongRow]):
     """Reads and renders rows when they are asked for; all of it runs in the loader's workers.
 
     rows: of one data source or several.
@@ -139,6 +172,8 @@ class SpeechDataset(Dataset[Item | BadSample]):
     filter: says why a sample with its waveforms' samples (before `transform`) can't be used, or None.
     spec_augment: draws masks.
     needs_answer: whether a sample without an answer to learn from is a bad one.
+    longest: a longer recording is not decoded beyond that, and makes a bad sample.
+    set_apart: it does not: its row is in `Batch.long`.
     """
 
     def __init__(
@@ -153,6 +188,8 @@ class SpeechDataset(Dataset[Item | BadSample]):
         filter: Callable[[Rendered, Sequence[int]], str | None] | None = None,
         spec_augment: SpecAugment | None = None,
         needs_answer: bool = False,
+        longest: Longest | None = None,
+        set_apart: bool = False,
     ) -> None:
         self.rows = rows
         self.sample_of = sample_of
@@ -160,16 +197,19 @@ class SpeechDataset(Dataset[Item | BadSample]):
         self.extract, self.cache = extract, cache
         self.transform, self.filter, self.spec_augment = transform, filter, spec_augment
         self.needs_answer = needs_answer
+        self.longest, self.set_apart = longest, set_apart
         self.epoch = 0  # of training; workers get to know it when an iteration starts
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Item | BadSample:
+    def __getitem__(self, index: int) -> Item | BadSample | LongRow:
         row = self.rows[index]
         try:
             return self.read(self.sample_of(row), index)
         except (AudioError, SampleError) as error:
+            if self.set_apart and isinstance(error, TooLongError):
+                return LongRow(index)
             return BadSample(row.id, str(row.audio) if isinstance(row.audio, Recording) else "an array", str(error))
 
     def read(self, sample: Sample, index: int) -> Item:
@@ -182,11 +222,11 @@ class SpeechDataset(Dataset[Item | BadSample]):
         if self.needs_answer and not sample.reference.strip():
             raise SampleError("text with no tokens")
         if self.cache is not None:
-            cached = [self.cache.read(x) for x in sample.audio]
+            cached = [self.cache.read(x, self.longest) for x in sample.audio]
             audio, samples = [x for x, _ in cached], [n for _, n in cached]
             rendered = self._rendered(sample, samples)
         else:
-            waveforms = [x.waveform() if isinstance(x, Recording) else x for x in sample.audio]
+            waveforms = [x.waveform(self.longest) if isinstance(x, Recording) else x for x in sample.audio]
             samples = [len(x) for x in waveforms]
             rendered = self._rendered(sample, samples)
             if self.transform is not None:
@@ -212,7 +252,7 @@ def _draw(sample: Sample, recording: int) -> str:
 
 
 class Collate:
-    """Puts items together in the order in which they come, the bad samples apart.
+    """Puts items together in the order in which they come, bad samples and long rows apart.
 
     group_count: as the renderer's.
     is_frames: whether items hold cached frames.
@@ -222,12 +262,13 @@ class Collate:
         self.group_count = group_count
         self.is_frames = is_frames
 
-    def __call__(self, items: Sequence[Item | BadSample]) -> Batch:
+    def __call__(self, items: Sequence[Item | BadSample | LongRow]) -> Batch:
         good = [item for item in items if isinstance(item, Item)]
         rendered = [item.rendered for item in good]
         ids = _padded([r.ids for r in rendered], END_OF_TEXT)
         labels = _padded([r.labels for r in rendered], NO_LABEL).flatten()
         label_slots = (labels != NO_LABEL).nonzero()[:, 0]
+        answers = [r.ids[r.prompt_length :] for r in rendered]
         frames = [n for r in rendered for n in r.frames]
         groups = [self.group_count(n) for n in frames]
         per_recording = max(groups, default=0)
@@ -236,7 +277,10 @@ class Collate:
         return Batch(
             names=[item.id for item in good],
             references=[item.reference for item in good],
-            answers=[r.ids[r.prompt_length :] for r in rendered],
+            answers=answers,
+            fits=[
+                fits(answer, sum(map(self.group_count, r.frames))) for answer, r in zip(answers, rendered, strict=True)
+            ],
             indices=[item.index for item in good],
             ids=ids,
             label_slots=label_slots,
@@ -256,6 +300,7 @@ class Collate:
             else None,
             seconds=[sum(item.samples) / SAMPLE_RATE for item in good],
             bad=[item for item in items if isinstance(item, BadSample)],
+            long=[item.index for item in items if isinstance(item, LongRow)],
         )
 
 
@@ -365,6 +410,27 @@ def load_batches(dataset: SpeechDataset, batches: Sampler[list[int]], *, num_wor
     )
 
 
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal: [\w ]+|exited unexpectedly)")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around the use of loaders. The death of a worker, which torch raises wherever this process is, becomes one line.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := _DEAD_WORKER.search(str(error))):
+            raise
+        raise UserError(
+            f"a process that reads audio {found[1]}; it may have had too little memory: "
+            "lower --num_workers, or --num_workers 0 reads in the main process"
+        ) from error
+
+
 class AccumulationLoader:
     """A process's batches in groups of one optimiser step, whose labels are counted together.
 
@@ -404,6 +470,7 @@ class AccumulationLoader:
         while group := list(islice(batches, self.accumulate)):
             for batch in group:
                 batch.epoch, batch.step_tokens = epoch, sum(b.tokens for b in group)
+                batch.step_aligned = sum(b.aligned for b in group)
                 self.given += 1
                 yield batch
 

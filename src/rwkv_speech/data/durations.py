@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkv_speech.data.sample import Row
 from rwkv_speech.files import write_whole
+from rwkv_speech.progress import Progress
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.recording import Recording
 
@@ -24,12 +24,13 @@ _THREADS = 8  # what they wait for is the disk, or the network behind it
 _PIECE = 256  # utterances to a task
 
 
-def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> np.ndarray:
+def read_durations(rows: Sequence[Row], cache: Path, *, log_every: float = 30.0, first: bool = True) -> np.ndarray:
     """Lengths in seconds: from the source where it gives them, else from `cache`, else from the file's header.
 
     cache: a JSON file of lengths by the stamps of their files (see `file_stamp`), so that a file that was written to
         is read again. It is made where it is absent or can't be read, and added to; it holds the lengths of other
         utterances, too.
+    log_every: see `Progress`.
     first: whether this is, of a run's processes, the one that writes the cache and shows progress.
 
     Returns:
@@ -37,8 +38,9 @@ def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> n
         sample.
     """
     known: dict[str, float] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(cache.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, AttributeError):
+        content = json.loads(cache.read_text(encoding="utf-8")).items()
+        known = {stamp: x for stamp, x in content if isinstance(x, float) and 0 < x < math.inf}
     found: dict[str, float] = {}
     seconds = np.zeros(len(rows))
 
@@ -50,10 +52,11 @@ def read_durations(rows: Sequence[Row], cache: Path, *, first: bool = True) -> n
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        with _progress(visible=first) as progress:
-            task = progress.add_task("lengths of recordings", total=len(rows))
+        with Progress(
+            "lengths of recordings", len(rows), "recordings", log_every=log_every, visible=first, transient=True
+        ) as progress:
             for done in pool.map(read, range(0, len(rows), _PIECE)):
-                progress.advance(task, done)
+                progress.advance(done)
     finally:  # an interrupted run has not read for nothing
         pool.shutdown(cancel_futures=True)
         if found and first:
@@ -76,8 +79,3 @@ def _seconds(recording: Recording, known: dict[str, float], found: dict[str, flo
     if stamp is not None:
         found[stamp] = seconds
     return seconds
-
-
-def _progress(*, visible: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not visible)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Container, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_speech.data.columns import OPTIONAL, TEXT
 from rwkv_speech.data.sample import Row
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, reason
 from rwkv_speech.speech.audio import AudioError
 from rwkv_speech.speech.identity import file_stamp
 from rwkv_speech.speech.recording import Recording
@@ -20,19 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rwkv_speech")
 
-# What the columns are called in known datasets; the first one present is taken.
+# The first one present is taken.
 AUDIO_COLUMNS = ("audio", "speech")
-TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "translation", "normalized_text")
-OPTIONAL_COLUMNS = {
-    "id": ("id", "utterance_id"),
-    "duration": ("duration",),  # s
-    "speaker": ("speaker_id", "speaker", "client_id"),
-    "language": ("language", "locale"),
-    "mission": ("mission",),
-    "target_language": ("target_language",),
-    "answers": ("answers",),  # a list of texts
-    "prompt": ("prompt",),
-}
+TEXT_COLUMNS = tuple(itertools.chain(*TEXT))
 
 LIBRISPEECH = "openslr/librispeech_asr"
 LIBRISPEECH_SPLITS = {
@@ -54,12 +48,14 @@ class DatasetRow:
     column: name of the audio column.
     index: row number.
     name: what messages call it.
+    embedded: whether all rows of the dataset hold their bytes; others may point to files.
     """
 
     rows: datasets.Dataset
     column: str
     index: int
     name: str
+    embedded: bool
 
     def __str__(self) -> str:
         return self.name
@@ -70,24 +66,36 @@ class DatasetRow:
         Raises:
             AudioError: the row holds neither.
         """
-        cell = self.rows[self.index][self.column] or {}
+        try:
+            cell = self.rows[self.index][self.column] or {}
+        except Exception as error:  # damaged files make a dozen kinds
+            raise AudioError(f"{self.name}: the row can't be read ({reason(error)})") from error
         if (source := cell.get("bytes") or cell.get("path")) is None:
             raise AudioError(f"{self.name}: the row holds no audio")
         return source
 
-    def stamp(self) -> str | None:
-        """Stands for the row as long as neither the dataset's files nor what was done to it change.
+    def stamp(self, *, strict: bool = True) -> str | None:
+        """That of the file which the row points to; else one that changes with the dataset's files and rows.
+
+        strict: as in `file_stamp`.
 
         Returns:
-            None where the dataset isn't made of files with stamps.
+            None where the file has none, or the dataset isn't made of files that have.
         """
-        files = _files_stamp(tuple(file["filename"] for file in self.rows.cache_files))
+        if not self.embedded:
+            try:
+                source = self.fetch()
+            except AudioError:
+                return None
+            if isinstance(source, str):
+                return file_stamp(Path(source), strict=strict)
+        files = _files_stamp(tuple(file["filename"] for file in self.rows.cache_files), strict)
         return f"{files} {self.rows._fingerprint} {self.column} {self.index}" if files else None
 
 
 @functools.lru_cache
-def _files_stamp(files: tuple[str, ...]) -> str | None:
-    stamps = [file_stamp(Path(file)) for file in files]
+def _files_stamp(files: tuple[str, ...], strict: bool) -> str | None:
+    stamps = [file_stamp(Path(file), strict=strict) for file in files]
     return None if None in stamps else " ".join(stamps)  # type: ignore[arg-type]
 
 
@@ -109,8 +117,9 @@ def read_dataset(
     Raises:
         UserError: no such dataset, split or column, or it can't be fetched.
     """
-    rows = _open(name, split)
-    return _utterances(rows, name=str(name), audio_column=audio_column, text_column=text_column)
+    with _reading(name, split):
+        rows = _open(name, split)
+        return _utterances(rows, name=str(name), audio_column=audio_column, text_column=text_column)
 
 
 def read_librispeech_from_hub(split: str) -> list[Row]:
@@ -122,32 +131,39 @@ def read_librispeech_from_hub(split: str) -> list[Row]:
     if (hub_split := LIBRISPEECH_SPLITS.get(split)) is None:
         raise UserError(f"LibriSpeech has no split {split!r}; there are {', '.join(LIBRISPEECH_SPLITS)}")
     # Without data_files, `datasets` fetches all of a configuration (60 GB) for any split of it.
-    rows = _open(LIBRISPEECH, hub_split, data_files={hub_split: f"all/{hub_split}/*.parquet"})
-    return _utterances(rows, name=LIBRISPEECH, audio_column="audio", text_column="text")
+    with _reading(LIBRISPEECH, hub_split):
+        rows = _open(LIBRISPEECH, hub_split, data_files={hub_split: f"all/{hub_split}/*.parquet"})
+        return _utterances(rows, name=LIBRISPEECH, audio_column="audio", text_column="text")
+
+
+@contextlib.contextmanager
+def _reading(name: str | Path, split: str | None) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen kinds: of `datasets`, pyarrow, the hub
+        where = f"split {split} of {name}" if split else name
+        why = reason(error.__cause__ or error)
+        raise UserError(f"can't read {where} as a Hugging Face dataset: {why}") from error
 
 
 def _open(name: str | Path, split: str | None, *, data_files: dict[str, str] | None = None) -> datasets.Dataset:
     import datasets  # takes a second or two, and most runs do without
 
     folder = Path(name)
-    try:
-        if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            path, _, configuration = (str(name), "", "") if folder.is_dir() else str(name).partition(":")
-            loaded = datasets.load_dataset(
-                path,
-                configuration or None,
-                split=split,
-                data_files=data_files,
-                # A part of the splits is no damage, though less than the dataset's card promises.
-                verification_mode="no_checks" if data_files else None,
-            )
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, ImportError) as error:
-        cause = error.__cause__ or error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        where = f"split {split} of {name}" if split else name
-        raise UserError(f"can't read {where} as a Hugging Face dataset: {reason}") from error
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(folder))
+    else:
+        path, _, configuration = (str(name), "", "") if folder.is_dir() else str(name).partition(":")
+        loaded = datasets.load_dataset(
+            path,
+            configuration or None,
+            split=split,
+            data_files=data_files,
+            # A part of the splits is no damage, though less than the dataset's card promises.
+            verification_mode="no_checks" if data_files else None,
+        )
     if isinstance(loaded, datasets.DatasetDict):
         if split is None and len(loaded) == 1:
             return next(iter(loaded.values()))
@@ -168,12 +184,16 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
     text_column = _column(rows.features, text_column, TEXT_COLUMNS, what="text", name=name, test=_is_text)
     logger.info("%s: audio from column %s, text from column %s", name, audio_column, text_column)
     optional = {}
-    for field, known in OPTIONAL_COLUMNS.items():
-        if (column := _first(known, rows.features)) is not None:
+    for field, known in OPTIONAL.items():
+        if (column := _first(known, rows.features)) not in (None, text_column):
             optional[field] = column
     rows = rows.with_format(None)
     recordings = rows.select_columns([audio_column]).cast_column(audio_column, datasets.Audio(decode=False))
+    embedded = all(piece.field("bytes").null_count == 0 for piece in recordings.data.column(audio_column).chunks)
     table = rows.select_columns(list({text_column, *optional.values()}))[:]
+    ids = [id for id in table[optional["id"]] if id is not None] if "id" in optional else []
+    if len(set(ids)) < len(ids):  # FLEURS: that of the sentence, which several people read
+        logger.info("%s: column %s names several recordings alike: they go by their rows", name, optional.pop("id"))
     where = f"{name} {rows.split}" if rows.split is not None else name
     utterances = []
     for index, text in enumerate(table[text_column]):
@@ -184,7 +204,7 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
                 id=_text_or_none(values.pop("id", None)) or label,
                 text=text or "",
                 audio=Recording(
-                    DatasetRow(recordings, audio_column, index, label),
+                    DatasetRow(recordings, audio_column, index, label, embedded),
                     duration=_seconds_or_none(values.pop("duration", None)),
                 ),
                 answers=_texts_or_none(values.pop("answers", None)),
@@ -240,4 +260,4 @@ def _texts_or_none(value: Any) -> tuple[str, ...] | None:
 
 
 def _seconds_or_none(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else None

@@ -7,16 +7,19 @@ A transcript file has one line per utterance, its id and its text; the audio fil
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from rwkv_speech.data.bad_samples import BadSamples
+from rwkv_speech.data.listing import AUDIO_SUFFIXES, entries, folders, is_hidden
 from rwkv_speech.data.sample import BadSample, Row
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, reason
+from rwkv_speech.files import printable, read_lines
 from rwkv_speech.speech.recording import Recording
 
 URL = "https://www.openslr.org/resources/12"
@@ -32,14 +35,11 @@ SPLITS = {  # SHA-256 of their archives, as torchaudio.datasets.LIBRISPEECH has 
 TRAIN_SPLIT = "train-clean-100+train-clean-360+train-other-500"  # 960 h
 EVAL_SPLITS = ("test-clean", "test-other")
 
-# Where one utterance lies there in several formats, the first of these is read.
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".oga", ".mp3", ".m4a", ".aac", ".webm")
-
 
 def has_layout(folder: Path) -> bool:
     """Whether there is a LibriSpeech transcript file below the folder, be it reached through links."""
     depths = range(5)  # from a chapter to what holds LibriSpeech/split/speaker/chapter
-    return any(next(folder.glob("*/" * depth + "*.trans.txt"), None) for depth in depths)
+    return any(_has_transcripts(folder, depth) for depth in depths)
 
 
 def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSamples | None = None) -> list[Row]:
@@ -48,32 +48,49 @@ def read_librispeech(folder: Path, *, split: str | None = None, bad_audio: BadSa
     folder: the folder that holds the splits, or a `LibriSpeech` folder that holds them, or one split
         (the speakers) itself.
     split: name of the split's folder; None where `folder` is one split.
-    bad_audio: with its policy "skip", transcripts without audio and audio without a transcript are noted
-        there; otherwise they are an error.
+    bad_audio: with its policy "skip", audio without a transcript and folders that can't be searched are noted there,
+        and a transcript without audio is a row whose recording is absent; otherwise these are an error.
 
     Raises:
         UserError: there is no such split, or transcripts and audio files don't match.
     """
+    skip = bad_audio is not None and bad_audio.policy == "skip"
     utterances: list[Row] = []
-    without_audio: list[BadSample] = []  # transcripts without audio
-    without_transcript: list[BadSample] = []  # audio without a transcript
-    for chapter in _chapters(_split_folder(folder, split)):
-        transcripts, audio = _read_chapter(chapter)
-        for id, text in transcripts:
-            if id in audio:
-                utterances.append(Row(id, text, Recording(audio[id]), speaker=id.split("-")[0]))
-            else:
-                without_audio.append(BadSample(id, str(chapter / f"{id}.flac"), "the transcript has no audio file"))
-        written = {id for id, _ in transcripts}
-        without_transcript += [
-            BadSample(id, str(path), "the audio file has no transcript")
-            for id, path in audio.items()
-            if id not in written
-        ]
-    if bad_audio is not None and bad_audio.policy == "skip":
-        bad_audio.add(without_audio + without_transcript)
-    elif without_audio or without_transcript:
-        raise UserError(_mismatch(folder, without_audio, without_transcript))
+    without_audio: list[str] = []  # ids of transcripts
+    without_transcript: list[BadSample] = []
+    unsearchable: list[BadSample] = []
+
+    def note(folder: Path, error: OSError) -> None:
+        reason = f"the folder can't be searched ({error.strerror})"
+        unsearchable.append(BadSample(folder.name, printable(folder), reason))
+
+    for speaker in folders(_split_folder(folder, split)):
+        for chapter in folders(speaker, note):
+            transcripts, audio = _read_chapter(chapter, note)
+            for id, text in transcripts:
+                if id not in audio:
+                    without_audio.append(id)
+                path = audio.get(id, chapter / f"{id}.flac")
+                utterances.append(Row(id, text, Recording(path), speaker=id.split("-")[0]))
+            written = {id for id, _ in transcripts}
+            without_transcript += [
+                BadSample(printable(id), printable(path), "the audio file has no transcript")
+                for id, path in audio.items()
+                if id not in written
+            ]
+    if skip:
+        bad_audio.add(unsearchable + without_transcript)
+    elif unsearchable or without_audio or without_transcript:
+        raise UserError(
+            _mismatch(
+                folder,
+                {
+                    "transcript lines without an audio file": without_audio,
+                    "audio files without a transcript line": [sample.id for sample in without_transcript],
+                    "folders that can't be searched": [sample.audio for sample in unsearchable],
+                },
+            )
+        )
     return utterances
 
 
@@ -104,13 +121,13 @@ def download(splits: Iterable[str], root: str | Path) -> None:
             archive.unlink()
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(
-                f"downloading LibriSpeech {split} into {root} failed ({_first_line(error)}); "
+                f"downloading LibriSpeech {split} into {root} failed ({reason(error)}); "
                 "start again, or fetch it by hand from https://www.openslr.org/12"
             ) from error
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"no such folder: {folder}")
     if split is None or (folder.name == split and _is_split(folder)):
         if _is_split(folder):
@@ -118,7 +135,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
         problem = "it holds no speaker/chapter folders with *.trans.txt files itself"
     else:
         for candidate in (folder / split, folder / "LibriSpeech" / split):
-            if candidate.is_dir():
+            if os.path.isdir(candidate):
                 return candidate
         problem = f"it has no split {split!r}"
     if _is_split(folder):
@@ -126,34 +143,27 @@ def _split_folder(folder: Path, split: str | None) -> Path:
             f"{folder}: {problem}, being one itself (speaker/chapter/*.trans.txt): "
             "name no split, or the folder's path instead of one"
         )
-    splits = sorted(
-        path.name for parent in (folder, folder / "LibriSpeech") for path in _folders(parent) if _is_split(path)
-    )
+    parents = [parent for parent in (folder, folder / "LibriSpeech") if parent.is_dir()]
+    splits = sorted(path.name for parent in parents for path in folders(parent) if _is_split(path))
     raise UserError(f"{folder}: {problem}; splits there: {', '.join(splits) or 'none'}")
 
 
 def _is_split(folder: Path) -> bool:
-    return next(folder.glob("*/*/*.trans.txt"), None) is not None
+    return _has_transcripts(folder, 2)
 
 
-def _folders(parent: Path) -> list[Path]:
-    if not parent.is_dir():
-        return []
-    return sorted(Path(entry.path) for entry in os.scandir(parent) if entry.is_dir())
+def _has_transcripts(folder: Path, depth: int) -> bool:
+    found = folder.glob("*/" * depth + "*.trans.txt")
+    return any(not any(map(is_hidden, path.relative_to(folder).parts)) for path in found)
 
 
-def _chapters(folder: Path) -> Iterator[Path]:
-    for speaker in _folders(folder):
-        yield from _folders(speaker)
-
-
-def _read_chapter(chapter: Path) -> tuple[list[tuple[str, str]], dict[str, Path]]:
+def _read_chapter(
+    chapter: Path, onerror: Callable[[Path, OSError], None]
+) -> tuple[list[tuple[str, str]], dict[str, Path]]:
     """The chapter's (id, text) in the order of the file, and its audio files by id."""
     transcripts: list[tuple[str, str]] = []
     audio: dict[str, Path] = {}
-    for path in sorted(chapter.iterdir()):
-        if path.name.startswith("."):  # macOS leaves "._name.flac" beside "name.flac"
-            continue
+    for path in (Path(entry.path) for entry in entries(chapter, onerror)):
         if path.name.endswith(".trans.txt"):
             transcripts += _read_transcripts(path)
         elif (suffix := path.suffix.lower()) in AUDIO_SUFFIXES:
@@ -163,27 +173,16 @@ def _read_chapter(chapter: Path) -> tuple[list[tuple[str, str]], dict[str, Path]
     return transcripts, audio
 
 
-def _read_transcripts(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as UTF-8 text ({error})") from error
-    for line in filter(str.strip, lines):
-        id, _, text = line.strip().partition(" ")
-        yield id, text.strip()
+def _read_transcripts(path: Path) -> list[tuple[str, str]]:
+    """Of each line its first word, which ends at a blank or a tab, and the rest."""
+    lines = (line.strip() for line in read_lines(path))
+    found = (re.fullmatch(r"([^ \t]+)[ \t]*(.*)", line, re.DOTALL) for line in lines if line)
+    return [(match[1], match[2]) for match in found]
 
 
-def _mismatch(folder: Path, without_audio: list[BadSample], without_transcript: list[BadSample]) -> str:
+def _mismatch(folder: Path, found: dict[str, list[str]]) -> str:
     parts = []
-    for samples, what in (
-        (without_audio, "transcript lines without an audio file"),
-        (without_transcript, "audio files without a transcript line"),
-    ):
-        if samples:
-            first = ", ".join(sample.id for sample in samples[:3]) + ", ..." * (len(samples) > 3)
-            parts.append(f"{what}: {len(samples)} ({first})")
+    for what, names in found.items():
+        if names:
+            parts.append(f"{what}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
     return f"{folder}: {', '.join(parts)}; complete the folder, or go on without them by --on_bad_audio skip"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,110 +1,93 @@
-"""Manifests: JSON lines, one utterance each, `{"audio": path, "text": string}`.
+"""Manifests: JSON lines, one utterance each, `{"audio": path, "text": string}`, or one array of such objects.
 
 Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`, `prompt`,
 `target_language` and `transcript` of what is translated, and `answers`: a list of texts, all of them right; `text` may
-then be left out, and is the first of them. NeMo's `audio_filepath` is accepted for `audio`; other keys are ignored, but
-for `offset`: segments of longer files aren't supported, and reading the whole file instead would train on wrong pairs.
+then be left out, and is the first of them. What else the keys may be called stands in `columns`, among it NeMo's
+`audio_filepath`. Other keys are ignored, but for `offset`: segments of longer files aren't supported, and reading the
+whole file instead would train on wrong pairs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import math
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
+from rwkv_speech.data.columns import find_columns, read_entries
 from rwkv_speech.data.sample import Row
 from rwkv_speech.errors import UserError
-from rwkv_speech.speech.recording import Recording
+from rwkv_speech.files import read_lines
 
 SUFFIXES = (".jsonl", ".json")
 
 
-def read_manifest(path: str | Path) -> list[Row]:
+def read_manifest(path: str | Path, *, audio_column: str | None = None, text_column: str | None = None) -> list[Row]:
     """Read a manifest in the order of its lines; without an `id`, an utterance goes by its path as written.
+
+    audio_column, text_column: keys of the path and the text; guessed when None.
 
     Raises:
         UserError: no such file, not UTF-8, or malformed lines: one error with the first ones' numbers and
             their count.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no such manifest: {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as UTF-8 text ({error})") from error
-    utterances, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            utterances.append(_parse(line, folder=path.parent))
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        count = f"{len(problems)} malformed line{'s' * (len(problems) > 1)}"
-        raise UserError(
-            f"{path}: {count} ({'; '.join(problems[:3])}{more}); "
-            'each line must be one object like {"audio": "a.flac", "text": "what is said"}'
-        )
-    return utterances
-
-
-def _parse(line: str, *, folder: Path) -> Row:
-    """Raises ValueError, with what is wrong as its message."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON, {error.msg} at column {error.colno}") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"a JSON {type(entry).__name__}, not an object")
-    if entry.get("offset") is not None:
-        raise ValueError("'offset' isn't supported, cut the segments into files of their own")
-    if "audio" in entry and "audio_filepath" in entry:
-        raise ValueError("both 'audio' and 'audio_filepath'")
-    audio = _string(entry, "audio_filepath" if "audio_filepath" in entry else "audio", required=True)
-    answers = _answers(entry)
-    text = _string(entry, "text", required=not answers)
-    if not audio:
-        raise ValueError("'audio' is empty")
-    return Row(
-        _string(entry, "id") or audio,
-        answers[0] if text is None else text,
-        Recording(folder / audio, duration=_duration(entry)),
-        speaker=_string(entry, "speaker"),
-        language=_string(entry, "language"),
-        mission=_string(entry, "mission"),
-        target_language=_string(entry, "target_language"),
-        transcript=_string(entry, "transcript"),
-        answers=answers,
-        prompt=_string(entry, "prompt"),
+    lines = read_lines(path)
+    array = _array(path, lines)
+    if array is None:
+        entries, parse = [(f"line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()], _from_line
+    else:
+        entries, parse = [(f"entry {n}", entry) for n, entry in enumerate(array, start=1)], _checked
+    return read_entries(
+        path,
+        entries,
+        parse,
+        columns=functools.partial(find_columns, audio=audio_column, text=text_column),
+        folder=path.parent,
+        expected='each line must be one object like {"audio": "a.flac", "text": "what is said"}',
     )
 
 
-def _string(entry: dict[str, Any], key: str, *, required: bool = False) -> str | None:
-    value = entry.get(key)
-    if value is None and not required:
+def _array(path: Path, lines: list[str]) -> list[Any] | None:
+    """The file as one JSON array; None where it is of lines that are JSON, each for itself."""
+    first = next(filter(str.strip, lines), "")
+    if not first.lstrip().startswith("["):
         return None
-    if not isinstance(value, str):
-        raise ValueError(f"no {key!r}" if key not in entry else f"{key!r} is {value!r}, not a string")
-    return value
-
-
-def _answers(entry: dict[str, Any]) -> tuple[str, ...] | None:
-    value = entry.get("answers")
-    if value is None:
+    try:
+        return _load("\n".join(lines))
+    except ValueError as error:
+        try:
+            _load(first)
+        except ValueError:
+            raise UserError(f"{path}: {error}; expected an array of objects, or one object to a line") from None
         return None
-    if not isinstance(value, list) or not value or not all(isinstance(answer, str) for answer in value):
-        raise ValueError(f"'answers' is {value!r}, not a list of strings")
-    return tuple(value)
 
 
-def _duration(entry: dict[str, Any]) -> float | None:
-    value = entry.get("duration")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"'duration' is {value!r}, not a number of seconds")
-    return float(value)
+def _from_line(line: str) -> dict[str, Any]:
+    return _checked(_load(line))
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """The entry, if it is one that can be read; raises ValueError, with what is wrong as its message."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"a JSON {type(entry).__name__}, not an object")
+    if (offset := entry.get("offset")) not in (None, 0) or isinstance(offset, bool):
+        raise ValueError(f"'offset' {reprlib.repr(offset)} isn't supported, cut the segments into files of their own")
+    return entry
+
+
+def _load(text: str) -> Any:
+    """Raises ValueError, in one line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON, {error.msg} at {line}column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except ValueError:  # the limit of Python for the digits of an integer
+        raise ValueError("a number of thousands of digits") from None

@@ -68,7 +68,8 @@ class Renderer:
             if message.role == "assistant":
                 answer = self.tokenizer.encode("".join(message.parts))
                 ids += answer
-                labels[-1:] = [*answer, END_OF_TEXT]
+                # A first answer has nothing before it that could be asked for its first token.
+                labels[-1:] = [*answer, END_OF_TEXT][not labels :]
                 if number + 1 < len(sample.messages):
                     ids.append(END_OF_TEXT)
                     labels.append(NO_LABEL)

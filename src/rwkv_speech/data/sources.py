@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from rwkv_speech.data import librispeech
+from rwkv_speech.data import librispeech, manifest, tables
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.hub import read_dataset, read_librispeech_from_hub
 from rwkv_speech.data.librispeech import read_librispeech
-from rwkv_speech.data.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.sample import Row
-from rwkv_speech.data.tables import has_table, read_audio_folder
+from rwkv_speech.data.tables import read_table
 from rwkv_speech.errors import UserError
 
 LIBRISPEECH = "librispeech"
+FILE_SUFFIXES = (*manifest.SUFFIXES, *tables.SUFFIXES)
 
 
 def load_split(
@@ -31,15 +32,15 @@ def load_split(
 ) -> list[Row]:
     """Find a split and list its utterances, always in the same order.
 
-    split: one name or several joined by "+". A name with a slash, or ending in .json or .jsonl, is a path,
-        and is read instead of `data` and `data_dir`. None or "" is all there is, where that isn't divided
-        into splits.
-    data: "librispeech", a manifest (*.jsonl, *.json), a local folder, or a Hugging Face name
+    split: one name or several joined by "+", see `split_names`. A name with a slash, or ending like a manifest or a
+        table, is a path, and is read instead of `data` and `data_dir`. None or "" is all there is, where that isn't
+        divided into splits.
+    data: "librispeech", a manifest (*.jsonl, *.json), a table (*.csv, *.tsv), a local folder, or a Hugging Face name
         (`owner/name[:configuration]`). "librispeech" alone comes from the Hugging Face Hub, split by split.
     data_dir: a local folder to read instead. It goes with `data="librispeech"` only.
-        A folder is read by what it holds: LibriSpeech's layout if there are *.trans.txt files, a table of
-        audio files if there is a metadata.csv or metadata.jsonl, and else a Hugging Face dataset.
-    audio_column, text_column: for Hugging Face datasets and tables; guessed when None.
+        A folder is read by what it holds: LibriSpeech's layout if there are *.trans.txt files, tables of
+        audio files if there are such (see `tables`), and else a Hugging Face dataset.
+    audio_column, text_column: for all but LibriSpeech's layout; guessed when None.
     lower_case: whether to lower-case transcripts; when None, those of LibriSpeech and its layout.
     download: first fetch the official LibriSpeech splits that `data_dir` lacks.
     bad_audio: see `read_librispeech`.
@@ -50,7 +51,7 @@ def load_split(
     """
     if data_dir is not None and data != LIBRISPEECH:
         raise UserError(f"--data {data} and --data_dir {data_dir} both say where the data is: give one of them")
-    parts = _parts(split)
+    parts = split_names(split, within=data_dir or data) if split else [None]
     if download:
         if data != LIBRISPEECH or data_dir is None or not split:
             raise UserError(
@@ -61,7 +62,7 @@ def load_split(
     utterances: list[Row] = []
     for part in parts:
         place, name = (part, None) if part is not None and _is_path(part) else (data_dir or data, part)
-        if place != data and not Path(place).expanduser().exists():
+        if place != data and not os.path.exists(os.path.expanduser(place)):
             raise UserError(f"no such file or folder: {place}")
         found, is_librispeech = _read(place, name, columns=columns, bad_audio=bad_audio)
         if not found:
@@ -74,42 +75,74 @@ def load_split(
     return utterances
 
 
-def _parts(split: str | None) -> list[str | None]:
-    if not split:
-        return [None]
-    if _is_path(split) and Path(split).expanduser().exists():  # a path may have a "+" in it
-        return [split]
-    parts = [part.strip() for part in split.split("+")]
-    if not all(parts):
-        raise UserError(f"split {split!r} has an empty name; expected one name, or several joined by '+'")
-    return list(parts)
+def split_names(asked: str, within: str = "") -> list[str]:
+    """The names that are joined by "+" in what was asked for.
+
+    A "+" may also be part of a name: what is there by the name as it stands, as a path or in the folder `within`, is
+    not taken apart.
+
+    Raises:
+        UserError: an empty name.
+    """
+    pieces, names = asked.split("+"), []
+    while pieces:
+        joined = ("+".join(pieces[:count]) for count in range(len(pieces), 1, -1))
+        name = next((name for name in joined if _is_there(name, within)), pieces[0])
+        del pieces[: name.count("+") + 1]
+        names.append(name if _is_there(name, within) else name.strip())
+    if not all(names):
+        raise UserError(
+            f"split {asked!r} has an empty name; expected one name, or several joined by '+'; "
+            "one that has a '+' in it must be there"
+        )
+    return names
+
+
+def _is_there(name: str, within: str) -> bool:
+    place = name if _is_path(name) else os.path.join(within, name)
+    return bool(name) and os.path.exists(os.path.expanduser(place))
 
 
 def _is_path(part: str) -> bool:
-    return "/" in part or part.endswith(MANIFEST_SUFFIXES)
+    return "/" in part or part.endswith(FILE_SUFFIXES)
 
 
 def _read(
     place: str, split: str | None, *, columns: dict[str, str | None], bad_audio: BadSamples | None
 ) -> tuple[list[Row], bool]:
     """The utterances, and whether they are LibriSpeech's or come in its layout."""
-    path = Path(place).expanduser()
-    if place != LIBRISPEECH and not place.endswith(MANIFEST_SUFFIXES):
-        if not path.is_dir():
+    path = Path(os.path.expanduser(place))
+    if place.endswith(FILE_SUFFIXES):
+        if split is not None:
+            raise UserError(f"{place} is a manifest, without splits: give a file as the split, not {split!r}")
+        return _read_file(path, **columns), False
+    if place != LIBRISPEECH:
+        if not os.path.isdir(path):
             if path.is_absolute() or place.startswith(".") or place.count("/") != 1:
                 raise UserError(f"no such folder: {place}; expected one, or owner/name of a Hugging Face dataset")
             return read_dataset(place, split=split, **columns), False
         if not librispeech.has_layout(path):
-            read = read_audio_folder if has_table(path) else read_dataset
-            return read(path, split=split, **columns), False
+            return _read_folder(path, split, **columns), False
     if any(columns.values()):
-        raise UserError(f"{place} has no columns: --audio_column and --text_column are for Hugging Face datasets")
-    if place.endswith(MANIFEST_SUFFIXES):
-        if split is not None:
-            raise UserError(f"{place} is a manifest, without splits: give a manifest as the split, not {split!r}")
-        return read_manifest(path), False
+        raise UserError(f"{place} has no columns: --audio_column and --text_column are for tables and datasets")
     if place != LIBRISPEECH:
         return read_librispeech(path, split=split, bad_audio=bad_audio), True
     if split is None:
         raise UserError(f"name a split of LibriSpeech, one of {', '.join(librispeech.SPLITS)}")
     return read_librispeech_from_hub(split), True
+
+
+def _read_file(path: Path, **columns: str | None) -> list[Row]:
+    read = read_table if path.name.endswith(tables.SUFFIXES) else read_manifest
+    return read(path, **columns)
+
+
+def _read_folder(folder: Path, split: str | None, **columns: str | None) -> list[Row]:
+    if table := tables.find_table(folder, split):
+        return _read_file(table, **columns)
+    if splits := tables.table_splits(folder):
+        problem = f"no split {split!r}" if split else "name a split"
+        raise UserError(f"{folder}: {problem}; there are {', '.join(splits)}")
+    if split and tables.find_table(folder, None):
+        raise UserError(f"{folder}: no split {split!r}; there are none, so name it without a split")
+    return read_dataset(folder, split=split, **columns)

@@ -13,6 +13,7 @@ from rwkv_speech.data.batches import Batch
 from rwkv_speech.data.sample import BadSample, Row
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.speech.audio import Longest
 from rwkv_speech.speech.frame_cache import FrameCache
 from rwkv_speech.speech.recording import Recording
 
@@ -37,12 +38,18 @@ class FillFrames(Callback):
     cache: opened, with the encoder of the run.
     rows: all that the run will read from it.
     bad_samples: takes those that can't be used.
+    longest: of these, recordings that are longer.
+    log_every: seconds between lines of progress.
     """
 
-    def __init__(self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples) -> None:
+    def __init__(
+        self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples, longest: Longest, *, log_every: float
+    ) -> None:
         self.cache = cache
         self.rows = rows
+        self.longest = longest
         self.bad_samples = bad_samples
+        self.log_every = log_every
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         ids = {str(row.audio): row.id for row in self.rows}
@@ -52,11 +59,13 @@ class FillFrames(Callback):
 
         self.cache.fill(
             [row.audio for row in self.rows],
+            longest=self.longest,
             device=trainer.strategy.root_device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,
             on_bad=on_bad,
+            log_every=self.log_every,
         )
 
 
@@ -66,10 +75,13 @@ class NonFiniteLosses:
     policy: "stop" ends the run, "skip" goes on as if the batch had no labels.
     path: JSON-lines file; each line the step, and the ids of one process's batch.
     model: whose weights are looked at: where they are spoilt, nothing can be skipped.
+
+    skipped: steps that had such a batch, and went on without it.
     """
 
     def __init__(self, policy: str, path: Path, model: SpeechRWKV) -> None:
         self.policy, self.path, self.model = policy, path, model
+        self.skipped: set[int] = set()
 
     def __call__(self, step: int, ids: list[str]) -> None:
         """All processes call it together, with the ids of those batches whose loss is none, else without.
@@ -89,3 +101,4 @@ class NonFiniteLosses:
         if self.policy == "stop":
             raise UserError(f"{what}; look at it, or go on without such batches by --on_nonfinite skip")
         log.warning("%s and skipped", what)
+        self.skipped.add(step)

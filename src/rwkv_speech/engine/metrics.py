@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import peak_memory
 from rwkv_speech.files import write_whole, writing
+from rwkv_speech.progress import hours
 from rwkv_speech.scoring import MetricKind
 
 log = logging.getLogger("rwkv_speech")
@@ -86,7 +88,7 @@ class Metrics(Callback):
         columns = (*COLUMNS, f"valid_{leading.name}")
         self.file, self.picture = MetricsFile(folder / "metrics.csv", run, columns), folder / "training.png"
         self.leading = leading
-        self.shown: dict[str, Any] = {}  # what the progress bar shows
+        self.latest: dict[str, float] = {}  # what was measured last
         self.drawn = -PICTURE_SECONDS
         self._reset()
 
@@ -143,7 +145,7 @@ class Metrics(Callback):
         """Writes a row of this step, wherever one looks for it."""
         if not trainer.is_global_zero:
             return
-        self.shown = {name: value for name, value in row.items() if name != "utt_per_s"}
+        self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row | {"epoch": trainer.current_epoch}, step=trainer.global_step)
         rounded = {name: float(f"{value:.8g}") for name, value in row.items()}
@@ -165,8 +167,8 @@ class Metrics(Callback):
             )  # fmt: skip
 
 
-class Bar(TQDMProgressBar):
-    """One line: what `Metrics` measured last, and the time left for the whole run."""
+class _Shown(Callback):
+    """What `Metrics` measured last, and the time left for the whole run."""
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__()
@@ -177,7 +179,7 @@ class Bar(TQDMProgressBar):
         self.begun, self.first_step = time.perf_counter(), trainer.global_step
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        shown = {name: f"{value:.3g}" for name, value in self.metrics.shown.items()}
+        shown = {name: f"{value:.3g}" for name, value in self.metrics.latest.items()}
         done = trainer.global_step - self.first_step
         if done and pl_module.total_steps:
             left = pl_module.total_steps - trainer.global_step
@@ -185,10 +187,32 @@ class Bar(TQDMProgressBar):
         return shown
 
 
-def hours(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+class Bar(_Shown, TQDMProgressBar):
+    """In a terminal: one line, which changes."""
+
+
+class Lines(_Shown):
+    """In a log: a line for the first step and the last, and every so many seconds between."""
+
+    def __init__(self, metrics: Metrics, every: float) -> None:
+        super().__init__(metrics)
+        self.every, self.said, self.said_step = every, math.inf, 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self.first_step + 1 or time.perf_counter() - self.said >= self.every:
+            self._say(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, pl_module)
+
+    def _say(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.global_step != self.said_step:
+            facts = ", ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+            log.info("step %d of %s: %s", trainer.global_step, module.total_steps, facts)
+        self.said, self.said_step = time.perf_counter(), trainer.global_step
 
 
 def draw(rows: Sequence[dict[str, float]], leading: MetricKind) -> bytes:

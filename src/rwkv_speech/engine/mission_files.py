@@ -1,7 +1,7 @@
 """The mission files of a run: when they are written, which are kept, and their mean."""
 
 import json
-import operator
+import math
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
@@ -13,11 +13,14 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from rwkv_speech.data.batches import Batch
-from rwkv_speech.engine.deepspeed import gathered
-from rwkv_speech.engine.runs import Run
-from rwkv_speech.errors import UserError
+from rwkv_speech.engine.machine import gather
+from rwkv_speech.engine.runs import Run, finite_weights
 from rwkv_speech.scoring import MetricKind
+from rwkv_speech.scoring.scores import defined
+from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.trained import read_mission_file, write_mission_file
+
+LOSS = MetricKind("train_loss", "training loss", higher_is_better=False)
 
 
 class MissionFiles(Callback):
@@ -33,6 +36,7 @@ class MissionFiles(Callback):
     epoch_save: epochs between files.
     save_steps: optimiser steps between files, 0 for none within an epoch.
     leading: the score that validation decides by; None without validation.
+    judged_by: what stands for the samples of validation: scores on others are not compared.
     average: how many of the latest to keep, for `write_mean`; 0 and 1: the latest.
     """
 
@@ -45,20 +49,25 @@ class MissionFiles(Callback):
         epoch_save: int,
         save_steps: int,
         leading: MetricKind | None = None,
+        judged_by: str = "",
         average: int = 0,
     ) -> None:
-        self.folder, self.run, self.info = folder, run, info | {"run": run.id}
+        self.folder, self.run, self.info = folder, run, info | {"run": run.id, "run_began": run.began}
         self.epoch_save, self.save_steps, self.leading, self.average = epoch_save, save_steps, leading, average
+        self.judged_by = judged_by
         self.written: list[str] = []  # names of the files that are there, oldest first
         self.best: tuple[float, str] | None = None
         self.loss_sum, self.tokens = 0.0, 0.0  # since the latest
-        self.saved_step, self.loss = 0, 0.0  # of the latest
+        self.longest = 0  # samples of a recording
+        self.saved_step, self.loss = 0, math.nan  # of the latest; nan where no step computed one
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("written", "best", "loss_sum", "tokens", "saved_step", "loss")
+        names = ("written", "best", "judged_by", "loss_sum", "tokens", "longest", "saved_step", "loss")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("judged_by") != self.judged_by:
+            state_dict = state_dict | {"best": None, "judged_by": self.judged_by}
         for name, value in state_dict.items():
             setattr(self, name, value)
 
@@ -71,6 +80,7 @@ class MissionFiles(Callback):
     ) -> None:
         self.loss_sum += outputs["stats"].loss_sum
         self.tokens += outputs["stats"].tokens
+        self.longest = max(self.longest, *batch.samples, 0)
         if self.save_steps and trainer.global_step % self.save_steps == 0:
             self.save(trainer, pl_module)
 
@@ -91,14 +101,13 @@ class MissionFiles(Callback):
         if step == self.saved_step and not scores:
             return
         if step != self.saved_step:
-            self.saved_step, self.loss = step, self.loss_sum / max(1.0, self.tokens)
+            self.saved_step, self.loss = step, self.loss_sum / self.tokens if self.tokens else math.nan
             self.loss_sum = self.tokens = 0.0
-        tensors = pl_module.model.trainable_state_dict()
-        info = self.info | {"step": step, "epoch": trainer.current_epoch, "train_loss": round(self.loss, 6)} | scores
-        with gathered(trainer, list(tensors.values())):
-            if not all(bool(x.isfinite().all()) for x in tensors.values()):
-                raise UserError(f"the weights after step {step} are not finite, and were not saved: start from the "
-                                "last mission file by --adapter, with a lower --lr_init")  # fmt: skip
+        self.longest = max(gather(self.longest))
+        self.info["trained_audio_s"] = self.longest / SAMPLE_RATE
+        measured = {name: defined(round(value, 6)) for name, value in ({"train_loss": self.loss} | scores).items()}
+        info = self.info | {"step": step, "epoch": trainer.current_epoch} | measured
+        with finite_weights(trainer, pl_module) as tensors:
             if trainer.is_global_zero:
                 self._write(str(step), tensors, info, scores.get(self.leading.name) if self.leading else self.loss)
 
@@ -115,10 +124,12 @@ class MissionFiles(Callback):
 
     def _write(self, step: str, tensors: Mapping[str, Tensor], info: dict[str, Any], score: float | None) -> None:
         path = self._path(step)
-        write_mission_file(path, tensors, info)
-        better = self.leading.better if self.leading else operator.lt
-        if score is not None and (self.best is None or better(score, self.best[0])):
+        kind = self.leading or LOSS
+        if score is not None and kind.better(score, self.best[0] if self.best else math.nan):
             self.best = (score, path.name)
+        if self.leading and self.best and self.best[1] == path.name:
+            info = info | {"best_by": self.leading.name}
+        write_mission_file(path, tensors, info)
         written = [name for name in self.written if name != path.name] + [path.name]
         keep = {*written[-max(1, self.average) :], *(self.best or ())[1:]}
         for name in written:

@@ -24,10 +24,11 @@ class StepStats(NamedTuple):
     """The language model's cross-entropy, over `tokens`; both 0 where it isn't computed."""
     tokens: float
     ctc_sum: float
-    """The auxiliary CTC loss before its weight, over `ctc_tokens`."""
+    """The auxiliary CTC loss before its weight, over `ctc_tokens`: of the answers that it can align."""
     ctc_tokens: float
     step_tokens: float
-    """Of the whole optimiser step."""
+    """Of the whole optimiser step, as"""
+    step_aligned: float
     utterances: float
     seconds: float
     nonfinite: float
@@ -76,8 +77,9 @@ class TrainingModule(pl.LightningModule):
             loss_sum=loss_sum if finite else 0.0,
             tokens=0 if text is None else batch.tokens,
             ctc_sum=ctc_sum if finite else 0.0,
-            ctc_tokens=0 if ctc is None else batch.tokens,
+            ctc_tokens=0 if ctc is None else batch.aligned,
             step_tokens=batch.step_tokens,
+            step_aligned=batch.step_aligned,
             utterances=len(batch),
             seconds=sum(batch.seconds),
             nonfinite=not finite,
@@ -91,7 +93,8 @@ class TrainingModule(pl.LightningModule):
             text = ctc = None
         total = torch.zeros((), device=self.device) if text is None else text
         if ctc is not None:
-            total = total + self.options.ctc_align * ctc
+            # A mean, like the other, but over the labels of the answers that it can align.
+            total = total + self.options.ctc_align * ctc * (stats.step_tokens / max(1.0, stats.step_aligned))
         if text is None:  # the other processes and the optimiser still expect all gradients
             total = total + sum(p.sum() for p in self.model.trainable_state_dict().values()) * 0.0
         # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.

@@ -1,12 +1,17 @@
 """What a run is about to do, in one table: sizes, parameters, data, memory."""
 
+import logging
+import math
+
 from rich.console import Console
 from rich.table import Table
 
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.metrics import MEASURED, WARM_UP
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.options import Options
+from rwkv_speech.options import Options, TrainingOptions
+
+log = logging.getLogger("rwkv_speech")
 
 # What a block of each generation keeps for the backward pass, in values per position and channel: counted by a test.
 BLOCK_VALUES = {6: 24, 7: 26}
@@ -38,13 +43,28 @@ def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> di
     }
 
 
-def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterances: int, seconds: float) -> None:
-    """Prints the table on standard error."""
+def show_run(
+    model: SpeechRWKV,
+    options: Options,
+    machine: Machine,
+    *,
+    utterances: int,
+    seconds: float,
+    steps_to_epoch: int,
+    steps_to_pass: int,
+) -> None:
+    """Prints the table on standard error, and warns of settings under which little or nothing can be learnt.
+
+    steps_to_epoch, steps_to_pass: optimiser steps, the latter to all of the data.
+    """
     sizes = model.language_model.sizes
     encoder, adapter = model.speech_encoder, model.adapter
     count = {kind: sum(p.numel() for p in model.parameters() if p.requires_grad == kind) for kind in (True, False)}
     memory = estimate_memory(model, options, machine)
     processes = machine.per_node * machine.num_nodes
+    training = options.training
+    total = steps_to_epoch * training.epoch_count
+    rate = f"learning rate up to {training.largest_lr(total, total):.3g}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     size = f"{sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}"
     table = Table(show_header=False)
@@ -60,7 +80,32 @@ def show_run(model: SpeechRWKV, options: Options, machine: Machine, *, utterance
         ("data", f"{utterances:,} utterances, {seconds / 3600:.2f} h"),
         ("processes", f"{processes} x {machine.accelerator.upper()}, {machine.precision}, strategy {machine.strategy}"),
         ("memory of each", f"about {sum(memory.values()) / 2**30:.2f} GiB at {POSITIONS} positions a sample: {parts}"),
+        ("steps", f"{total:,}, {steps_to_epoch:,} to an epoch; warm-up {training.warmup_steps:,}, {rate}"),
         ("time per epoch", f"known once {WARM_UP + MEASURED} steps are done"),
     ):
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False).print(table)  # paths may have brackets
+    if training.epoch_steps > steps_to_pass:
+        log.warning(
+            "--epoch_steps %d, but an epoch ends with its pass over the data, after %d: the run has %d steps; for %d "
+            "set --epoch_count %d",
+            *(training.epoch_steps, steps_to_pass, total, training.epoch_steps * training.epoch_count),
+            math.ceil(training.epoch_steps * training.epoch_count / steps_to_pass),
+        )
+    if training.ctc_align_steps >= total:
+        log.warning(
+            "--ctc_align_steps %d is all of the run's %d steps: the language model has no part, and its initial state "
+            "learns nothing; set a smaller one",
+            *(training.ctc_align_steps, total),
+        )
+    warn_of_warm_up(training, total, total)
+
+
+def warn_of_warm_up(training: TrainingOptions, steps: int, total: int) -> None:
+    """Says so where the first `steps` of `total` lie within the warm-up."""
+    if steps <= training.warmup_steps:
+        log.warning(
+            "%d steps lie within the warm-up of %d: the learning rate gets to %.3g, where --lr_init is %g: little is "
+            "learnt; set --warmup_steps to %d, say, or train for longer by --epoch_count",
+            *(steps, training.warmup_steps, training.largest_lr(steps, total), training.lr_init, steps // 10),
+        )

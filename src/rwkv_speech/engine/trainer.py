@@ -8,12 +8,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from rwkv_speech.data.batches import AccumulationLoader
+from rwkv_speech.data.batches import AccumulationLoader, reading
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, StopRequest, WholeFiles
@@ -25,9 +25,11 @@ log = logging.getLogger("rwkv_speech")
 
 
 def make_trainer(
-    options: Options, machine: Machine, run: Run, callbacks: list[Callback], stop: StopRequest
+    options: Options, machine: Machine, run: Run, callbacks: list[Callback], stop: StopRequest, data: dict[str, Any]
 ) -> pl.Trainer:
     """A Trainer that saves its resume point in the run's folder, every `save_steps` and at each epoch's end.
+
+    data: see `ResumePoints`.
 
     Raises:
         UserError: fp16 training without a GPU, a strategy that isn't there, or a logger that isn't installed.
@@ -50,13 +52,14 @@ def make_trainer(
         max_epochs=options.training.epoch_count,
         accumulate_grad_batches=options.training.accumulate_grad_batches,
         gradient_clip_val=options.training.grad_clip or None,
-        callbacks=[*callbacks, ResumePoints(run, save_steps=options.training.save_steps, stop=stop)],
+        callbacks=[*callbacks, ResumePoints(run, save_steps=options.training.save_steps, stop=stop, data=data)],
         plugins=plugins,
         default_root_dir=options.project,
         logger=_loggers(options, run),
         log_every_n_steps=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
     )
 
@@ -65,17 +68,19 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, batches: AccumulationLo
     """Trains to the end, or until asked to stop: then it logs how to go on, and gives False.
 
     Raises:
-        UserError: the disk is full, or what callbacks and the model raise.
+        UserError: the disk is full, a process that reads was killed, or what callbacks and the model raise.
     """
     try:
-        with writing(run.folder):
+        with writing(run.folder), reading():
             trainer.fit(module, batches, ckpt_path=run.resume_point, weights_only=True)
     except Interrupted as interrupted:
         log.info("%s", interrupted)
         return False
-    except BaseException:
+    except BaseException as error:
         if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
             launcher.kill(signal.SIGKILL)  # the other processes would wait for this one
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # of which Lightning made an exit with status 1
         raise
     return True
 

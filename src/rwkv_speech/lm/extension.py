@@ -1,7 +1,8 @@
 """Builds the C++ and CUDA sources of `cuda/` at first use and keeps the result.
 
-The build goes to torch's extension cache, under a name made of everything that the result depends on: the sources, the
-flags, torch, and the processor that `-march=native` compiles for (a home folder may be shared by different machines).
+The build goes to torch's extension cache, TORCH_EXTENSIONS_DIR or a folder of the user's, under a name made of
+everything that the result depends on: the sources, the flags, torch, and the processor that `-march=native` compiles
+for (a home folder may be shared by different machines). A library that is not as it was built is built again.
 """
 
 import fcntl
@@ -18,7 +19,10 @@ import torch
 
 log = logging.getLogger("rwkv_speech")
 
-SOURCES = Path(__file__).parents[3] / "cuda"
+# Of an installation they lie in the package, of a checkout beside src/.
+SOURCES = Path(__file__).parents[1] / "cuda"
+if not SOURCES.is_dir():
+    SOURCES = Path(__file__).parents[3] / "cuda"
 
 
 class BuildError(RuntimeError):
@@ -45,30 +49,42 @@ def load_cuda() -> None:
         BuildError: no nvcc, or the build failed.
     """
     architectures = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    _load("cuda", ["wkv6_cuda.cpp", "wkv6.cu"], ["-O3"], variant=str(architectures))
+    _load("cuda", ["wkv_cuda.cpp", "wkv6.cu", "wkv7.cu"], ["-O3"], variant=str(architectures))
 
 
 def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     from torch.utils import cpp_extension
 
+    if not SOURCES.is_dir():
+        raise BuildError(f"its sources are not in {SOURCES}")
     digest = hashlib.sha256(repr((torch.__version__, platform.python_version(), flags, variant)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     name = f"rwkv_speech_{kind}_{digest.hexdigest()[:12]}"
-    folder = Path(cpp_extension.get_default_build_root()) / name
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()).expanduser().resolve()
+    folder = root / name
     library, done = folder / f"{name}.so", folder / "done"
-    if not done.exists():
+    if not _is_whole(library, done):
         _check_tools(kind)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The kernel drops this lock with the process, unlike torch's own lock file, which a killed build leaves behind.
-        with open(folder / "build.lock", "w") as lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The kernel drops this lock with the process, unlike torch's, which a killed build leaves behind.
+            lock = open(folder / "build.lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise BuildError(
+                f"{folder}: {error.strerror}; name a folder that can be written to by TORCH_EXTENSIONS_DIR"
+            ) from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                (folder / "lock").unlink(missing_ok=True)
+            if not _is_whole(library, done):
                 log.info("building the WKV operator (%s) in %s; this happens once", kind, folder)
                 try:
+                    done.unlink(missing_ok=True)
+                    for left in folder.iterdir():  # ninja would go by the times of what is there
+                        if left.name != "build.lock":
+                            left.unlink()
                     cpp_extension.load(
                         name,
                         [str(SOURCES / source) for source in sources],
@@ -77,11 +93,23 @@ def _load(kind: str, sources: list[str], flags: list[str], *, variant: str) -> N
                         build_directory=str(folder),
                         is_python_module=False,
                     )
+                    done.write_text(_checksum(library))
                 except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                     raise BuildError(_first_error(str(error))) from error
-                done.touch()
                 return
     torch.ops.load_library(str(library))
+
+
+def _is_whole(library: Path, done: Path) -> bool:
+    """Whether a library is as it was built; to load it half would end the process."""
+    try:
+        return done.read_text() == _checksum(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def _check_tools(kind: str) -> None:

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, reason
+from rwkv_speech.files import is_compressed
 
 # The sizes that symbols stand for in the tables below, as fields of ModelSizes. Those of both generations, then ranks.
 _SYMBOLS = {"C": "n_embd", "V": "vocab_size", "H": "n_head", "N": "head_size", "F": "dim_ffn"}
@@ -87,6 +88,7 @@ _GENERATIONS = (
     ("4", re.compile(r"\.att\.(time_mix_k|time_first)$")),
 )
 _EXPECTED = "expected RWKV-6 (x060) or RWKV-7 (x070) in the official form: take such a file, e.g. rwkv7-g1k-2.9b"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6
 _PICKLE_MAGIC = b"\x80"  # torch.save before
 
@@ -157,8 +159,8 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
     """
     generation = _generation(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _UNUSED[generation]}
-    layers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if match]
-    n_layer = max(layers, default=-1) + 1
+    # Counted, for a name may claim any number.
+    n_layer = len({match[1] for match in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if match})
     table = _symbolic_shapes(generation, n_layer, time_state=_has_state(tensors))
     values = _majority(tensors, _symbolic_shapes(generation, n_layer, time_state=False))
 
@@ -172,8 +174,8 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> ModelSizes:
         if _trimmed(tensors[name].shape, len(core)) != _evaluate(core, values):
             given, expected = tuple(tensors[name].shape), _evaluate(symbols, values)
             wrong.append((name, f" is {_written(given)}, expected {_written(expected)}"))
-        if not tensors[name].is_floating_point():
-            wrong.append((name, f" holds {tensors[name].dtype}, expected floating-point numbers"))
+        if tensors[name].dtype not in DTYPES:
+            wrong.append((name, f" holds {tensors[name].dtype}, expected floating-point numbers of 16 bits or more"))
     heads, size, width = (values.get(symbol) for symbol in "HNC")
     if heads and size and width and heads * size != width:
         wrong.append(
@@ -207,28 +209,48 @@ def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
     Raises:
         WeightsError: one line that says what is wrong with the file.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise WeightsError(f"{path}: {what}; expected an RWKV weight file (.pth or .safetensors)")
     try:
-        content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
-        if not isinstance(content, dict):
-            what = type(content).__name__
-            raise WeightsError(f"holds a {what}; expected a dict of tensors: save the model's state_dict()")
-        named = {key for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if strangers := [str(key) for key in content if key not in named]:
-            raise WeightsError(
-                f"holds more than named tensors ({_few(strangers)}); expected a plain dict of tensors: "
-                "save the model's state_dict(), not a whole checkpoint"
-            )
+        content = read_tensors(path)
         sizes = infer_sizes(content)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    except OSError as error:
-        raise WeightsError(f"{path}: can't be read ({error.strerror or error}); expected a readable file") from None
     shapes = expected_shapes(sizes, time_state=_has_state(content))
-    return sizes, {name: content[name].detach().reshape(shape) for name, shape in shapes.items()}
+    return sizes, {name: content[name].reshape(shape).contiguous() for name, shape in shapes.items()}
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of any `.pth` or `.safetensors` file, in place, as data only: nothing in it is run.
+
+    Raises:
+        WeightsError: what is wrong with the file, without its name.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise WeightsError(f"{what}; expected a weight file (.pth or .safetensors)")
+    try:
+        content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise WeightsError(f"can't be read ({error.strerror or error}); expected a readable file") from None
+    if not isinstance(content, dict):
+        what = type(content).__name__
+        raise WeightsError(f"holds a {what}; expected a dict of tensors: save the model's state_dict()")
+    named = {key for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if strangers := [str(key) for key in content if key not in named]:
+        raise WeightsError(
+            f"holds more than named tensors ({_few(strangers)}); expected a plain dict of tensors: "
+            "save the model's state_dict(), not a whole checkpoint"
+        )
+    if strange := [name for name, x in content.items() if x.layout != torch.strided or x.device.type != "cpu"]:
+        raise WeightsError(f"holds tensors without numbers ({_few(strange)}); expected dense tensors")
+    # One number may stand for many (strides of 0), and one matrix be named twice (embedding and head), but not more.
+    if (claimed := sum(x.nbytes for x in content.values())) > 2 * size:
+        raise WeightsError(
+            f"holds {size:,} bytes, which its tensors make {claimed:,} of by repetition; save them again, each with "
+            ".contiguous()"
+        )
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
@@ -236,7 +258,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
-        raise WeightsError(f"is truncated or no safetensors file ({_reason(error)}); get the file again") from None
+        raise WeightsError(f"is truncated or no safetensors file ({reason(error)}); get the file again") from None
 
 
 def _open_torch(path: Path) -> object:
@@ -247,8 +269,13 @@ def _open_torch(path: Path) -> object:
         what = f"starts with {start!r}" if start else "is empty"
         raise WeightsError(f"{what}; expected a weight file of torch.save (or a .safetensors); get the file again")
     try:
+        if is_zip and is_compressed(path):
+            raise WeightsError(
+                "is compressed: another program packed it again; get the original file, or unpack this one and pack "
+                "it without compression (zip -0)"
+            )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except OSError:
+    except (OSError, WeightsError):
         raise
     except Exception as error:  # from damaged bytes torch raises almost any class
         if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
@@ -256,7 +283,7 @@ def _open_torch(path: Path) -> object:
                 f"holds Python objects ({found[1]}), which are not loaded because they could run code, or is "
                 "damaged; expected only tensors: save the model's state_dict()"
             ) from None
-        raise WeightsError(f"is truncated or damaged ({_reason(error)}); get the file again") from None
+        raise WeightsError(f"is truncated or damaged ({reason(error)}); get the file again") from None
 
 
 def _symbolic_shapes(generation: int, n_layer: int, *, time_state: bool) -> dict[str, list[str]]:
@@ -319,17 +346,12 @@ def _by_layer(problems: list[tuple[str, str]], n_layer: int) -> str:
     texts = []
     for pattern, members in groups.items():
         texts.extend([pattern] if len(members) == n_layer > 1 else members)
-    return ", ".join(texts)
+    return _few(texts, 20)
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _few(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _written(shape: tuple) -> str:
     return f"({', '.join(map(str, shape))})"
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error's text, or its class where it has none."""
-    return re.split(r"\. |\n", str(error).strip())[0][:150] or type(error).__name__

@@ -49,7 +49,7 @@ class Operator:
 
 
 WKV6 = Operator("wkv6", ("r", "k", "v", "w"), ("u",), Chunk6, {"cpu": 32, "cuda": 24})
-WKV7 = Operator("wkv7", ("r", "w", "k", "v", "a", "b"), (), Chunk7, {"cpu": 32})
+WKV7 = Operator("wkv7", ("r", "w", "k", "v", "a", "b"), (), Chunk7, {"cpu": 32, "cuda": 16})
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,22 @@ def _choose(device_type: str, operator: str, requested: str) -> Backend:
     except extension.BuildError as error:
         if requested != "auto":
             raise UserError(f"--wkv {requested} cannot be built: {error}") from error
-        log.warning("the WKV operator falls back to plain torch, which is slower: %s", error)
+        _warn(f"the WKV operator falls back to plain torch, which is slower: {error}")
         chosen = _load("torch", _OPERATORS[operator])
     log.info("%s on %s: %s", operator, device_type, chosen.name)
     return chosen
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once, though both operators may be asked for."""
+    log.warning(message)
 
 
 def _load(name: str, operator: Operator) -> Backend:
     if name == "torch":
         chunked = Chunked(operator.chunk, operator.steps)
         return Backend("torch", operator.chunk.STEPS, chunked.forward, chunked.backward)
-    if name not in operator.saved_every:
-        raise extension.BuildError(f"{operator.name} has no {name} form yet")
     extension.load_cpu() if name == "cpu" else extension.load_cuda()
     ops = getattr(torch.ops, f"rwkv_speech_{name}")
     forward, backward = (getattr(ops, f"{operator.name}_{way}") for way in ("forward", "backward"))

@@ -17,17 +17,24 @@ class Mission(ABC):
     """One kind of task. It has no state: one instance serves all.
 
     name: in manifests, options and files.
-    leading: the metric by which "best" is decided: that of `score(records).leading`.
+    leading: the metric by which "best" is decided, that of `score(records).leading`, unless `leading_of` says another.
     chooses: an answer is one of a set of labels.
+    cut: its audio is speech, and the answers to pieces of a recording make its answer together. Then silence has none,
+        and long recordings are cut in pauses; otherwise they are refused.
     """
 
     name: ClassVar[str]
     leading: ClassVar[MetricKind]
     chooses: ClassVar[bool] = False
+    cut: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, records: Sequence[EvalRecord]) -> TaskScores:
         """The scores of some records; undefined ones are nan. Also called on part of a split, while it is decoded."""
+
+    def leading_of(self, rows: Sequence[Row]) -> MetricKind:
+        """The metric that leads the scores of these rows."""
+        return self.leading
 
     def sample(self, row: Row) -> Sample:
         """What the model reads, and what it is to answer: here the audio, and the row's text.
@@ -40,10 +47,6 @@ class Mission(ABC):
     def max_new_tokens(self, seconds: float) -> int:
         """The longest answer to so many seconds of audio, in tokens."""
         return max(LEAST_TOKENS, math.ceil(TOKENS_PER_SECOND * seconds))
-
-    def leading_of(self, rows: Sequence[Row]) -> MetricKind:
-        """The metric that leads the scores of these rows."""
-        return self.leading
 
     def labels(self, rows: Sequence[Row]) -> list[str]:
         """The labels that training rows have, of a mission that chooses among them."""

@@ -12,6 +12,7 @@ class Transcribe(Mission):
 
     name = "transcribe"
     leading = WER
+    cut = True
 
     def score(self, records: Sequence[EvalRecord], normalizer: str = "language") -> TranscriptScores:
         return TranscriptScores(records, normalizer)

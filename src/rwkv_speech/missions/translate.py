@@ -12,6 +12,7 @@ class Translate(Mission):
 
     name = "translate"
     leading = BLEU
+    cut = True
 
     def score(self, records: Sequence[EvalRecord]) -> TranslationScores:
         return TranslationScores(records)

@@ -1,13 +1,15 @@
 """What the operations share: opening the model and the data."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.sample import Row
-from rwkv_speech.data.sources import LIBRISPEECH, load_split
+from rwkv_speech.data.sources import LIBRISPEECH, load_split, split_names
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import wkv
@@ -15,8 +17,9 @@ from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.frame_cache import FrameCache
-from rwkv_speech.trained import newest_mission_file
+from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
+from rwkv_speech.speech.identity import encoder_identity, hash_tensors
+from rwkv_speech.trained import MissionFile, read_best_mission_file, read_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -53,19 +56,21 @@ def named_mission(rows: Iterable[Row]) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def chosen_adapter(options: Options) -> Path:
-    """The mission file that is named, else the newest of the project.
+def chosen_mission_file(options: Options) -> MissionFile:
+    """The mission file that is named, else the best of the project's newest run, read; the log says which.
 
     Raises:
-        UserError: none is named, and the project has none.
+        UserError: none is named and the project has none, or it can't be read.
     """
     named = options.model.adapter
-    return Path(named).expanduser() if named else newest_mission_file(options.project)
+    file, which = (read_mission_file(named), "as named") if named else read_best_mission_file(options.project)
+    log.info("%s %s, %s", "evaluating" if options.op == "eval" else "using", file.path, which)
+    return file
 
 
 def load_model(
     options: ModelOptions,
-    adapter: str | Path | None,
+    adapter: str | Path | MissionFile | None,
     device: torch.device | str,
     machine: Machine,
     cache: FrameCache | None = None,
@@ -84,6 +89,7 @@ def load_model(
         options.load_model,
         encoder=options.encoder,
         adapter=adapter,
+        load_state=options.load_state,
         mission=options.mission or mission,
         device=device,
         dtype=machine.dtype,
@@ -103,17 +109,46 @@ def load_model(
     return model
 
 
+def longest_piece(model: SpeechRWKV, options: Options, file: MissionFile) -> float:
+    """Seconds of audio that are decoded in one go; the log says how many, and why."""
+    seconds = model.longest_piece(options.max_audio_s)
+    if options.max_audio_s:
+        why = "--max_audio_s"
+    else:
+        why = f"the longest that {file.path} was trained on" if seconds == model.trained_audio_s else "the default"
+    log.info("audio of more than %.2f s is %s: %s", seconds, "cut in pauses" if model.mission.cut else "refused", why)
+    return seconds
+
+
+def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled."""
+    encoder = model.speech_encoder
+    weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
+    found = hashlib.blake2b(digest_size=8)
+    hash_tensors(found, {name: x.reshape(-1)[:: max(1, x.numel() // 64)] for name, x in weights.items()})
+    return {
+        "load_model_weights": found.hexdigest(),
+        "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
+    }
+
+
 def load_splits(
-    options: DataOptions, asked: str | None, defaults: Sequence[str], *, join: bool = False
+    options: DataOptions,
+    asked: str | None,
+    defaults: Sequence[str],
+    *,
+    bad_samples: BadSamples,
+    join: bool = False,
 ) -> dict[str, list[Row]]:
     """The rows of each split by its name: those asked for, joined by "+", else those of the defaults that are there.
 
+    bad_samples: takes what a folder in LibriSpeech's layout holds that can't be used.
     join: all of them as one split, named "all".
 
     Raises:
         UserError: see `load_split`.
     """
-    names: list[str | None] = asked.split("+") if asked else [None]
+    names: list[str | None] = split_names(asked, options.data_dir or options.data) if asked else [None]
     if not asked and options.data == LIBRISPEECH:
         root = Path(options.data_dir).expanduser() if options.data_dir else None
         here = [n for n in defaults if not root or (root / n).is_dir() or (root / "LibriSpeech" / n).is_dir()]
@@ -130,6 +165,7 @@ def load_splits(
             audio_column=options.audio_column,
             text_column=options.text_column,
             download=options.download,
+            bad_audio=bad_samples,
         )
         for name in names
     }

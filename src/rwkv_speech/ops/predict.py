@@ -3,16 +3,19 @@
 import glob
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rwkv_speech.data.librispeech import AUDIO_SUFFIXES
+from rwkv_speech.data.listing import audio_files
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import write_whole
-from rwkv_speech.ops.common import check_model_file, chosen_adapter, load_model
+from rwkv_speech.files import check_folder, write_whole
+from rwkv_speech.ops.common import check_model_file, chosen_mission_file, load_model, longest_piece
 from rwkv_speech.options import Options
+from rwkv_speech.progress import Progress
+from rwkv_speech.terminal import ESCAPED, say
 from rwkv_speech.transcription import FORMATS, output_files
 
 log = logging.getLogger("rwkv_speech")
@@ -29,26 +32,38 @@ def predict(options: Options) -> int:
     if not places and len(paths) > 1 and options.format in ("srt", "vtt"):
         raise UserError(f"--format {options.format} of {len(paths)} files needs --output_dir: a folder for them")
     check_model_file(options.model)
+    if folder:
+        check_folder(folder, "output_dir")
     machine = fit_to_machine(options.machine)
-    model = load_model(options.model, chosen_adapter(options), machine.first_device, machine)
+    file = chosen_mission_file(options)
+    model = load_model(options.model, file, machine.first_device, machine)
     if options.prompt and model.mission.name != "answer":
         raise UserError(f"--prompt goes with the mission answer, not {model.mission.name}")
     transcripts = model.transcripts(
         paths,
         batch_size=options.eval_bsz,
-        max_audio_s=options.max_audio_s,
+        max_audio_s=longest_piece(model, options, file),
         prompt=options.prompt,
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0
-    for index, transcript in enumerate(transcripts):
-        if isinstance(transcript, UserError):
-            log.error("%s", transcript)
-            failed += 1
-        elif places:
-            write_whole(places[index], FORMATS[options.format](transcript).encode())
-        else:
-            print(FORMATS[options.format](transcript), end="", flush=True)
+    seen = not places and sys.stdout.isatty()  # then the transcripts themselves show how far it is
+    with Progress("prediction", len(paths), "files", log_every=options.log_every, visible=not seen) as progress:
+        for index, transcript in enumerate(transcripts):
+            progress.advance(1)
+            if isinstance(transcript, UserError):
+                log.error("%s", transcript)
+                failed += 1
+                continue
+            if not transcript.segments:
+                log.info("%s: no speech in it", transcript.name)
+            if transcript.empty:
+                segments = len(transcript.segments)
+                log.warning("%s: %d of %d segments gave no text", transcript.name, transcript.empty, segments)
+            if places:
+                write_whole(places[index], FORMATS[options.format](transcript).encode(errors=ESCAPED))
+            else:
+                say(FORMATS[options.format](transcript))
     if failed:
         log.error("%d of %d files could not be transcribed", failed, len(paths))
     return int(failed > 0)
@@ -57,12 +72,10 @@ def predict(options: Options) -> int:
 def _audio_files(patterns: list[str]) -> Iterator[str]:
     """Files, the audio files of folders, and what globs find, in the order given."""
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = sorted(str(p) for p in Path(pattern).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-        elif os.path.exists(pattern) or not glob.has_magic(pattern):
-            found = [pattern]
-        else:
-            found = sorted(glob.glob(pattern, recursive=True))
+        is_there = os.path.lexists(pattern) or not glob.has_magic(pattern)
+        found = []
+        for place in [pattern] if is_there else sorted(glob.glob(pattern, recursive=True)):
+            found += map(str, audio_files(Path(place))) if os.path.isdir(place) else [place]
         if not found:
             raise UserError(f"--file_path {pattern}: no audio files there")
         yield from found

@@ -2,58 +2,80 @@
 
 import logging
 import math
-import signal
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
+from rwkv_speech.alignment import fits
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset, loader
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
+from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.rendering import Rendered
-from rwkv_speech.data.sample import Row
+from rwkv_speech.data.sample import Row, SampleError, fingerprint
 from rwkv_speech.engine.callbacks import FillFrames, NonFiniteLosses, ReportBadSamples
-from rwkv_speech.engine.machine import fit_to_machine
-from rwkv_speech.engine.metrics import Bar, Metrics
+from rwkv_speech.engine.lock import project_lock
+from rwkv_speech.engine.machine import Machine, fit_to_machine
+from rwkv_speech.engine.metrics import Bar, Lines, Metrics
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
-from rwkv_speech.engine.overview import show_run
+from rwkv_speech.engine.overview import show_run, warn_of_warm_up
 from rwkv_speech.engine.runs import StopRequest, find_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import check_folder
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.ops.common import check_missions, check_model_file, load_model, load_splits, named_mission
+from rwkv_speech.ops.common import (
+    check_missions,
+    check_model_file,
+    frozen_parts,
+    load_model,
+    load_splits,
+    named_mission,
+)
 from rwkv_speech.options import Options, TrainingOptions
-from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
 from rwkv_speech.speech.frame_cache import FrameCache
-from rwkv_speech.trained import newest_mission_file
+from rwkv_speech.trained import best_mission_file
 
 log = logging.getLogger("rwkv_speech")
+
+ALIGNMENTS = 10_000  # transcripts that are looked at, of a larger corpus, for whether CTC can align them
 
 
 def train(options: Options) -> int:
     """Trains adapter and initial state; writes mission files into the project."""
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    run = find_run(options)
+    check_folder(options.project, "proj_dir")
+    with project_lock(options.project, "training"):
+        return _train(options, machine)
+
+
+def _train(options: Options, machine: Machine) -> int:
     training, data = options.training, options.data
     bad_samples = BadSamples(data.on_bad_audio, options.project / "bad_audio.jsonl")
-    rows = load_splits(data, data.train_split, librispeech.TRAIN_SPLIT.split("+"), join=True)["all"]
-    validation_rows = load_splits(data, data.valid_split, (), join=True)["all"] if data.valid_split else []
+    read = partial(load_splits, data, bad_samples=bad_samples, join=True)
+    rows = read(data.train_split, librispeech.TRAIN_SPLIT.split("+"))["all"]
+    validation_rows = read(data.valid_split, ())["all"] if data.valid_split else []
     pl.seed_everything(training.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
     cache = FrameCache(data.cache_features, storage=data.cache_dtype) if data.cache_features else None
     model = load_model(options.model, options.model.adapter, device, machine, cache, mission=named_mission(rows))
     check_missions(rows + validation_rows, model)
+    run = find_run(options, frozen_parts(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
     if model.mission.chooses:
         found = model.mission.labels(rows)
@@ -63,6 +85,7 @@ def train(options: Options) -> int:
                 f"the data has the label {unknown[0]!r}, which is not among --labels {','.join(model.labels)}"
             )
     leading = model.mission.leading_of(validation_rows)
+    judged_by = f"{fingerprint(validation_rows, model.mission.sample)}, {leading.name}, {options.decoding}"
     mission_files = MissionFiles(
         options.project,
         run,
@@ -70,52 +93,72 @@ def train(options: Options) -> int:
         epoch_save=training.epoch_save,
         save_steps=training.save_steps,
         leading=leading if validation_rows else None,
+        judged_by=judged_by,
         average=training.average,
     )
     metrics = Metrics(options.project, run.id, leading)
-    callbacks = [ReportBadSamples(bad_samples), metrics, Bar(metrics), mission_files]
+    shown = Bar(metrics) if sys.stdout.isatty() else Lines(metrics, options.log_every)  # Lightning's bar goes there
+    callbacks = [ReportBadSamples(bad_samples), metrics, shown, mission_files]
     if cache:
-        callbacks.insert(
-            0, FillFrames(cache, [row for row in rows if (row.text or "").strip()] + validation_rows, bad_samples)
+        usable = [row for row in rows if (row.text or "").strip()]
+        filling = FillFrames(
+            *(cache, usable + validation_rows, bad_samples, _longest(training, model)), log_every=options.log_every
         )
+        callbacks.insert(0, filling)
     if validation_rows:
         validation = Validation(
-            training, options.decoding, mission_files=mission_files, metrics=metrics, bad_samples=bad_samples
+            training,
+            options.decoding,
+            log_every=options.log_every,
+            mission_files=mission_files,
+            judged_by=judged_by,
+            metrics=metrics,
+            bad_samples=bad_samples,
         )
         callbacks.append(validation)
     stop = StopRequest()
-    trainer = make_trainer(options, machine, run, callbacks, stop)
+    what = {
+        "the training data": fingerprint(rows, model.mission.sample),
+        "the number of processes": machine.per_node * machine.num_nodes,
+    }
+    trainer = make_trainer(options, machine, run, callbacks, stop, what)
     if validation_rows:
         validation.batches = loader(
-            _dataset(model, validation_rows, cache),
+            _dataset(model, validation_rows, cache, longest=_longest(training, model)),
             batch_size=options.eval_bsz,
             shuffle=False,
             num_workers=data.num_workers,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-    seconds = read_durations(rows, options.project / "durations.json", first=trainer.is_global_zero)
+    durations = options.project / "durations.json"
+    seconds = read_durations(rows, durations, log_every=options.log_every, first=trainer.is_global_zero)
+    if training.ctc_align:
+        _check_alignment(rows, seconds, model, first=trainer.is_global_zero)
+    accumulate = training.accumulate_grad_batches
+    pass_batches = _training_batches(options, rows, seconds, model, cache, trainer)
+    batches = AccumulationLoader(pass_batches, accumulate=accumulate, limit=training.epoch_steps)
+    steps_to_epoch = math.ceil(len(batches) / accumulate)
+    total_steps = steps_to_epoch * training.epoch_count
     if trainer.is_global_zero:
-        show_run(model, options, machine, utterances=len(rows), seconds=seconds.sum())
-    batches = AccumulationLoader(
-        _training_batches(options, rows, seconds, model, cache, trainer),
-        accumulate=training.accumulate_grad_batches,
-        limit=training.epoch_steps,
-    )
-    module = TrainingModule(
-        model,
-        training,
-        total_steps=math.ceil(len(batches) / training.accumulate_grad_batches) * training.epoch_count,
-        stop=stop,
-        on_nonfinite=NonFiniteLosses(training.on_nonfinite, options.project / "nonfinite.jsonl", model),
-    )
+        show_run(
+            *(model, options, machine),
+            utterances=len(rows),
+            seconds=seconds.sum(),
+            steps_to_epoch=steps_to_epoch,
+            steps_to_pass=math.ceil(len(pass_batches) / accumulate),
+        )
+    nonfinite = NonFiniteLosses(training.on_nonfinite, options.project / "nonfinite.jsonl", model)
+    module = TrainingModule(model, training, total_steps=total_steps, stop=stop, on_nonfinite=nonfinite)
     if not fit(trainer, module, batches, run):
-        return 128 + signal.SIGTERM if trainer.is_global_zero else 0
+        return stop.exit_status if trainer.is_global_zero else 0
     if trainer.is_global_zero:
         if training.average:
             mission_files.write_mean()
         run.finish()
-    log.info("%s; the newest mission file is %s", bad_samples.report(), newest_mission_file(options.project))
+        _check_steps(trainer.global_step, module, nonfinite)
+    path, which = best_mission_file(options.project)
+    log.info("%s; the mission file %s is %s", bad_samples.report(), path, which)
     return 0
 
 
@@ -128,6 +171,46 @@ def _dataset(model: SpeechRWKV, rows: Sequence[Row], cache: FrameCache | None, *
         cache=cache,
         **how,
     )
+
+
+def _check_alignment(rows: Sequence[Row], seconds: np.ndarray, model: SpeechRWKV, *, first: bool) -> None:
+    """Says how many transcripts the CTC loss can't align to their recordings' positions.
+
+    first: whether this is, of a run's processes, the one that says it.
+
+    Raises:
+        UserError: it can align none.
+    """
+    every = math.ceil(len(rows) / ALIGNMENTS)
+    found = []
+    for row, length in zip(rows[::every], seconds[::every], strict=True):
+        if not length:
+            continue  # it can't be opened
+        with suppress(SampleError):
+            tokens = model.tokenizer.encode(model.mission.sample(row).reference)
+            frames = model.speech_encoder.frame_count(round(length * SAMPLE_RATE))
+            found.append(fits(torch.tensor(tokens), model.adapter.group_count(frames)))
+    k = model.adapter.downsample_k
+    advice = f"lower --downsample_k, {k} here" if k > 1 else "leave --ctc_align out"
+    said = f"{sum(found)} of {len(found)} transcripts{' looked at' * (every > 1)} fit into their positions"
+    if found and not any(found):
+        raise UserError(f"{said}: {advice}")
+    if not all(found) and first:
+        log.warning("%s, and --ctc_align leaves out all others: %s", said, advice)
+
+
+def _check_steps(steps: int, module: TrainingModule, nonfinite: NonFiniteLosses) -> None:
+    """Says of a run that is over where so many steps can have taught little.
+
+    Raises:
+        UserError: they were all skipped.
+    """
+    if skipped := len(nonfinite.skipped):
+        said = f"{skipped} of {steps} steps were skipped, their losses not finite; {nonfinite.path} lists the batches"
+        if skipped == steps:
+            raise UserError(f"{said}: nothing was learnt; the model, the encoder or the precision may be at fault")
+        log.warning("%s", said)
+    warn_of_warm_up(module.options, steps, module.total_steps)
 
 
 def _training_batches(
@@ -143,7 +226,7 @@ def _training_batches(
     augmentation = WaveformAugmentation(
         training.random_seed,
         speeds=SPEEDS if training.speed_perturb else (1.0,),
-        noise=_noise_files(training.noise_dir) if training.noise_dir else (),
+        noise=_noise_files(training.noise_dir, skip=options.data.on_bad_audio == "skip") if training.noise_dir else (),
         snr_db=training.noise_snr or NOISE_SNR_DB,
     )
     lengths = partial(augmentation.lengths, [row.id for row in rows], seconds)
@@ -154,6 +237,7 @@ def _training_batches(
         cache,
         transform=augmentation if training.speed_perturb or training.noise_dir else None,
         filter=_too_long(training, slowest),
+        longest=_longest(training, model, slowest),
         spec_augment=SpecAugment(training.random_seed, model.speech_encoder.width) if training.spec_augment else None,
         needs_answer=True,
     )
@@ -179,12 +263,39 @@ def _training_batches(
     return batches
 
 
-def _noise_files(folder: str) -> list[Path]:
-    suffixes = librispeech.AUDIO_SUFFIXES
-    found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in suffixes)
+def _noise_files(folder: str, *, skip: bool) -> list[Path]:
+    """The recordings of a folder that can be opened.
+
+    skip: whether others are left out, with a warning, or stop the run.
+    """
+    found = []
+    for path in audio_files(Path(folder).expanduser()):
+        try:
+            duration(path)
+        except AudioError as error:
+            if not skip:
+                raise UserError(
+                    f"--noise_dir: {error}; put it right or remove it, or go on without it by --on_bad_audio skip"
+                ) from error
+            log.warning("noise that is left out: %s", error)
+        else:
+            found.append(path)
     if not found:
         raise UserError(f"--noise_dir {folder}: no audio files there; expected recordings of noise")
     return found
+
+
+def _longest(training: TrainingOptions, model: SpeechRWKV, slowest: float | None = None) -> Longest:
+    """What a recording certainly can't exceed, so that no more of it is read; `_too_long` then knows it exactly.
+
+    slowest: the lowest speed that augmentation draws; None: batches have no bound.
+    """
+    # Two positions more, since the frames of an encoder's edges, and of an incomplete last position, are missing.
+    seconds = (training.ctx_len + 2) * model.adapter.downsample_k / model.speech_encoder.frame_rate
+    context = Longest(seconds, f"--ctx_len {training.ctx_len} leaves")
+    if not slowest or not training.max_batch_s:
+        return context
+    return min(context, Longest(training.max_batch_s * slowest, "--max_batch_s leaves"))
 
 
 def _too_long(training: TrainingOptions, slowest: float) -> Callable[[Rendered, Sequence[int]], str | None]:

@@ -8,6 +8,8 @@ from itertools import zip_longest
 from rich.table import Table
 from rich.text import Text
 
+from rwkv_speech.files import printable
+
 ABSENT = "–"
 
 
@@ -58,8 +60,8 @@ def terminal_table(rows: Rows, without: Container[str] = ()) -> Table:
         table.add_column(column.lstrip("<*"), justify="left" if column[0] == "<" else "right", no_wrap=True)
     for name, lines in rows.items():
         for head, line in zip_longest((name,), lines, fillvalue=""):
-            figures = (Text(_figure(line, c), style="bold" if c[0] == "*" else "") for c in columns)
-            table.add_row(Text(head, style="bold"), *figures)
+            figures = (Text(printable(_figure(line, c)), style="bold" if c[0] == "*" else "") for c in columns)
+            table.add_row(Text(printable(head), style="bold"), *figures)
     return table
 
 

@@ -20,6 +20,7 @@ class EvalRecord:
     reference: the answer, as the data set has it.
     hypothesis: the answer, as the model has it.
     seconds: length of the audio.
+    heard: what stands for the row and for what was done to its recording; with another, the answer may be another.
     speaker, language: where the data set has them.
     mission: by which it is scored.
     score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
@@ -36,6 +37,7 @@ class EvalRecord:
     reference: str
     hypothesis: str
     seconds: float
+    heard: str | None = None
     speaker: str | None = None
     language: str | None = None
     mission: str | None = None
@@ -52,7 +54,7 @@ class EvalRecord:
 
     def line(self) -> bytes:
         """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 class RecordWriter:
@@ -91,16 +93,16 @@ def read_records(path: str | os.PathLike) -> list[EvalRecord]:
     """The records of a file, in its order; none where there is no file.
 
     A last line without its newline was being written when the process died: it is left out, and its utterance
-    is to be decoded again. An utterance that stands there twice counts once, as first written.
+    is to be decoded again. What was heard twice counts once, as first written.
 
     Raises:
         UserError: a whole line is not a record.
     """
-    records: dict[str, EvalRecord] = {}
+    records: dict[tuple[str, str | None], EvalRecord] = {}
     lines = _whole_lines(Path(path)).split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         record = _parse(line, where=f"{path}, line {number}")
-        records.setdefault(record.id, record)
+        records.setdefault((record.id, record.heard), record)
     if len(records) < len(lines):
         logger.warning("%s: %d records repeat an utterance; the first counts", path, len(lines) - len(records))
     return list(records.values())

@@ -14,6 +14,7 @@ from rwkv_speech.scoring.records import EvalRecord
 from rwkv_speech.scoring.scores import Metric, MetricKind, TaskScores, mean_metric, mean_of_groups, ratio
 from rwkv_speech.scoring.words import (
     UNITS,
+    WER,
     Aligned,
     Edits,
     Group,
@@ -77,7 +78,8 @@ class TranscriptScores(TaskScores):
     @property
     def headline(self) -> str:
         raw = self.raw
-        return f"{raw.lead.label} {raw.leading.rate:.2%}, mean of utterances {raw.mean_utterance_rate:.2%}"
+        words = "" if raw.lead == WER else f", WER {raw.words.rate:.2%}"
+        return f"{raw.lead.label} {raw.leading.rate:.2%}{words}, mean of utterances {raw.mean_utterance_rate:.2%}"
 
     def rows(self) -> list[dict[str, str]]:
         """Two lines, raw above normalised, and one for each language and for their mean."""

@@ -6,7 +6,10 @@ processes nor an interruption of the run changes what training sees.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
-from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio, to_mono_16k
+from rwkv_speech.files import printable
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, load_audio, to_mono_16k
+
+log = logging.getLogger("rwkv_speech")
 
 SPEEDS = (0.9, 1.0, 1.1)  # Ko et al. 2015, "Audio augmentation for speech recognition"
 NOISE_SNR_DB = (5.0, 20.0)
@@ -46,16 +53,21 @@ class WaveformAugmentation:
     def __call__(self, id: str, waveform: Tensor, epoch: int) -> Tensor:
         """waveform (samples,) at 16 kHz -> (about samples / speed,).
 
-        Raises:
-            AudioError: a recording of noise that can't be used.
+        In the place of noise that can't be used comes the next one, with a warning.
         """
         waveform = at_speed(waveform, self.speed(id, epoch))
         if self.noise:
             draw = np.random.default_rng(_number(self.seed, epoch, id, "noise"))
-            noise = load_audio(self.noise[draw.integers(len(self.noise))])
-            start = draw.integers(len(noise))
-            noise = noise.roll(-int(start)).repeat(-(-len(waveform) // len(noise)))[: len(waveform)]
-            waveform = with_noise(waveform, noise, draw.uniform(*self.snr_db))
+            first, start, snr_db = draw.integers(len(self.noise)), draw.random(), draw.uniform(*self.snr_db)
+            for index in range(first, first + len(self.noise)):
+                path = self.noise[index % len(self.noise)]
+                try:
+                    noise = _excerpt(path, start, len(waveform) / SAMPLE_RATE)
+                except AudioError as error:
+                    _warn(str(error))
+                    continue
+                noise = noise.repeat(-(-len(waveform) // len(noise)))[: len(waveform)]
+                return with_noise(waveform, noise, snr_db)
         return waveform
 
     def speed(self, id: str, epoch: int) -> float:
@@ -118,6 +130,35 @@ def _stretch(draw: np.random.Generator, size: int, part: float) -> tuple[int, in
     length = int(draw.integers(int(part * size) + 1))
     first = int(draw.integers(size - length + 1))
     return first, first + length
+
+
+def _excerpt(path: Path, start: float, seconds: float) -> Tensor:
+    """Part of a recording, (samples,) at 16 kHz, which begins at a fraction `start` of it.
+
+    It goes round behind the recording's end, and is no longer than that. The whole is read only where libsndfile
+    doesn't know the format.
+
+    Raises:
+        AudioError: what is read can't be used.
+    """
+    name = printable(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            first, frames = int(start * file.frames), math.ceil(seconds * file.samplerate)
+            file.seek(first)
+            block = file.read(frames, "float32", always_2d=True)
+            file.seek(0)
+            block = np.concatenate([block, file.read(min(first, frames - len(block)), "float32", always_2d=True)])
+            return check_waveform(to_mono_16k(block, file.samplerate), name)
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError):
+        whole = load_audio(path, name=name)
+        return whole.roll(-int(start * len(whole)))
+
+
+@functools.lru_cache
+def _warn(error: str) -> None:
+    """Once of each."""
+    log.warning("noise that can't be used: %s", error)
 
 
 def _number(seed: int, epoch: int, id: str, what: str) -> int:

@@ -13,11 +13,11 @@ import functools
 import math
 import sys
 import warnings
+import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -26,9 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech.errors import UserError
+from rwkv_speech.errors import UserError, reason
+from rwkv_speech.files import is_compressed
 from rwkv_speech.speech.audio import SAMPLE_RATE
+from rwkv_speech.speech.hub import encoder_folder, expect_on_hub, hub_is_reachable
 
+_MOST_LAYERS = 1000  # several times what any encoder has; more would be built for minutes before they are found missing
 _CALL_SAMPLES = 8 * 30 * SAMPLE_RATE  # padded audio per call of the network, so that memory is bounded
 
 # What training would do to the input, and a checkpoint's own downsampling behind the encoder: ours comes after it.
@@ -63,7 +66,7 @@ class SpeechEncoder(nn.Module):
     """A frozen pretrained encoder; make one by `SpeechEncoder.from_pretrained`.
 
     Attributes:
-        name: the hub name or folder it came from.
+        name: the hub name it came from, or the folder, absolute.
         width: channels of a frame.
         convolutions: what shortens the signal, from samples to frames.
         frame_rate: frames per second.
@@ -220,6 +223,7 @@ class _Wav2Vec2Bert(SpeechEncoder):
 
     def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
         stack: int = feature_extractor.stride
+        _check_bands(feature_extractor.feature_size * stack, model.config.feature_projection_input_dim)
         super().__init__(name, model, feature_extractor, [(self._FRAME, self._HOP), (stack, stack)])
 
     def extract(self, waveform: Tensor) -> Tensor:
@@ -244,6 +248,7 @@ class _Whisper(SpeechEncoder):
     key_mapping: ClassVar[dict[str, str]] = {r"^(model\.)?encoder\.": ""}
 
     def __init__(self, name: str, model: nn.Module, feature_extractor: Any) -> None:
+        _check_bands(feature_extractor.feature_size, model.config.num_mel_bins)
         stride: int = feature_extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]
         super().__init__(name, model, feature_extractor, [(1, stride)])  # a begun frame counts
         self.window = self.min_samples = feature_extractor.n_samples
@@ -259,6 +264,11 @@ class _Whisper(SpeechEncoder):
         return self.model(torch.stack(features).to(self._device, self._dtype)).last_hidden_state
 
 
+def _check_bands(given: int, taken: int) -> None:
+    if given != taken:
+        raise ValueError(f"features of {given} bands for a network that takes {taken}")
+
+
 _FAMILIES: dict[str, type[SpeechEncoder]] = {
     "wavlm": _Wav2Vec2,
     "hubert": _Wav2Vec2,
@@ -269,20 +279,20 @@ _FAMILIES: dict[str, type[SpeechEncoder]] = {
 
 
 def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
-    where = Path(name).expanduser()
-    if not where.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"speech encoder {name}: no such folder; expected a folder or a Hugging Face model name")
-    source = str(where) if where.is_dir() else name
+    folder = encoder_folder(name)
+    name = str(folder or name)
+    if not folder:
+        expect_on_hub(name)
+    offline = folder is not None or not hub_is_reachable()
     transformers = import_transformers()
 
     def fetch(part: str, loader: Any, **settings: Any) -> Any:
         try:
             with quiet():
-                return loader.from_pretrained(source, trust_remote_code=False, **settings)
+                return loader.from_pretrained(name, trust_remote_code=False, local_files_only=offline, **settings)
         except Exception as error:  # of a dozen kinds, by what is wrong with the folder, the hub or the network
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
             raise UserError(
-                f"speech encoder {name}: cannot load its {part} ({reason}); "
+                f"speech encoder {name}: cannot load its {part} ({reason(error)}); "
                 "expected a folder or a Hugging Face model name with config, weights and preprocessor_config.json"
             ) from error
 
@@ -293,15 +303,19 @@ def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
             f"speech encoder {name}: type {config.model_type!r} is not supported; "
             f"expected one of {', '.join(_FAMILIES)}"
         )
+    if not 0 < config.num_hidden_layers <= _MOST_LAYERS:
+        raise UserError(f"speech encoder {name}: {config.num_hidden_layers} layers; expected at most {_MOST_LAYERS}")
     extractor = fetch("feature extractor", transformers.AutoFeatureExtractor)
-    if extractor.sampling_rate != SAMPLE_RATE:
-        raise UserError(
-            f"speech encoder {name}: is made for {extractor.sampling_rate} Hz; "
-            f"expected {SAMPLE_RATE} Hz: choose another"
-        )
+    if (rate := getattr(extractor, "sampling_rate", None)) != SAMPLE_RATE:
+        raise UserError(f"speech encoder {name}: is made for {rate} Hz; expected {SAMPLE_RATE} Hz: choose another")
     for key, value in _LEFT_OUT.items():
         if hasattr(config, key):
             setattr(config, key, value)
+    for path in folder.glob("*.bin") if folder else ():
+        if zipfile.is_zipfile(path) and is_compressed(path):
+            raise UserError(
+                f"speech encoder {name}: {path.name} is compressed, as torch.save never does: fetch it again"
+            )
     loader = transformers.AutoModel
     if family is _Whisper:
         loader = transformers.models.whisper.modeling_whisper.WhisperEncoder
@@ -314,7 +328,21 @@ def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
             f"speech encoder {name}: {len(report['missing_keys'])} weights are missing, such as {example}; "
             "expected a whole checkpoint: fetch it again"
         )
-    return family(name, model, extractor)
+    # A sum finds them at a tenth of the time that isfinite takes.
+    if broken := [key for key, x in model.state_dict().items() if not x.sum(dtype=torch.float32).isfinite()]:
+        raise UserError(
+            f"speech encoder {name}: {len(broken)} weights hold NaN or infinite numbers, such as {broken[0]}: "
+            "fetch it again"
+        )
+    try:
+        encoder = family(name, model, extractor)
+        encoder.extract(torch.zeros(SAMPLE_RATE))
+    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(
+            f"speech encoder {name}: its feature extractor and its network do not go together ({reason(error)}); "
+            "expected the preprocessor_config.json of this checkpoint"
+        ) from error
+    return encoder
 
 
 @functools.cache

@@ -18,18 +18,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
+from rwkv_speech.progress import Progress
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
+from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, Storage
@@ -43,12 +44,15 @@ _READERS = 4  # threads that read and decode
 class AbsentEncoder(nn.Module):
     """Knows the sizes of a `SpeechEncoder`, and encodes nothing: its frames are cached.
 
+    identity: see `encoder_identity`.
+
     Attributes: as those of `SpeechEncoder` by these names.
     """
 
-    def __init__(self, name: str, *, width: int, convolutions: Convolutions) -> None:
+    def __init__(self, name: str, *, width: int, convolutions: Convolutions, identity: str = "") -> None:
         super().__init__()
         self.name = name
+        self.identity = identity
         self.width = width
         self.convolutions = convolutions
         self.frame_rate = SAMPLE_RATE / math.prod(stride for _, stride in convolutions)
@@ -104,7 +108,10 @@ class FrameCache:
                 write_whole(known, json.dumps(facts, indent=2).encode())
         self._dtype = dtype
         self._identity: str = facts["identity"]
-        self._absent = AbsentEncoder(name, width=facts["width"], convolutions=facts["convolutions"])
+        name = str(encoder_folder(name) or name)
+        self._absent = AbsentEncoder(
+            name, width=facts["width"], convolutions=facts["convolutions"], identity=self._identity
+        )
         folder = self.folder / f"{self._identity}-{self.storage}"
         self._shards = Shards(folder, width=self._absent.width, storage=self.storage)
         return self._absent
@@ -113,11 +120,13 @@ class FrameCache:
         self,
         recordings: Sequence[Recording],
         *,
+        longest: Longest | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
         on_bad: Callable[[Recording, AudioError], None] = lambda recording, error: None,
+        log_every: float = 30.0,
     ) -> None:
         """Computes the frames that are missing, every process those of its share.
 
@@ -126,10 +135,12 @@ class FrameCache:
 
         Args:
             recordings: the same in all processes; one may occur several times.
+            longest: recordings that are longer can't be used.
             device: where the encoder works.
             rank, world_size: which share is this process's.
             barrier: returns when all processes have called it.
             on_bad: takes the recordings that can't be used; they get no frames.
+            log_every: see `Progress`.
 
         Raises:
             UserError: the disk has no room for the frames, or an encoder other than the one that was opened.
@@ -138,29 +149,35 @@ class FrameCache:
         mine = list({recording.stamp() or recording: recording for recording in recordings[rank::world_size]}.values())
         with ShardWriter(self._shards) as writer:
             missing = {i for i, recording in enumerate(mine) if not self._known(recording, writer)}
-            work = self._plan(mine, missing, on_bad) if missing else []
+            work = self._plan(mine, missing, longest, on_bad) if missing else []
             self._check_room([entry for batch in work for entry in batch if entry.index in missing], rank, world_size)
             barrier()  # no process writes before all have measured the free space
             if work:
-                self._encode([[mine[entry.index] for entry in batch] for batch in work], writer, device, rank, on_bad)
+                batches = [[mine[entry.index] for entry in batch] for batch in work]
+                count = sum(map(len, batches))
+                with Progress("caching frames", count, log_every=log_every, visible=not rank) as progress:
+                    self._encode(batches, writer, longest, device, rank, on_bad, progress)
         self._loaded = None
         barrier()
         self._shards.reload()
 
-    def read(self, recording: Recording) -> tuple[Tensor, int]:
+    def read(self, recording: Recording, longest: Longest | None = None) -> tuple[Tensor, int]:
         """The frames of a recording, (F, width) float16 or float32, and its samples at 16 kHz.
 
         Raises:
-            AudioError: it can't be used, or changed since the cache was filled.
+            AudioError: it can't be used, is longer than `longest`, changed since, or its frames are damaged.
         """
         record = self._find_stamp(recording.stamp())
         if record is None:
             content, _ = recording.read()
             record = self._shards.find(_key("audio", content))
             if record is None:
-                load_audio(content, name=str(recording))  # says what is wrong with it
+                load_audio(content, name=str(recording), longest=longest)  # says what is wrong with it
                 raise AudioError(f"{recording}: changed since its frames were cached; start again to renew them")
-        return self._shards.read(record), int(record["samples"])
+        try:
+            return self._shards.read(record), int(record["samples"])
+        except UserError as error:  # in one of the loader's workers, from where only bad samples come back as one line
+            raise AudioError(f"{recording}: {error}") from error
 
     def _find_stamp(self, stamp: str | None) -> Any:
         return None if stamp is None else self._shards.find(_key("stamp", stamp.encode()))
@@ -181,13 +198,17 @@ class FrameCache:
         return record is not None
 
     def _plan(
-        self, recordings: Sequence[Recording], missing: set[int], on_bad: Callable[[Recording, AudioError], None]
+        self,
+        recordings: Sequence[Recording],
+        missing: set[int],
+        longest: Longest | None,
+        on_bad: Callable[[Recording, AudioError], None],
     ) -> list[list["_Entry"]]:
         """All recordings in batches of like length, of which those remain that lack something."""
         entries = []
         for index, recording in enumerate(recordings):
             try:
-                entries.append(_Entry(recording.seconds(), index))
+                entries.append(_Entry(recording.seconds(longest), index))
             except AudioError as error:
                 on_bad(recording, error)
         entries.sort(reverse=True)
@@ -219,18 +240,18 @@ class FrameCache:
         self,
         batches: list[list[Recording]],
         writer: ShardWriter,
+        longest: Longest | None,
         device: torch.device | str,
         rank: int,
         on_bad: Callable[[Recording, AudioError], None],
+        progress: Progress,
     ) -> None:
         encoder = self._load(device)
         written: dict[bytes, Any] = {}
         start, seconds = time.perf_counter(), 0.0
-        columns = (TextColumn("caching frames"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with ThreadPoolExecutor(_READERS) as pool, Progress(*columns, console=console, disable=rank > 0) as progress:
-            task = progress.add_task("", total=sum(map(len, batches)), speed="")
-            for batch, results in zip(batches, _ahead(pool, _read_audio, batches), strict=True):
+        read = partial(_read_audio, longest=longest)
+        with ThreadPoolExecutor(_READERS) as pool:
+            for batch, results in zip(batches, _ahead(pool, read, batches), strict=True):
                 usable: list[tuple[Recording, _AudioFile]] = []
                 for recording, result in zip(batch, results, strict=True):
                     if isinstance(result, AudioError):
@@ -255,7 +276,7 @@ class FrameCache:
                     seconds += len(x.waveform) / SAMPLE_RATE
                 writer.commit()
                 speed = seconds / (time.perf_counter() - start)
-                progress.update(task, advance=len(batch), speed=f"{speed:.3g} x real time")
+                progress.advance(len(batch), partial("{:.3g} x real time".format, speed))
         if not rank:
             hours = seconds / 3600
             log.info("this process cached the frames of %.2f h of audio, %.3g times as fast as it lasts", hours, speed)
@@ -284,9 +305,12 @@ class _AudioFile(NamedTuple):
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
+    """What is known of an encoder; None where there is nothing that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        facts = json.loads(path.read_text())
+        convolutions = [(int(kernel), int(stride)) for kernel, stride in facts["convolutions"]]
+        return {"identity": str(facts["identity"]), "width": int(facts["width"]), "convolutions": convolutions}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -294,10 +318,10 @@ def _key(kind: str, content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16, person=kind.encode()).digest()
 
 
-def _read_audio(recording: Recording) -> _AudioFile | AudioError:
+def _read_audio(recording: Recording, *, longest: Longest | None) -> _AudioFile | AudioError:
     try:
         content, stamp = recording.read()
-        return _AudioFile(_key("audio", content), stamp, load_audio(content, name=str(recording)))
+        return _AudioFile(_key("audio", content), stamp, load_audio(content, name=str(recording), longest=longest))
     except AudioError as error:
         return error
 

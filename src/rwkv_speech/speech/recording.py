@@ -1,12 +1,15 @@
 """A recording, wherever it lies: read when it is asked for, and known again by a stamp."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from rwkv_speech.speech.audio import AudioError, duration, load_audio
+from rwkv_speech.files import printable
+from rwkv_speech.speech.audio import AudioError, Longest, audio_blocks, duration, load_audio
+from rwkv_speech.speech.decoders import open_file
 from rwkv_speech.speech.identity import file_stamp
 
 
@@ -16,8 +19,11 @@ class EncodedAudio(Protocol):
     def fetch(self) -> bytes | str:
         """The encoded bytes, or the path of a file; raises AudioError."""
 
-    def stamp(self) -> str | None:
-        """Stands for the content for as long as it doesn't change; None: nothing but the content itself does."""
+    def stamp(self, *, strict: bool = True) -> str | None:
+        """Stands for the content for as long as it doesn't change; None: nothing but the content itself does.
+
+        strict: as in `file_stamp`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +38,40 @@ class Recording:
     duration: float | None = None
 
     def __str__(self) -> str:
-        return str(self.source)
+        return printable(str(self.source))
 
-    def waveform(self) -> Tensor:
+    def waveform(self, longest: Longest | None = None) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
 
         Raises:
             AudioError: the recording is missing or can't be decoded.
+            TooLongError: it is longer than `longest`; no more of it has been decoded.
         """
-        return load_audio(self._encoded(), name=str(self))
+        return load_audio(self._encoded(), name=str(self), longest=longest)
 
-    def seconds(self) -> float:
+    def blocks(self, longest: Longest | None = None) -> Iterator[Tensor]:
+        """The same block by block, see `audio_blocks`."""
+        yield from audio_blocks(self._encoded(), name=str(self), longest=longest)
+
+    def seconds(self, longest: Longest | None = None) -> float:
         """Length in seconds, from the data source where it gives one, else from the recording's header.
 
         Raises:
             AudioError: the recording can't be opened.
+            TooLongError: by its header it is longer than `longest`.
         """
-        return self.duration if self.duration is not None else duration(self._encoded(), name=str(self))
+        if self.duration is not None and not (longest and self.duration > longest.seconds):
+            return self.duration
+        return duration(self._encoded(), name=str(self), longest=longest)
 
-    def stamp(self) -> str | None:
-        """Stands for the recording's content until that changes; None where only reading it can show a change."""
-        return file_stamp(self.source) if isinstance(self.source, Path) else self.source.stamp()
+    def stamp(self, *, strict: bool = True) -> str | None:
+        """Stands for the recording's content until that changes; None where only reading it can show a change.
+
+        strict: as in `file_stamp`.
+        """
+        if isinstance(self.source, Path):
+            return file_stamp(self.source, strict=strict)
+        return self.source.stamp(strict=strict)
 
     def read(self) -> tuple[bytes, str | None]:
         """The recording as it is encoded, and a stamp that stood for it before it was read, or None.
@@ -65,8 +84,8 @@ class Recording:
         if isinstance(encoded, bytes):
             return encoded, stamp
         try:
-            # The stamp of a row says nothing of a file that the row points to.
-            return Path(encoded).read_bytes(), stamp if encoded is self.source else None
+            with open_file(encoded, str(self)) as file:
+                return file.read(), stamp
         except OSError as error:
             raise AudioError(f"{self}: cannot be read ({error.strerror}); expected an audio file") from error
 

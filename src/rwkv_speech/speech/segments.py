@@ -15,6 +15,8 @@ from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.voice import FRAME, Memory, voice_activity
 
 QUIET = 0.35  # probability of speech; silero-vad takes speech to go on above this
+SILENT = 0.2  # the same, nowhere reached in audio without speech: a short word alone may stay below 0.35
+LEVEL = 0.5  # peak to which audio is brought before it is called silent: faint speech scores low
 PAUSE = 7  # quiet frames, 0.22 s: more than a plosive's closure
 MARGIN = 8  # quiet frames, 0.26 s, that stay beside speech: soft beginnings and ends are easily missed
 
@@ -50,14 +52,15 @@ def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[Audi
         max_seconds: the longest segment, at least 1.
 
     Yields:
-        Segments; none where long audio holds no speech.
+        Segments; none where the audio holds no speech.
 
     Raises:
         ValueError: `max_seconds` below 1.
+        UserError: the weights of the voice activity's network are missing.
     """
     if not max_seconds >= 1:
         raise ValueError(f"cut: max_seconds must be at least 1, not {max_seconds}")
-    limit = int(max_seconds * SAMPLE_RATE)
+    limit = round(max_seconds * SAMPLE_RATE)
     blocks = iter(blocks)
     head, length = [], 0
     for block in blocks:
@@ -66,8 +69,13 @@ def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[Audi
         if length > limit:
             yield from _cut_at_pauses(chain(head, blocks), limit // FRAME)
             return
-    if head:
-        yield AudioSegment(0.0, torch.cat(head))
+    if head and not _is_silent(whole := torch.cat(head)):
+        yield AudioSegment(0.0, whole)
+
+
+def _is_silent(samples: Tensor) -> bool:
+    peak = float(samples.abs().max())
+    return not peak or all(voice.max() < SILENT for _, voice in _with_voice([samples / peak * LEVEL]))
 
 
 def _cut_at_pauses(blocks: Iterable[Tensor], longest: int) -> Iterator[AudioSegment]:

@@ -70,7 +70,7 @@ def voice_activity() -> VoiceActivity:
     package = importlib.util.find_spec("silero_vad")  # finds it without importing it
     file = Path(package.origin).with_name("data") / "silero_vad.jit" if package and package.origin else None
     if file is None or not file.is_file():
-        raise UserError("long audio needs the weights that come with silero-vad: pip install 'silero-vad>=6.2.3'")
+        raise UserError("telling speech from silence needs the weights of silero-vad: pip install 'silero-vad>=6.2.3'")
     with warnings.catch_warnings():
         # Of torch.jit. But the package's .safetensors file holds other weights than this, the model that it runs.
         warnings.simplefilter("ignore")
