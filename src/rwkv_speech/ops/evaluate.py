@@ -37,7 +37,7 @@ from rwkv_speech.trained import MissionFile
 log = logging.getLogger("rwkv_speech")
 
 # Settings that change what an evaluation finds: it is not resumed under others. What it hears is looked at for itself.
-EVAL_SETTINGS = ("labels", "beam", "temperature", "top_p", "sampling_seed", "max_new_tokens", "loop_guard")
+EVAL_SETTINGS = ("beam", "temperature", "top_p", "sampling_seed", "max_new_tokens", "loop_guard")
 
 
 def evaluate(options: Options) -> int:
@@ -109,7 +109,7 @@ def _settings(options: Options, file: MissionFile, model: SpeechRWKV, machine: M
     return {
         **{name: flat[name] for name in EVAL_SETTINGS},
         **{"adapter": f"{file.path.name} ({weights.hexdigest()})", "mission": model.mission.name},
-        **{"answers": model.answers, "precision": machine.precision},
+        **{"labels": model.labels, "precision": machine.precision},
         **frozen_parts(model),
     }
 
