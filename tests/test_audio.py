@@ -349,7 +349,7 @@ def test_a_wav_file_with_few_samples_before_another_chunk_is_closed(caplog):
     data = encode(np.full(18, 0.5), RATE, width="PCM_16") + b"LIST" + struct.pack("<I", 4) + b"INFO"
     assert len(load_audio(data)) == 18
     nothing = encode(np.zeros(0), RATE, width="PCM_16")
-    for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO"):
+    for more in (b"", *(name + struct.pack("<I", 4) + b"abcd" for name in (b"LIST", b"cue ", b"_PMX"))):
         with pytest.raises(AudioError, match="holds no samples"):
             load_audio(nothing + more)
     assert not caplog.records
