@@ -276,7 +276,7 @@ def test_ffmpeg_without_an_end_is_ended(tmp_path, stand_in, monkeypatch, before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ffmpeg ends at its next write")
 def test_ffmpeg_ends_with_a_process_that_is_killed(tmp_path, stand_in):
-    stand_in("echo $$ > new; /bin/mv new pid; exec /bin/sleep 60")
+    stand_in("echo $$ > new; /bin/mv new pid; exec /bin/sleep 600")
     read = "from rwkv_speech.speech.decoders import decoding; decoding(bytes(100), 'x').__enter__()"
     reader = subprocess.Popen([sys.executable, "-c", read])
     wait_for((tmp_path / "pid").exists)
