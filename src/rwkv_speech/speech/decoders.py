@@ -256,7 +256,10 @@ def _by_ffmpeg(source: str | Path | Encoded, name: str, stack: ExitStack, *, rea
         copy.write(source)
         copy.flush()
         source = copy.name
-    process = stack.enter_context(_FFmpeg(ffmpeg, os.path.abspath(source), name))
+    try:
+        process = stack.enter_context(_FFmpeg(ffmpeg, os.path.abspath(source), name))
+    except OSError as error:
+        raise AudioError(f"{name}: ffmpeg cannot be started for it ({error.strerror})") from error
     header = process.read(_AU_HEADER.size)
     if len(header) < _AU_HEADER.size:
         process.fail()
