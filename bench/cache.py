@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.random_model import write_model
 from bench.timing import seconds
-from rwkv_speech.data.batches import Batch, SpeechDataset, loader
+from rwkv_speech.data.batches import Batch, SpeechDataset
+from rwkv_speech.data.loading import loader
 from rwkv_speech.data.sample import Row
 from rwkv_speech.lm import wkv
 from rwkv_speech.lm.initialise import official_sizes

@@ -276,7 +276,7 @@ def test_ffmpeg_without_an_end_is_ended(tmp_path, stand_in, monkeypatch, before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ffmpeg ends at its next write")
 def test_ffmpeg_ends_with_a_process_that_is_killed(tmp_path, stand_in):
-    stand_in("echo $$ > new; /bin/mv new pid; exec /bin/sleep 60")
+    stand_in("echo $$ > new; /bin/mv new pid; exec /bin/sleep 600")
     read = "from rwkv_speech.speech.decoders import decoding; decoding(bytes(100), 'x').__enter__()"
     reader = subprocess.Popen([sys.executable, "-c", read])
     wait_for((tmp_path / "pid").exists)
@@ -349,7 +349,7 @@ def test_a_wav_file_with_few_samples_before_another_chunk_is_closed(caplog):
     data = encode(np.full(18, 0.5), RATE, width="PCM_16") + b"LIST" + struct.pack("<I", 4) + b"INFO"
     assert len(load_audio(data)) == 18
     nothing = encode(np.zeros(0), RATE, width="PCM_16")
-    for more in (b"", b"LIST" + struct.pack("<I", 4) + b"INFO"):
+    for more in (b"", *(name + struct.pack("<I", 4) + b"abcd" for name in (b"LIST", b"cue ", b"_PMX"))):
         with pytest.raises(AudioError, match="holds no samples"):
             load_audio(nothing + more)
     assert not caplog.records

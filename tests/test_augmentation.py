@@ -13,8 +13,9 @@ import soundfile
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech.data.batches import AccumulationLoader, SpeechDataset, loader
+from rwkv_speech.data.batches import SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader
+from rwkv_speech.data.loading import AccumulationLoader, loader
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row
 from rwkv_speech.engine.module import TrainingModule

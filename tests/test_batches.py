@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import SequentialSampler
 
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import Batch, Collate, SharedBatches, SpeechDataset, loader, reading
+from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
+from rwkv_speech.data.loading import SharedBatches, loader, reading
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import BadSample, Row, Sample, one_round
 from rwkv_speech.errors import UserError

@@ -13,9 +13,10 @@ import soundfile
 import torch
 
 from rwkv_speech.data import durations
-from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset
+from rwkv_speech.data.batches import Batch, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
+from rwkv_speech.data.loading import AccumulationLoader
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, one_round
 from rwkv_speech.errors import UserError

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import train as entry
-from rwkv_speech.data.batches import Batch, SpeechDataset, loader
+from rwkv_speech.data.batches import Batch, SpeechDataset
 from rwkv_speech.data.hub import DatasetRow, read_dataset
 from rwkv_speech.data.librispeech import read_librispeech
+from rwkv_speech.data.loading import loader
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.sample import Row, one_round
 from rwkv_speech.errors import UserError

@@ -6,7 +6,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from rwkv_speech.data.batches import Collate, SpeechDataset, loader
+from rwkv_speech.data.batches import Collate, SpeechDataset
+from rwkv_speech.data.loading import loader
 from rwkv_speech.data.rendering import NO_LABEL, Renderer
 from rwkv_speech.data.sample import BadSample, Message, Row, Sample, SampleError, one_round
 from rwkv_speech.lm.tokenizer import Tokenizer

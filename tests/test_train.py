@@ -1,6 +1,7 @@
 """Training, evaluation and prediction from the flags on: what is written, resumed, kept and refused."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.scoring import EvalRecord
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.frame_cache import AbsentEncoder
+from rwkv_speech.speech.recording import Recording
 from tests.tiny import NO_FILES, QUICK, at_door, do, last, losses, missions, no_file
 
 pytestmark = pytest.mark.usefixtures("voiced")
@@ -589,6 +591,21 @@ def test_columns_of_tables_and_a_plus_in_their_path(trained, world, tmp_path):
         (records,) = (tmp_path / "out/eval").glob(f"{name}*.jsonl")
         references = [json.loads(line)["reference"] for line in records.read_text().splitlines()]
         assert references == [text[::-1] for _, text in world.utterances[:3]]
+
+
+def test_a_killed_reader_ends_the_run_with_one_line(world, tmp_path, monkeypatch, capsys):
+    main, plain = os.getpid(), Recording.waveform
+
+    def waveform(self, longest=None):
+        if os.getpid() != main and self.source.name == "7.wav":
+            os.kill(os.getpid(), signal.SIGBUS)  # as where /dev/shm is full
+        return plain(self, longest)
+
+    monkeypatch.setattr(Recording, "waveform", waveform)
+    status, printed = at_door(monkeypatch, capsys, *world.flags, *QUICK, f"--proj_dir={tmp_path}", "--num_workers=1")
+    assert status == 2
+    (line,) = [line for line in printed.err.splitlines() if line.startswith(("train.py: ", "Traceback"))]
+    assert "a process that reads audio" in line
 
 
 CONVOLUTIONS = {

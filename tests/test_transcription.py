@@ -1,5 +1,6 @@
 """Transcripts: their forms against hand-written ones, their order whatever the batch, and `--op predict` on files."""
 
+import itertools
 import json
 import math
 import re
@@ -345,6 +346,26 @@ def test_subtitles_of_one_file_go_to_standard_output(predict, long_file):
     status, out, _ = predict("--max_audio_s=2", "--format=vtt", "--file_path", long_file)
     assert status == 0
     assert out.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:0")
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5, 40])
+def test_silence_is_an_empty_line_at_any_length(predict, tmp_path, caplog, seconds):
+    caplog.set_level("INFO", "rwkv_speech")
+    path = tmp_path / "silence.wav"
+    soundfile.write(path, np.zeros(int(16_000 * seconds)), 16_000)
+    status, out, _ = predict("--file_path", path)
+    assert (status, out) == (0, "\n")
+    assert f"{path}: no speech in it" in caplog.messages
+
+
+def test_segments_without_text_are_counted(world, predict, long_file, monkeypatch, caplog):
+    numbers = itertools.count()
+    monkeypatch.setattr("rwkv_speech.model.SpeechRWKV.text", lambda *_: ["a", ""][next(numbers) % 2])
+    _, line, _ = predict("--max_audio_s=2", "--format=json", "--file_path", long_file)
+    segments = json.loads(line)["segments"]
+    assert [segment["text"] for segment in segments[:4]] == ["a", "", "a", ""]
+    said = f"{long_file}: {len(segments) // 2} of {len(segments)} segments gave no text"
+    assert caplog.messages.count(said) == 1
 
 
 def test_a_file_for_each_in_output_dir(world, predict, tmp_path, caplog):

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from rwkv_speech.data.batches import Batch, SharedBatches, Shuffled, SpeechDataset, load_batches
+from rwkv_speech.data.batches import Batch, SpeechDataset
+from rwkv_speech.data.loading import SharedBatches, Shuffled, load_batches
 from rwkv_speech.errors import UserError
 
 JITTER = 0.02  # of a length, up and down, before sorting: more of it mixes better and pads more

@@ -15,7 +15,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import SpeechDataset, loader
+from rwkv_speech.data.batches import SpeechDataset
+from rwkv_speech.data.loading import loader
 from rwkv_speech.data.sample import BadSample, Row, fingerprint
 from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.engine.machine import gather

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from rwkv_speech.data.batches import AccumulationLoader, reading
+from rwkv_speech.data.loading import AccumulationLoader, reading
 from rwkv_speech.engine.deepspeed import STAGES, ZeRO
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.runs import Interrupted, ResumePoints, Run, StopRequest, WholeFiles

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import reading
+from rwkv_speech.data.loading import reading
 from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_run, write_json
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory

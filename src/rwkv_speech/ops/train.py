@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from rwkv_speech.alignment import fits
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import AccumulationLoader, Batch, SpeechDataset, loader
+from rwkv_speech.data.batches import Batch, SpeechDataset
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.listing import audio_files
+from rwkv_speech.data.loading import AccumulationLoader, loader
 from rwkv_speech.data.rendering import Rendered
 from rwkv_speech.data.sample import Row, SampleError, fingerprint
 from rwkv_speech.engine.callbacks import FillFrames, NonFiniteLosses, ReportBadSamples

@@ -47,6 +47,7 @@ _FRAMES_PER_BYTE_ELSE = 1_000
 # What writers that cannot seek back, or were killed, leave where the size of a WAV file's samples belongs.
 _UNSET = (0, 36)  # bytes
 _OPEN = 2_000_000_000  # and from here on
+_CHUNK_NAME = re.compile(rb"[\w ]{4}")
 
 # libsndfile reports a chunk that is longer than its file in its log only, e.g. "data : 320000 (should be 159978)".
 _SHORT_CHUNK = re.compile(r"\b(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)")
@@ -131,6 +132,9 @@ def decoding(source: str | Path | Encoded, name: str) -> Iterator[Decoded]:
         yield audio
 
 
+# libsndfile
+
+
 class _UnknownFormatError(Exception):
     """libsndfile does not know what this is."""
 
@@ -199,7 +203,7 @@ def _unset_size(file: BinaryIO) -> int | None:
         chunk, size = _chunk(file, place)
         if chunk == b"data":
             behind, rest = _chunk(file, place + 8 + size)
-            is_chunk = behind.isalnum() and rest < _OPEN
+            is_chunk = _CHUNK_NAME.fullmatch(behind) and rest < _OPEN
             return place + 4 if size in _UNSET and behind and not is_chunk else None
         place += 8 + size + size % 2
     return None

@@ -41,10 +41,11 @@ class AudioSegment:
 def cut(blocks: Iterable[Tensor], *, max_seconds: float = 30.0) -> Iterator[AudioSegment]:
     """The segments of a recording, in order, without overlap.
 
-    Audio that is not longer than `max_seconds` is one segment, as it is. Of longer audio, each segment ends in the last
-    pause that keeps it within `max_seconds`; where there is none, at the frame of its second half that is the least
-    likely to be speech. Every frame to which silero-vad gives a probability of speech of at least 0.35 belongs to a
-    segment, with up to 0.26 s around it; of the silence before and after a segment, more than that is left out.
+    Audio that is not longer than `max_seconds` is one segment, as it is, unless it is silent. Of longer audio, each
+    segment ends in the last pause that keeps it within `max_seconds`; where there is none, at the frame of its second
+    half that is the least likely to be speech. Every frame to which silero-vad gives a probability of speech of at
+    least 0.35 belongs to a segment, with up to 0.26 s around it; of the silence before and after a segment, more than
+    that is left out.
 
     Args:
         blocks: (samples,) float32 at 16 kHz each, together the recording, as `audio_blocks` yields it; for a waveform
