@@ -30,7 +30,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import DecodingOptions, Options
 from rwkv_speech.speech import frame_cache, identity, shards
-from rwkv_speech.speech.audio import AudioError
+from rwkv_speech.speech.audio import AudioError, Longest, TooLongError
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.recording import Recording
@@ -519,6 +519,24 @@ def test_bad_recordings_get_no_frames(world, recordings):
         with pytest.raises(AudioError, match=str(recording)):
             cache.read(recording)
     assert len(cache.read(recordings[0])[0]) > 10
+
+
+def test_recordings_that_are_too_long_get_no_frames(world, recordings, loads):
+    """Their headers tell, so that they aren't decoded, and the next time the encoder isn't loaded for them."""
+    soundfile.write(world / "long.wav", np.zeros(16_000 * 100), 16_000)
+    long, longest = Recording(world / "long.wav"), Longest(10.0, "--flag leaves")
+    lied = Recording(world / "long.wav", duration=1.0)
+    bad = []
+    for _ in range(2):
+        cache = opened(world)
+        cache.fill([long, *recordings], longest=longest, on_bad=lambda recording, error: bad.append(str(error)))
+    message = f"{world / 'long.wav'}: lasts 100 s, more than the 10 s that --flag leaves"
+    assert bad == [message] * 2
+    assert len(loads) == 1
+    cache.fill([lied], longest=longest, on_bad=lambda recording, error: bad.append(str(error)))
+    assert bad[2:] == [message]
+    with pytest.raises(TooLongError, match="lasts 100 s"):
+        cache.read(long, longest)
 
 
 def test_folder_that_cannot_be_made(world):

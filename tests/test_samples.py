@@ -74,7 +74,7 @@ def test_a_row_that_lacks_what_its_mission_needs_is_a_bad_sample(rows):
 class Cache:
     """In the place of a FrameCache."""
 
-    def read(self, recording: Recording) -> tuple[Tensor, int]:
+    def read(self, recording: Recording, longest: None) -> tuple[Tensor, int]:
         samples = soundfile.info(recording.source).frames
         return torch.full((samples // 10, WIDTH), samples).half(), samples
 

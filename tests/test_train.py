@@ -23,9 +23,12 @@ from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.options import Options
+from rwkv_speech.ops.train import _longest
+from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.scoring import EvalRecord
-from tests.tiny import QUICK, at_door, do, last, losses, missions
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.frame_cache import AbsentEncoder
+from tests.tiny import NO_FILES, QUICK, at_door, do, last, losses, missions, no_file
 
 pytestmark = pytest.mark.usefixtures("voiced")
 
@@ -586,6 +589,65 @@ def test_columns_of_tables_and_a_plus_in_their_path(trained, world, tmp_path):
         (records,) = (tmp_path / "out/eval").glob(f"{name}*.jsonl")
         references = [json.loads(line)["reference"] for line in records.read_text().splitlines()]
         assert references == [text[::-1] for _, text in world.utterances[:3]]
+
+
+CONVOLUTIONS = {
+    "wavlm": [(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2],
+    "w2v-bert": [(400, 160), (2, 2)],
+    "whisper": [(1, 320)],
+}
+
+
+@pytest.mark.parametrize("convolutions", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("ctx_len", [1, 7, 2048])
+def test_only_what_has_no_room_is_left_undecoded(convolutions, k, ctx_len):
+    encoder, adapter = AbsentEncoder("x", width=4, convolutions=convolutions), Adapter(4, 4, downsample_k=k, hidden=4)
+    options = TrainingOptions(ctx_len=ctx_len, max_batch_s=ctx_len)
+    longest = _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter))
+
+    def positions(samples):
+        return adapter.group_count(encoder.frame_count(samples)) + 1  # the separator
+
+    assert ctx_len < positions(longest.samples + 1)
+    assert positions(longest.samples) <= ctx_len + 3
+    assert _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter), 0.9).seconds <= 0.9 * ctx_len
+
+
+def test_what_is_no_file_is_a_bad_sample_everywhere(world, tmp_path, monkeypatch, capsys):
+    """In caching and training, in evaluation, and in prediction, where each is a line; and so is what is too long."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 5), 16000)
+    paths = {"long": tmp_path / "long.wav"}
+    for kind in NO_FILES:
+        (tmp_path / kind).mkdir()
+        paths[kind] = no_file(tmp_path / kind, kind)
+    manifest = tmp_path / "special.jsonl"
+    lines = [{"audio": str(path), "text": "abc", "id": id} for id, path in paths.items()]
+    lines += [{"audio": str(path), "text": text} for path, text in world.utterances[:4]]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--data={manifest}", "--on_bad_audio=skip", "--epoch_count=1", f"--valid_split={manifest}"]
+    flags += ["--max_new_tokens=4", f"--cache_features={tmp_path / 'cache'}", "--ctx_len=40"]
+    assert do("train", world, tmp_path / "out", *flags) == 0
+    found = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(paths)
+    reasons = {line["id"]: line["reason"] for line in found}
+    assert reasons["long"].endswith("long.wav: lasts 5 s, more than the 4.2 s that --ctx_len 40 leaves")
+
+    assert do("eval", world, tmp_path / "out", f"--data={manifest}", "--on_bad_audio=skip", "--max_new_tokens=4") == 0
+    found = [json.loads(line) for line in (tmp_path / "out/bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(paths), "once each, for the same reason"
+    assert len((tmp_path / "out/eval/all.jsonl").read_text().splitlines()) == 5
+
+    del paths["folder"], paths["nul"]  # one stands for its files, the other can't come from a shell
+    flags = [
+        "--op=predict",
+        f"--proj_dir={tmp_path / 'out'}",
+        "--max_new_tokens=4",
+        *world.flags[:1],
+        "--accelerator=cpu",
+    ]
+    status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", *paths.values(), world.utterances[0][0])
+    assert (status, len(printed.out.splitlines())) == (1, 2)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ The world is a random language model and encoder, and tones with letters for tra
 python tests/tiny.py FOLDER
 """
 
+import contextlib
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,31 @@ def _write_encoder(folder: Path) -> None:
     )
     transformers.WavLMModel(config).save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
+
+
+NO_FILES = ("fifo", "device", "socket", "folder", "loop", "nul", "overlong", "below-a-file", "not-utf8")
+
+
+def no_file(folder: Path, kind: str) -> Path:
+    """A path, by x.wav in a folder, to what is no file: one of NO_FILES."""
+    path = folder / "x.wav"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(folder):  # its path can't be long
+            made.bind(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    return {
+        "nul": folder / "x.wav\0y",
+        "overlong": folder / ("x" * 300 + "x.wav"),
+        "below-a-file": Path(__file__, "x.wav"),
+        "not-utf8": Path(os.fsdecode(os.fsencode(path) + b"\xff")),
+    }.get(kind, path)
 
 
 def do(op: str, world: Any, project: Path, *flags: str) -> int:

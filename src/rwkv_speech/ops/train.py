@@ -279,10 +279,10 @@ def _longest(training: TrainingOptions, model: SpeechRWKV, slowest: float | None
     """
     # Two positions more, since the frames of an encoder's edges, and of an incomplete last position, are missing.
     seconds = (training.ctx_len + 2) * model.adapter.downsample_k / model.speech_encoder.frame_rate
-    context = Longest(seconds, f"--ctx_len {training.ctx_len} has room for")
+    context = Longest(seconds, f"--ctx_len {training.ctx_len} leaves")
     if not slowest or not training.max_batch_s:
         return context
-    return min(context, Longest(training.max_batch_s * slowest, f"--max_batch_s {training.max_batch_s:g} leaves"))
+    return min(context, Longest(training.max_batch_s * slowest, "--max_batch_s leaves"))
 
 
 def _too_long(training: TrainingOptions, slowest: float) -> Callable[[Rendered, Sequence[int]], str | None]:

@@ -33,7 +33,7 @@ _LOUDEST = 1e15  # full scale is 1; the sum of squares of larger ones has no roo
 class Longest(NamedTuple):
     """The most of a recording that can be used, to the sample at 16 kHz.
 
-    why: what sets it, in messages after "the 10.0 s that": `--ctx_len 2048 leaves`.
+    why: what sets it, in messages after "the 10 s that": `--ctx_len 2048 leaves`.
     """
 
     seconds: float
@@ -92,7 +92,7 @@ def audio_blocks(
             if len(samples):
                 given += len(samples)
                 if longest and given > longest.samples:
-                    raise _too_long(name, longest, "is")
+                    raise _too_long(name, longest)
                 yield torch.from_numpy(samples)
         if not decoded:
             raise AudioError(f"{name}: holds no samples; expected speech")
@@ -100,7 +100,7 @@ def audio_blocks(
         if not given and not len(rest):
             rest = mono[:1]  # audio shorter than half an output sample resamples to nothing
         if longest and given + len(rest) > longest.samples:
-            raise _too_long(name, longest, "is")
+            raise _too_long(name, longest)
         if len(rest):
             yield torch.from_numpy(rest)
 
@@ -170,7 +170,7 @@ def check_waveform(
             "divide 16-bit integers by 32768"
         )
     if longest and len(tensor) > longest.samples:
-        raise _too_long(name, longest, f"lasts {len(tensor) / SAMPLE_RATE:.1f} s,")
+        raise _too_long(name, longest, f"{len(tensor) / SAMPLE_RATE:.4g} s, ")
     tensor = tensor.to(torch.float32)
     _check_samples(tensor.cpu().numpy(), SAMPLE_RATE, name)
     return tensor
@@ -179,11 +179,11 @@ def check_waveform(
 def _check_header(audio: Decoded, name: str, longest: Longest | None) -> None:
     # One sample more: resampling rounds.
     if longest and audio.frames and audio.frames * SAMPLE_RATE > (longest.samples + 1) * audio.rate:
-        raise _too_long(name, longest, f"lasts {audio.frames / audio.rate:.1f} s,")
+        raise _too_long(name, longest, f"{audio.frames / audio.rate:.4g} s, ")
 
 
-def _too_long(name: str, longest: Longest, lasts: str) -> TooLongError:
-    return TooLongError(f"{name}: {lasts} longer than the {longest.seconds:.1f} s that {longest.why}")
+def _too_long(name: str, longest: Longest, lasts: str = "") -> TooLongError:
+    return TooLongError(f"{name}: lasts {lasts}more than the {longest.seconds:.4g} s that {longest.why}")
 
 
 def _as_it_is(samples: np.ndarray, *, last: bool) -> np.ndarray:
