@@ -233,13 +233,17 @@ def test_manifest_fields_and_paths(tmp_path):
             "mission": "m",
             "lang_id": 3,
         },
+        {"audio": "c.wav", "answers": ["Paris", "paris, france"], "prompt": "Where?"},
+        {"audio": "d.wav", "text": "ja", "answers": ["yes"], "target_language": "de", "transcript": "yes"},
     ]
     lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
     path = tmp_path / "my train+dev.jsonl"
-    path.write_text("\ufeff" + lines[0] + "\r\n\n" + lines[1] + "\n", encoding="utf-8")
+    path.write_text("\ufeff" + lines[0] + "\r\n\n" + "\n".join(lines[1:]) + "\n", encoding="utf-8")
     expected = [
         Row("one", "Grüße\u2028an", Recording(tmp_path / "clips" / "a.wav", duration=1.0), speaker="s"),
         Row(str(tmp_path / "b.flac"), "", Recording(tmp_path / "b.flac"), language="de", mission="m"),
+        Row("c.wav", "Paris", Recording(tmp_path / "c.wav"), answers=("Paris", "paris, france"), prompt="Where?"),
+        Row("d.wav", "ja", Recording(tmp_path / "d.wav"), answers=("yes",), target_language="de", transcript="yes"),
     ]
     assert read_manifest(path) == expected
     assert load_split(None, data=str(path)) == load_split(str(path)) == expected
@@ -257,6 +261,8 @@ def test_manifest_fields_and_paths(tmp_path):
         ('{"text": "x"}', "no 'audio'"),
         ('{"audio": "", "text": "x"}', "'audio' is empty"),
         ('{"audio": "a.wav"}', "no 'text'"),
+        ('{"audio": "a.wav", "answers": []}', "'answers' is [], not a list of strings"),
+        ('{"audio": "a.wav", "text": "x", "answers": [1]}', "'answers' is [1], not a list of strings"),
         ('{"audio": "a.wav", "text": null}', "'text' is None, not a string"),
         ('{"audio": "a.wav", "text": "x", "id": [7]}', "'id' is [7], not a string or a number"),
         ('{"audio": "a.wav", "text": "x", "speaker": true}', "'speaker' is True, not a string or a number"),
@@ -404,9 +410,11 @@ def audio_rows(datasets, frequencies, **columns):
 
 def test_saved_dataset(tmp_path, datasets):
     rows = audio_rows(datasets, [300, 500], id=["x", "y"], sentence=["One", "Two"], speaker_id=[7, 8])
+    rows = rows.add_column("answers", [["One", "1"], []])
     rows.save_to_disk(tmp_path / "saved")
     one, two = load_split(None, data=str(tmp_path / "saved"))
     assert (one.id, one.text, one.speaker, two.speaker) == ("x", "One", "7", "8")
+    assert (one.answers, two.answers) == (("One", "1"), None)
     assert is_tone(one, 300)
     assert is_tone(two, 500)
     with pytest.raises(UserError, match="saved without splits"):

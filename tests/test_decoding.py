@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rwkv_speech.decoding
-from rwkv_speech.decoding import generate, repeats, score_answers
+from rwkv_speech.decoding import choose, generate, repeats, score_answers
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.language_model import last
@@ -438,6 +438,25 @@ def test_answers_are_scored_as_full_passes_score_them(monkeypatch, rows):
     for prefix, length, row in zip(embeddings, lengths.tolist(), scores.tolist(), strict=True):
         for answer, score in zip(answers, row, strict=True):
             assert score == pytest.approx(sum(log_probs_of(model, prefix[:length], answer, True)), abs=1e-3)
+
+
+def test_answers_are_chosen_by_their_average_per_token():
+    model = random_model(17, 2)
+    embeddings, lengths = batch((2, 57, 16))
+    answers = [[3], [5, 6, 7, 8, 9, 10], [1, 2], [4]]
+    results = choose(model, embeddings, lengths, answers)
+    by_sum = set()
+    for prefix, length, result in zip(embeddings, lengths.tolist(), results, strict=True):
+        sums = [sum(log_probs_of(model, prefix[:length], answer, True)) for answer in answers]
+        averages = [total / (len(answer) + 1) for total, answer in zip(sums, answers, strict=True)]
+        ranked = sorted(range(4), key=lambda i: -averages[i])
+        found = [result, *result.alternatives]
+        assert [x.tokens for x in found] == [answers[i] for i in ranked]
+        assert [x.average_log_prob for x in found] == pytest.approx([averages[i] for i in ranked], abs=1e-4)
+        weights = [math.exp(averages[i] * math.sqrt((2 + 7 + 3 + 2) / 4)) for i in ranked]
+        assert [x.probability for x in found] == pytest.approx([w / sum(weights) for w in weights], abs=1e-4)
+        by_sum.add(max(range(4), key=sums.__getitem__) == ranked[0])
+    assert False in by_sum, "the case is void: sums would choose the same"
 
 
 def test_probabilities_of_all_answers_sum_to_one():

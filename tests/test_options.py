@@ -320,7 +320,11 @@ def test_every_setting_is_taken_from_the_environment():
     values = {name: f"the {name}" for name in SETTINGS}
     switches = {f.name for _, f in setting_fields() if f.default is False}
     assert {"download", "loop_guard", "resume"} <= switches
-    for op, others in {"train": {"file_path", "output_dir"}, "predict": {"cache_features"}}.items():
+    for op, others in {
+        "train": {"file_path", "output_dir", "prompt", "records", "normalizer"},
+        "predict": {"cache_features", "records", "normalizer"},
+        "score": {"cache_features", "file_path", "prompt"},
+    }.items():
         wanted = {f"--{name}" if name in switches else f"--{name}={values[name]}" for name in SETTINGS}
         wanted -= {f"--{name}={values[name]}" for name in ("op", *others)}
         assert set(environment_flags(op, values)) == wanted

@@ -102,7 +102,7 @@ def test_hand_worked_rates():
     raw = scores.raw
     assert raw.words == Edits(hits=8, substitutions=1, deletions=3, insertions=2)
     assert raw.words.rate == 6 / 12
-    assert raw.mean_utterance_wer == pytest.approx((3 / 7 + 0 / 3 + 2 / 2) / 3)  # h4 has no rate
+    assert raw.mean_utterance_rate == pytest.approx((3 / 7 + 0 / 3 + 2 / 2) / 3)  # h4 has no rate
     assert raw.sentence_error_rate == 3 / 4
     # 28 + 16 + 11 + 0 characters; h1 differs by the 2 of "a ", c -> b, the 4 of "the "; h3 by 11, h4 by 2.
     assert raw.characters.length == 55
@@ -137,7 +137,7 @@ def test_counts_equal_jiwer_utterance_by_utterance(form):
     assert texts.words.rate == jiwer.wer(*map(list, zip(*pairs, strict=True)))
     assert texts.characters.rate == jiwer.cer(*map(list, zip(*pairs, strict=True)))
     rates = [jiwer.wer(*pair) for pair in pairs if pair[0]]
-    assert texts.mean_utterance_wer == pytest.approx(np.mean(rates))
+    assert texts.mean_utterance_rate == pytest.approx(np.mean(rates))
 
 
 def test_errors_equal_a_plain_edit_distance():
@@ -158,7 +158,7 @@ def test_all_references_empty_has_no_rate():
     texts = score([record("", "well", id="a"), record(" ", "", id="b")]).raw
     assert texts.words == Edits(insertions=1)
     assert math.isnan(texts.words.rate)
-    assert all(map(math.isnan, (*texts.interval, texts.mean_utterance_wer)))
+    assert all(map(math.isnan, (*texts.interval, texts.mean_utterance_rate)))
     assert texts.sentence_error_rate == 1 / 2
 
 
@@ -208,18 +208,18 @@ def test_breakdowns_add_up_to_the_corpus(breakdown):
     scores, cost = score(corpus()), Cost.of(corpus())
     groups = breakdown(scores.raw.aligned)
     assert len(groups) > 3
-    assert sum((group.words for group in groups), Edits()) == scores.raw.words
+    assert sum((group.edits for group in groups), Edits()) == scores.raw.words
     assert sum(group.utterances for group in groups) == cost.utterances
     assert math.fsum(group.audio_seconds for group in groups) == pytest.approx(cost.audio_seconds)
 
 
 def test_breakdowns_of_the_hand_worked_case():
     aligned = score(HAND).raw.aligned
-    assert [(g.name, g.utterances, g.words.errors) for g in by_length(aligned)] == [
+    assert [(g.name, g.utterances, g.edits.errors) for g in by_length(aligned)] == [
         ("0–2 s", 3, 3),
         ("2–5 s", 1, 3),
     ]
-    assert [(g.name, g.words.rate) for g in by_speaker(aligned)] == [("ann", 5 / 9), ("bob", 1 / 3)]
+    assert [(g.name, g.edits.rate) for g in by_speaker(aligned)] == [("ann", 5 / 9), ("bob", 1 / 3)]
 
 
 def test_length_ranges_hold_their_lower_edge():
@@ -251,7 +251,7 @@ def test_spellings_are_taken_where_a_table_is_installed(tmp_path, monkeypatch):
     (package / "normalizers").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "normalizers" / "english.json").write_text('{"colour": "color"}')
-    caches = (normalise._spellings, normalise._normaliser)
+    caches = (normalise._spellings, normalise._english)
     monkeypatch.syspath_prepend(tmp_path)
     try:
         [cache.cache_clear() for cache in caches]
@@ -414,7 +414,7 @@ def test_report_is_named_after_the_splits_not_their_perturbations(tmp_path):
     rows = ("dev, clean", "dev, clean, speed 0.9", "dev, clean, noise 0 dB", "other")
     write_report(tmp_path / "report.html", dict.fromkeys(rows, result(HAND)))
     (title,) = re.findall("<title>(.*)</title>", (tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert title == "Word error rate: dev, clean · other"
+    assert title == "Error rates: dev, clean · other"
 
 
 def test_report_replaces_stand_in_colours(report):

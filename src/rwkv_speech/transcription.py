@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Alternative:
     text: str
     average_log_prob: float
     """Natural logarithm, per token."""
+    probability: float | None = None
+    """Among the labels that the text was chosen from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Segment:
     text: str
     average_log_prob: float
     """Natural logarithm, per token."""
+    probability: float | None = None
+    """Among the labels that the text was chosen from."""
     alternatives: tuple[Alternative, ...] = ()
     """Other readings that a beam search found, best first."""
 
@@ -155,6 +160,7 @@ def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size
                     end=round(piece.end, 3),
                     text=best.text,
                     average_log_prob=best.average_log_prob,
+                    probability=best.probability,
                     alternatives=tuple(others),
                 )
 
@@ -176,8 +182,13 @@ def as_text(transcript: Transcript) -> str:
 
 
 def as_json(transcript: Transcript) -> str:
-    """One object on one line: `name`, `text`, and `segments` with the fields of `Segment`."""
-    content = {"name": transcript.name, "text": transcript.text, "segments": [asdict(p) for p in transcript.segments]}
+    """One object on one line: `name`, `text`, and `segments` with the fields of `Segment` that are known."""
+
+    def known(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in fields if value is not None}
+
+    segments = [asdict(segment, dict_factory=known) for segment in transcript.segments]
+    content = {"name": transcript.name, "text": transcript.text, "segments": segments}
     line = json.dumps(content, ensure_ascii=False, allow_nan=False)
     return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 

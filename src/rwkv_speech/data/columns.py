@@ -24,6 +24,10 @@ OPTIONAL = {
     "speaker": ("speaker_id", "speaker", "client_id"),
     "language": ("language", "locale"),
     "mission": ("mission",),
+    "target_language": ("target_language",),
+    "transcript": ("transcript",),  # of what is translated
+    "answers": ("answers",),  # a list of texts, all of them right
+    "prompt": ("prompt",),
 }
 
 Entry = TypeVar("Entry")
@@ -31,7 +35,7 @@ Entry = TypeVar("Entry")
 
 @functools.lru_cache
 def find_columns(names: tuple[str, ...], audio: str | None = None, text: str | None = None) -> dict[str, str]:
-    """Which column holds which field of a `Row`: always its audio and text, and others that there are.
+    """Which column holds which field of a `Row`: always its audio and its text (or answers), and others that there are.
 
     audio, text: the columns of these; guessed when None.
 
@@ -40,8 +44,11 @@ def find_columns(names: tuple[str, ...], audio: str | None = None, text: str | N
     """
     if set(PAIR) <= set(names) and not any(set(group) & set(names) for group in (*AUDIO, *TEXT)):
         audio, text = audio or PAIR[0], text or PAIR[1]
-    found = {"audio": _column(names, audio, AUDIO, "audio"), "text": _column(names, text, TEXT, "text")}
-    optional = {field: next((name for name in known if name in names), None) for field, known in OPTIONAL.items()}
+    found = {"audio": _column(names, audio, AUDIO, "audio")}
+    if text or "answers" not in names or any(set(group) & set(names) for group in TEXT):
+        found["text"] = _column(names, text, TEXT, "text")
+    others = [name for name in names if name not in found.values()]
+    optional = {field: next((name for name in known if name in others), None) for field, known in OPTIONAL.items()}
     return found | {field: name for field, name in optional.items() if name}
 
 
@@ -92,14 +99,17 @@ def read_entries(
 
 def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row:
     """Raises ValueError, with what is wrong as its message."""
-    audio, text = (_string(entry, columns[field]) for field in ("audio", "text"))
+    audio = _string(entry, columns["audio"])
     if not audio:
         raise ValueError(f"{columns['audio']!r} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{columns['text']!r} holds half of a pair of surrogates, {reprlib.repr(text)}") from None
     given = {field: entry.get(column) for field, column in columns.items() if entry.get(column) not in (None, "")}
+    answers = _texts(given, "answers")
+    if "text" in columns:
+        text = _whole(_string(entry, columns["text"]), columns["text"])
+    elif answers:
+        text = answers[0]
+    else:
+        raise ValueError("neither 'text' nor 'answers'")
     return Row(
         _name(given, "id") or printable(audio),
         text,
@@ -107,7 +117,34 @@ def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row
         speaker=_name(given, "speaker"),
         language=_name(given, "language"),
         mission=_name(given, "mission"),
+        target_language=_name(given, "target_language"),
+        transcript=_text(given, "transcript"),
+        answers=answers,
+        prompt=_text(given, "prompt"),
     )
+
+
+def _whole(text: str, key: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key!r} holds half of a pair of surrogates, {reprlib.repr(text)}") from None
+    return text
+
+
+def _text(entry: Mapping[str, Any], key: str) -> str | None:
+    """As it stands, unlike `_name`."""
+    return None if _name(entry, key) is None else _whole(str(entry[key]), key)
+
+
+def _texts(entry: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key!r} is {reprlib.repr(value)}, not a list of strings")
+    return tuple(_whole(text, key) for text in texts)
 
 
 def _string(entry: Mapping[str, Any], key: str) -> str:

@@ -185,7 +185,7 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
     logger.info("%s: audio from column %s, text from column %s", name, audio_column, text_column)
     optional = {}
     for field, known in OPTIONAL.items():
-        if (column := _first(known, rows.features)) is not None:
+        if (column := _first(known, rows.features)) not in (None, text_column):
             optional[field] = column
     rows = rows.with_format(None)
     recordings = rows.select_columns([audio_column]).cast_column(audio_column, datasets.Audio(decode=False))
@@ -207,6 +207,7 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
                     DatasetRow(recordings, audio_column, index, label, embedded),
                     duration=_seconds_or_none(values.pop("duration", None)),
                 ),
+                answers=_texts_or_none(values.pop("answers", None)),
                 **{field: _text_or_none(value) for field, value in values.items()},
             )
         )
@@ -252,6 +253,10 @@ def _is_text(feature: Any) -> bool:
 
 def _text_or_none(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _texts_or_none(value: Any) -> tuple[str, ...] | None:
+    return tuple(map(str, value)) if isinstance(value, list) and value else None
 
 
 def _seconds_or_none(value: Any) -> float | None:

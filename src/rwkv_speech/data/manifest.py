@@ -1,8 +1,10 @@
 """Manifests: JSON lines, one utterance each, `{"audio": path, "text": string}`, or one array of such objects.
 
-Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`. What else the keys
-may be called stands in `columns`, among it NeMo's `audio_filepath`. Other keys are ignored, but for `offset`: segments
-of longer files aren't supported, and reading the whole file instead would train on wrong pairs.
+Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`, `prompt`,
+`target_language` and `transcript` of what is translated, and `answers`: a list of texts, all of them right; `text` may
+then be left out, and is the first of them. What else the keys may be called stands in `columns`, among it NeMo's
+`audio_filepath`. Other keys are ignored, but for `offset`: segments of longer files aren't supported, and reading the
+whole file instead would train on wrong pairs.
 """
 
 from __future__ import annotations

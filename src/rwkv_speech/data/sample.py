@@ -27,7 +27,10 @@ class Row:
     id: name of the row, unique within its split; used in hypotheses and reports.
     text: what belongs to the recording, as training and scoring use it: its transcript, say; None where it isn't known.
     audio: the recording, or its waveform.
-    speaker, language, mission: where the source gives them.
+    speaker, language, mission: where the source gives them; and
+    target_language, transcript: where the text is a translation, its language, and what is said in the recording.
+    answers: all texts that are right, where there are several; `text` is what is learnt.
+    prompt: typed text that goes before the audio, where the mission has that.
     """
 
     id: str
@@ -36,6 +39,10 @@ class Row:
     speaker: str | None = None
     language: str | None = None
     mission: str | None = None
+    target_language: str | None = None
+    transcript: str | None = None
+    answers: tuple[str, ...] | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

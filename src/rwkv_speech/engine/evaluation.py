@@ -66,7 +66,12 @@ def evaluate_split(
     folder = options.project / "eval"
     parts = folder / UNFINISHED / name
     changes = perturbation.name if perturbation else None
-    heard = {row.id: fingerprint([row], model.mission.sample, changes) for row in rows}
+    heard = {
+        row.id: fingerprint(
+            [row], model.mission.sample, changes, row.language, row.target_language, row.answers, row.transcript
+        )
+        for row in rows
+    }
     # All wait here for the first, so that none writes before it has read.
     done = fabric.broadcast(_earlier(folder, name, heard) if fabric.is_global_zero else {})
     left = [row for row in rows if row.id not in done]
@@ -107,6 +112,7 @@ def evaluate_split(
                     heard=heard[left[index].id],
                     seconds=seconds,
                     score=result.average_log_prob,
+                    probability=result.probability,
                     loop=result.loop,
                     wall_seconds=wall,
                 )

@@ -18,12 +18,14 @@ class Mission(ABC):
 
     name: in manifests, options and files.
     leading: the metric by which "best" is decided, that of `score(records).leading`, unless `leading_of` says another.
+    chooses: an answer is one of a set of labels.
     cut: its audio is speech, and the answers to pieces of a recording make its answer together. Then silence has none,
         and long recordings are cut in pauses; otherwise they are refused.
     """
 
     name: ClassVar[str]
     leading: ClassVar[MetricKind]
+    chooses: ClassVar[bool] = False
     cut: ClassVar[bool] = False
 
     @abstractmethod
@@ -46,35 +48,44 @@ class Mission(ABC):
         """The longest answer to so many seconds of audio, in tokens."""
         return max(LEAST_TOKENS, math.ceil(TOKENS_PER_SECOND * seconds))
 
-    def answers(self, rows: Sequence[Row]) -> list[str] | None:
-        """The set of answers to choose among; None: free text."""
-        return None
+    def labels(self, rows: Sequence[Row]) -> list[str]:
+        """The labels that training rows have, of a mission that chooses among them."""
+        return sorted({row.text.strip() for row in rows if row.text and row.text.strip()})
 
     def record(self, row: Row, hypothesis: str, *, seconds: float, **measured: Any) -> EvalRecord:
         """The record of an answer.
 
         seconds: length of the audio.
-        measured: of the answer: the record's score, loop and wall_seconds.
+        measured: of the answer: the record's score, probability, loop and wall_seconds.
         """
+        details = {
+            "answers": row.answers and list(row.answers),
+            "target_language": row.target_language,
+            "transcript": row.transcript,
+        }
         return EvalRecord(
             id=row.id,
-            reference=row.text,
+            reference=row.text or "",
             hypothesis=hypothesis,
             seconds=seconds,
             speaker=row.speaker,
             language=row.language,
+            mission=self.name,
+            details={name: value for name, value in details.items() if value},
             **measured,
         )
 
     def result(
-        self, records: Sequence[EvalRecord], *, left_out: int = 0, peak_memory: int | None = None
+        self, records: Sequence[EvalRecord], *, left_out: int = 0, peak_memory: int | None = None, **how: Any
     ) -> SplitResult:
         """What is reported of a whole split.
 
         left_out: rows of the split that could not be used.
         peak_memory: bytes that decoding took at most.
+        how: to score, where the mission's `score` takes anything besides the records.
 
         Raises:
             UserError: no records, or an id that occurs twice.
         """
-        return SplitResult(self.name, self.score(records), Cost.of(records, left_out=left_out, peak_memory=peak_memory))
+        cost = Cost.of(records, left_out=left_out, peak_memory=peak_memory)
+        return SplitResult(self.name, self.score(records, **how), cost)

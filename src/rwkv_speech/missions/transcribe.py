@@ -14,8 +14,8 @@ class Transcribe(Mission):
     leading = WER
     cut = True
 
-    def score(self, records: Sequence[EvalRecord]) -> TranscriptScores:
-        return TranscriptScores(records)
+    def score(self, records: Sequence[EvalRecord], normalizer: str = "language") -> TranscriptScores:
+        return TranscriptScores(records, normalizer)
 
     def leading_of(self, rows: Sequence[Row]) -> MetricKind:
         return leading_kind((row.language, row.text or "") for row in rows)

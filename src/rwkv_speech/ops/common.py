@@ -50,6 +50,12 @@ def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
             )
 
 
+def named_mission(rows: Iterable[Row]) -> str | None:
+    """The mission that rows name; None where they name none, or several."""
+    named = {row.mission for row in rows if row.mission}
+    return named.pop() if len(named) == 1 else None
+
+
 def chosen_mission_file(options: Options) -> MissionFile:
     """The mission file that is named, else the best of the project's newest run, read; the log says which.
 
@@ -68,11 +74,15 @@ def load_model(
     device: torch.device | str,
     machine: Machine,
     cache: FrameCache | None = None,
+    *,
+    mission: str | None = None,
 ) -> SpeechRWKV:
     """The model of the options, with the trained parts of a mission file if one is named.
 
+    mission: where the options name none; None: the mission file's.
+
     Raises:
-        UserError: a part that can't be read, parts that don't fit, or sizes other than those asked for.
+        UserError: a part that can't be read, parts that don't fit, or sizes or labels other than can be asked for.
     """
     wkv.set_backend(options.wkv)
     model = SpeechRWKV.from_pretrained(
@@ -80,13 +90,18 @@ def load_model(
         encoder=options.encoder,
         adapter=adapter,
         load_state=options.load_state,
-        mission=options.mission,
+        mission=options.mission or mission,
         device=device,
         dtype=machine.dtype,
         downsample_k=options.downsample_k,
         adapter_hidden=options.adapter_hidden,
         load_encoder=cache.encoder if cache else SpeechEncoder.from_pretrained,
     )
+    if options.labels and not model.mission.chooses:
+        raise UserError(
+            f"--labels goes with a mission that chooses among them, such as label, not {model.mission.name}"
+        )
+    model.labels = options.labels or model.labels
     sizes = model.language_model.sizes
     for flag, given, actual in (("n_layer", options.n_layer, sizes.n_layer), ("n_embd", options.n_embd, sizes.n_embd)):
         if given is not None and given != actual:

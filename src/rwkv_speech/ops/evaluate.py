@@ -109,7 +109,7 @@ def _settings(options: Options, file: MissionFile, model: SpeechRWKV, machine: M
     return {
         **{name: flat[name] for name in EVAL_SETTINGS},
         **{"adapter": f"{file.path.name} ({weights.hexdigest()})", "mission": model.mission.name},
-        **{"answers": model.answers, "precision": machine.precision},
+        **{"labels": model.labels, "precision": machine.precision},
         **frozen_parts(model),
     }
 

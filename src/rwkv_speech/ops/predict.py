@@ -37,10 +37,13 @@ def predict(options: Options) -> int:
     machine = fit_to_machine(options.machine)
     file = chosen_mission_file(options)
     model = load_model(options.model, file, machine.first_device, machine)
+    if options.prompt and model.mission.name != "answer":
+        raise UserError(f"--prompt goes with the mission answer, not {model.mission.name}")
     transcripts = model.transcripts(
         paths,
         batch_size=options.eval_bsz,
         max_audio_s=longest_piece(model, options, file),
+        prompt=options.prompt,
         options=replace(options.decoding, n_best=options.decoding.beam if options.format == "json" else 1),
     )
     failed = 0

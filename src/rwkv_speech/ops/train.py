@@ -35,7 +35,14 @@ from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import check_folder
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.ops.common import check_missions, check_model_file, frozen_parts, load_model, load_splits
+from rwkv_speech.ops.common import (
+    check_missions,
+    check_model_file,
+    frozen_parts,
+    load_model,
+    load_splits,
+    named_mission,
+)
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
@@ -66,11 +73,17 @@ def _train(options: Options, machine: Machine) -> int:
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
     cache = FrameCache(data.cache_features, storage=data.cache_dtype) if data.cache_features else None
-    model = load_model(options.model, options.model.adapter, device, machine, cache)
+    model = load_model(options.model, options.model.adapter, device, machine, cache, mission=named_mission(rows))
     check_missions(rows + validation_rows, model)
     run = find_run(options, frozen_parts(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
-    model.answers = model.mission.answers(rows) or model.answers
+    if model.mission.chooses:
+        found = model.mission.labels(rows)
+        model.labels = options.model.labels or found
+        if unknown := [label for label in found if label not in model.labels]:
+            raise UserError(
+                f"the data has the label {unknown[0]!r}, which is not among --labels {','.join(model.labels)}"
+            )
     leading = model.mission.leading_of(validation_rows)
     judged_by = f"{fingerprint(validation_rows, model.mission.sample)}, {leading.name}, {options.decoding}"
     mission_files = MissionFiles(

@@ -60,7 +60,7 @@ def terminal_table(rows: Rows, without: Container[str] = ()) -> Table:
         table.add_column(column.lstrip("<*"), justify="left" if column[0] == "<" else "right", no_wrap=True)
     for name, lines in rows.items():
         for head, line in zip_longest((name,), lines, fillvalue=""):
-            figures = (Text(printable(line.get(c, ABSENT)), style="bold" if c[0] == "*" else "") for c in columns)
+            figures = (Text(printable(_figure(line, c)), style="bold" if c[0] == "*" else "") for c in columns)
             table.add_row(Text(printable(head), style="bold"), *figures)
     return table
 
@@ -78,7 +78,7 @@ def html_table(caption: str, rows: Rows, *, first: str = "Split", ruled: bool = 
         scope = f' scope="rowgroup" rowspan="{len(lines)}"' if len(lines) > 1 else ' scope="row"'
         for index, line in enumerate(lines):
             cells = "" if index else _cell("th", "text", name, scope)
-            cells += "".join(_cell("td", kind, line.get(column, ABSENT)) for column, kind in kinds.items())
+            cells += "".join(_cell("td", kind, _figure(line, column)) for column, kind in kinds.items())
             body += f"{'<tr class=first>' if ruled and not index else '<tr>'}{cells}</tr>"
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
@@ -87,7 +87,14 @@ def html_table(caption: str, rows: Rows, *, first: str = "Split", ruled: bool = 
 
 
 def _columns(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(column for lines in rows.values() for line in lines for column in line))
+    """In the order of their first use; what stands out in one line stands out."""
+    found = dict.fromkeys(column for lines in rows.values() for line in lines for column in line)
+    starred = {column[1:] for column in found if column[0] == "*"}
+    return list(dict.fromkeys(f"*{column}" if column in starred else column for column in found))
+
+
+def _figure(line: Mapping[str, str], column: str) -> str:
+    return line.get(column) or line.get(column.lstrip("*")) or ABSENT
 
 
 def _cell(tag: str, kind: str, text: str, attributes: str = "") -> str:

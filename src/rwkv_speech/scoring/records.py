@@ -20,14 +20,17 @@ class EvalRecord:
     reference: the answer, as the data set has it.
     hypothesis: the answer, as the model has it.
     seconds: length of the audio.
-    heard: what stands for the recording and for what was done to it; with another, the answer may be another.
+    heard: what stands for the row and for what was done to its recording; with another, the answer may be another.
     speaker, language: where the data set has them.
+    mission: by which it is scored.
     score: mean log-probability of the hypothesis's tokens, end of text included (natural logarithm).
+    probability: of the hypothesis among the labels that it was chosen from.
     loop: the decoder saw itself repeating.
     wall_seconds: time the utterance took in encoder, adapter and language model: that of its batch, divided by the
             utterances in it. Reading audio and extracting features, done ahead by workers, are not in it. Kept per
         utterance, so that speed adds up over interruptions and processes.
-    details: whatever else the mission needs in order to score: further references, say.
+    details: whatever else the mission needs in order to score: `answers`, all references, where there are several;
+        `target_language`, and the `transcript` of what was translated.
     """
 
     id: str
@@ -37,10 +40,17 @@ class EvalRecord:
     heard: str | None = None
     speaker: str | None = None
     language: str | None = None
+    mission: str | None = None
     score: float | None = None
+    probability: float | None = None
     loop: bool = False
     wall_seconds: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def references(self) -> list[str]:
+        """All references, each once, `reference` first."""
+        return list(dict.fromkeys([self.reference, *self.details.get("answers", ())]))
 
     def line(self) -> bytes:
         """One line of JSON."""

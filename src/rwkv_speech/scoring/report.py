@@ -1,7 +1,7 @@
 """The results of an evaluation: in the terminal, in `summary.json`, and on one page to be opened from disk."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -99,7 +99,7 @@ def score_table(results: Mapping[str, SplitResult]) -> Group:
     parts = []
     for kind, splits in _by_mission(results).values():
         parts.append(terminal_table({name: s.rows() for name, s in splits.items()}, without=kind.report_only))
-        texts = "; ".join(f"{form}: {how}" for form, how in kind.texts().items())
+        texts = "; ".join(f"{form}: {how}" for form, how in _joined(s.texts() for s in splits.values()).items())
         parts.append(Text(f"{kind.caption}{'; ' * bool(texts)}{texts}\n", style="dim"))
     costs = {name: [{SHORT.get(k, k): v for k, v in _cost(r.cost).items()}] for name, r in results.items()}
     return Group(*parts, terminal_table(costs, without=("Empty ref.",)))
@@ -110,9 +110,8 @@ def summary(results: Mapping[str, SplitResult]) -> dict[str, Any]:
 
     All that depends on the machine and the moment stands under `speed`; the rest follows from the records.
     """
-    texts = {form: how for kind, _ in _by_mission(results).values() for form, how in kind.texts().items()}
     return {
-        "texts": texts,
+        "texts": _joined(result.scores.texts() for result in results.values()),
         "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "unit": "utterance"},
         "splits": {name: _split_summary(result) for name, result in results.items()},
     }
@@ -130,7 +129,7 @@ def write_report(path: str | os.PathLike, results: Mapping[str, SplitResult]) ->
     """
     kinds = dict.fromkeys(kind for kind, _ in _by_mission(results).values())
     title = f"{' and '.join(kind.title for kind in kinds)}: {_listed(list(results))}"
-    terms = {term: text for kind in kinds for term, text in kind.terms().items()} | TERMS
+    terms = _joined(result.scores.terms() for result in results.values()) | TERMS
     sections = "".join(
         f'<section aria-labelledby="split-{index}"><h2 id="split-{index}">{escape(name)}</h2>'
         f"{result.scores.sections(name)}</section>"
@@ -200,6 +199,10 @@ def _by_mission(results: Mapping[str, SplitResult]) -> dict[str, tuple[type[Task
         _, splits = missions.setdefault(result.mission, (type(result.scores), {}))
         splits[name] = result.scores
     return missions
+
+
+def _joined(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {name: text for part in parts for name, text in part.items()}
 
 
 def _listed(names: list[str]) -> str:

@@ -13,14 +13,13 @@ import numpy as np
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.scoring.formats import html_table, interval_text, number
-from rwkv_speech.scoring.normalise import lower_case
 from rwkv_speech.scoring.records import EvalRecord
 
 RESAMPLES = 2000
 SEED = 0
 CONFIDENCE = 0.95
 BLOCK = 2**22  # drawn indices held at once, 32 MiB: bounds the memory of the bootstrap on large corpora
-WRONG_SHOWN = 20  # wrong answers in a report
+EXAMPLES = 20  # wrong or worst answers in a report
 
 Interval = tuple[float, float]
 
@@ -124,40 +123,13 @@ class TaskScores(ABC):
         """HTML: a figure of all splits of the mission, under their table in the report."""
         return ""
 
-    @classmethod
-    def texts(cls) -> dict[str, str]:
+    def texts(self) -> dict[str, str]:
         """The forms in which texts are compared: name -> how it is made."""
         return {}
 
-    @classmethod
-    def terms(cls) -> dict[str, str]:
+    def terms(self) -> dict[str, str]:
         """Terms that the report explains: term -> explanation."""
         return {}
-
-
-class ExactScores(TaskScores):
-    """Accuracy: the share of the hypotheses that equal their reference, both lower-cased."""
-
-    title = "Accuracy"
-    kind: ClassVar[MetricKind] = MetricKind("accuracy", "Accuracy", higher_is_better=True)
-
-    def __init__(self, records: Iterable[EvalRecord]) -> None:
-        self.records = sorted(records, key=lambda record: record.id)
-        self.right = [lower_case(record.hypothesis) == lower_case(record.reference) for record in self.records]
-
-    @cached_property
-    def leading(self) -> Metric:
-        n = len(self.right)
-        return Metric(
-            self.kind, sum(self.right) / n if n else math.nan, partial(bootstrap_interval, self.right, [1] * n)
-        )
-
-    def sections(self, name: str) -> str:
-        """The accuracy, and the first wrong answers."""
-        wrong = [record for record, right in zip(self.records, self.right, strict=True) if not right]
-        shown = {r.id: [{"<Reference": r.reference, "<Hypothesis": r.hypothesis}] for r in wrong[:WRONG_SHOWN]}
-        caption = f"{len(shown)} of {len(wrong)} wrong answers"
-        return super().sections(name) + (html_table(caption, shown, first="Utterance") if shown else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,37 +197,98 @@ class SplitResult:
     cost: Cost
 
 
-def bootstrap_interval(
-    errors: Sequence[int], lengths: Sequence[int], *, resamples: int = RESAMPLES, seed: int = SEED
+def bootstrap(
+    statistics: np.ndarray,
+    value: Callable[[np.ndarray], np.ndarray],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> Interval:
-    """95 % percentile interval of the corpus rate sum(errors) / sum(lengths).
+    """95 % percentile interval of a score that is computed from sums over utterances.
 
-    Utterances are drawn with replacement, as many as there are, and the rate is taken again (Bisani and Ney,
+    Utterances are drawn with replacement, as many as there are, and the score is taken again (Bisani and Ney,
     "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004). That takes
     utterances for independent: where few speakers say many of them, the true interval is wider.
 
     Args:
-        errors: per utterance, (n,); or whatever else is counted, such as right answers.
-        lengths: per utterance, (n,): reference words, say, or 1 for a share of utterances.
-        resamples: corpora drawn; those of length 0 are left out.
+        statistics: (n, k), what the score is made of, of each utterance: its errors and its words, say.
+        value: sums of many drawn corpora (r, k) -> their scores (r,), nan where undefined: those are left out.
+        resamples: corpora drawn.
         seed: of the generator, so that the same records have the same interval.
 
     Returns:
-        (low, high), nan where all lengths are 0.
+        (low, high), nan where no corpus has a score.
     """
-    errors, lengths = np.asarray(errors), np.asarray(lengths)
-    if not lengths.any():
-        return math.nan, math.nan
+    statistics = np.asarray(statistics, dtype=float)
+    n = len(statistics)
     generator = np.random.default_rng(seed)
-    block = max(1, BLOCK // len(lengths))
-    rates = []
-    for start in range(0, resamples, block):
-        drawn = generator.integers(len(lengths), size=(min(block, resamples - start), len(lengths)))
-        totals = lengths[drawn].sum(axis=1)
-        rates.append(errors[drawn].sum(axis=1)[totals > 0] / totals[totals > 0])
+    block = max(1, BLOCK // max(1, n))
+    scores = []
+    for start in range(0, resamples if n else 0, block):
+        rows = min(block, resamples - start)
+        drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)  # how often each was drawn
+        scores.append(value(times @ statistics))
+    found = np.concatenate(scores) if scores else np.empty(0)
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return math.nan, math.nan
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.concatenate(rates), (tail, 100 - tail))
+    low, high = np.percentile(found, (tail, 100 - tail))
     return float(low), float(high)
+
+
+def bootstrap_interval(errors: Sequence[float], lengths: Sequence[float], **how: int) -> Interval:
+    """The interval, by `bootstrap`, of a corpus rate sum(errors) / sum(lengths).
+
+    errors: per utterance, (n,); or whatever else is counted, such as right answers.
+    lengths: per utterance, (n,): reference words, say, or 1 for a share of utterances.
+    """
+    return bootstrap(np.column_stack([errors, lengths]), lambda sums: ratio(sums[:, 0], sums[:, 1]), **how)
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, nan where b is 0."""
+    return np.divide(a, b, out=np.full(np.shape(b), math.nan), where=b != 0)
+
+
+def mean_metric(kind: MetricKind, values: Sequence[float]) -> Metric:
+    """The mean of a score that each utterance has, with its interval."""
+    n = len(values)
+    return Metric(kind, math.fsum(values) / n if n else math.nan, partial(bootstrap_interval, values, [1] * n))
+
+
+def mean_of_groups(kind: MetricKind, groups: Sequence[np.ndarray], value: Callable[[np.ndarray], np.ndarray]) -> Metric:
+    """The mean of a score over groups of utterances: languages, say.
+
+    groups: statistics (n, k) of each, and
+    value: what makes scores of their sums, as for `bootstrap`. In a resampled corpus, the mean is of the groups in it.
+    """
+    sizes, k = [len(group) for group in groups], groups[0].shape[1]
+    statistics = np.zeros((sum(sizes), len(groups), k))
+    for place, (start, group) in enumerate(zip(np.cumsum([0, *sizes]), groups, strict=False)):
+        statistics[start : start + len(group), place] = group
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        scores = value(sums.reshape(-1, k)).reshape(-1, len(groups))
+        defined = ~np.isnan(scores)
+        return ratio(np.where(defined, scores, 0).sum(1), defined.sum(1))
+
+    statistics = statistics.reshape(len(statistics), -1)
+    total = float(mean(statistics.sum(0, keepdims=True))[0])
+    return Metric(kind, total, lambda: bootstrap(statistics, mean))
+
+
+def example_table(caption: str, records: Iterable[EvalRecord], **columns: Callable[[EvalRecord], str]) -> str:
+    """HTML: some utterances with references and hypothesis, and what else `columns` tell of them; nothing for none."""
+    lines = {
+        record.id: [
+            {name: tell(record) for name, tell in columns.items()}
+            | {"<Reference": " | ".join(record.references), "<Hypothesis": record.hypothesis}
+        ]
+        for record in records
+    }
+    return html_table(caption, lines, first="Utterance") if lines else ""
 
 
 def defined(value: float) -> float | None:
