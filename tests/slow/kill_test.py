@@ -33,7 +33,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from rwkv_speech.data.manifest import read_manifest  # noqa: E402
-from rwkv_speech.lm.initialise import official_sizes, random_weights  # noqa: E402
 from rwkv_speech.model import SpeechRWKV  # noqa: E402
 from rwkv_speech.speech.frame_cache import FrameCache  # noqa: E402
 from rwkv_speech.speech.shards import RECORD_BYTES  # noqa: E402
@@ -62,7 +61,7 @@ class Training:
         epochs = max(2, self.args.kills * self.args.steps_per_kill // 6)
         self.size = 6 * epochs
         self.flags = [
-            *write_world(self.folder),
+            *world(self.folder, self.args),
             f"--strategy={self.args.strategy}",
             f"--micro_bsz={4 // self.args.processes}",
             f"--epoch_count={epochs}",
@@ -102,25 +101,15 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self.size = 10 * self.args.kills
-        flags = write_world(self.folder, utterances=self.size)
-        self.flags = [
-            *flags,
-            "--op=eval",
-            "--resume",
-            "--eval_bsz=1",
-            "--max_new_tokens=40",
-            f"--adapter={self._adapter()}",
-        ]
-        self.kept: set[bytes] = set()  # records that a killed process had written
-
-    def _adapter(self) -> Path:
-        path = self.folder / "mission.pth"
-        load_model = chosen_model(self.folder, self.args) or self.folder / "model.pth"
+        flags = world(self.folder, self.args, self.size)
+        adapter = self.folder / "mission.pth"
+        load_model = flags[0].partition("=")[2]
         model = SpeechRWKV.from_pretrained(load_model, encoder=str(self.folder / "encoder"), adapter_hidden=32)
         for state in model.language_model.time_states:
             torch.nn.init.normal_(state)
-        write_mission_file(path, model.trainable_state_dict(), model.describe())
-        return path
+        write_mission_file(adapter, model.trainable_state_dict(), model.describe())
+        self.flags = [*flags, "--op=eval", "--resume", "--eval_bsz=1", "--max_new_tokens=40", f"--adapter={adapter}"]
+        self.kept: set[bytes] = set()  # records that a killed process had written
 
     def sign(self, project: Path) -> int:
         return sum(path.stat().st_size for path in project.glob("eval/unfinished/all/*.jsonl"))
@@ -153,7 +142,7 @@ class Caching:
 
     def __post_init__(self) -> None:
         self.size = 30 * self.args.kills
-        self.flags = [*write_world(self.folder, utterances=self.size), "--epoch_count=1", "--epoch_steps=1"]
+        self.flags = [*world(self.folder, self.args, self.size), "--epoch_count=1", "--epoch_steps=1"]
 
     def sign(self, project: Path) -> int:
         return sum(path.stat().st_size for path in (project / "frames").glob("*/*.index"))
@@ -175,19 +164,13 @@ class Caching:
         }
 
 
+def world(folder: Path, args: argparse.Namespace, utterances: int = 24) -> list[str]:
+    """The flags of a small world in a folder, with the language model that is asked for first."""
+    load_model, *flags = write_world(folder, utterances=utterances, generation=7 if args.load_model == "rwkv7" else 6)
+    return [load_model if args.load_model in ("rwkv6", "rwkv7") else f"--load_model={args.load_model}", *flags]
+
+
 OPERATIONS = {"train": Training, "eval": Evaluation, "cache": Caching}
-
-
-def chosen_model(folder: Path, args: argparse.Namespace) -> Path | None:
-    """The language model that is asked for; None: that of the small world."""
-    if args.load_model not in ("rwkv6", "rwkv7"):
-        return Path(args.load_model)
-    if args.load_model == "rwkv6":
-        return None
-    path = folder / "rwkv7.pth"
-    sizes = official_sizes(generation=7, n_layer=2, n_embd=64, vocab_size=257, head_size=32)
-    torch.save(random_weights(sizes, seed=1), path)
-    return path
 
 
 def start(project: Path, flags: list[str]) -> subprocess.Popen:
@@ -241,8 +224,6 @@ def main() -> None:
         folder = Path(name)
         operation = OPERATIONS[args.operation](folder, args)
         operation.flags += [f"--devices={args.processes}", "--num_workers=0"]
-        if model := chosen_model(folder, args):
-            operation.flags.append(f"--load_model={model}")
         longest = LONGEST_LIFE * life(operation, folder / "whole") / args.kills
         project, torn, lives = folder / "killed", 0, [0]
         while len(lives) <= args.kills:

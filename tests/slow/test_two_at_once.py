@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rwkv_speech.trained import write_mission_file
+from tests.tiny import answers
 
 ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("TRIALS", 20))
@@ -98,7 +99,7 @@ def test_two_evaluations(world, untrained, tmp_path):
     flags = [*EVAL, f"--adapter={untrained}"]
     truth = evaluated(alone(world, tmp_path / "alone", *flags))
     model = world.speech_rwkv(adapter=untrained)
-    texts = model.transcribe([str(path) for path, _ in world.utterances], batch_size=1, max_new_tokens=20)
+    texts = answers(model, [path for path, _ in world.utterances], max_new_tokens=20)
     assert [text for _, text in truth[0]] == texts
     assert len(set(texts)) > 5, "the case is void"
     for trial in range(TRIALS):
@@ -143,8 +144,8 @@ def test_training_beside_evaluation(world, trained, tmp_path):
         # The first run has the file of its step 1, under which name the second one's comes with its number.
         source = (trained[2] if name == "rwkv-adapter-1.pth" else trained[1]) / name.replace("-run2", "")
         if source not in truths:
-            audio = [str(path) for path, _ in world.utterances]
-            truths[source] = world.speech_rwkv(adapter=source).transcribe(audio, batch_size=1, max_new_tokens=20)
+            model = world.speech_rwkv(adapter=source)
+            truths[source] = answers(model, [path for path, _ in world.utterances], max_new_tokens=20)
         assert [text for _, text in said] == truths[source]
         steps.append(name)
     print("evaluated:", steps)
