@@ -11,7 +11,7 @@ set -a # train.py takes its settings from the environment
 
 file_path="${file_path:-}"                   # one audio file, folder or glob; several go as arguments
 load_model="${load_model:-}"                 # the RWKV weights that the mission was trained with
-adapter="${adapter:-}"                       # mission file; empty: the newest in proj_dir
+adapter="${adapter:-}"                       # mission file; empty: the best of the newest run in proj_dir
 proj_dir="${proj_dir:-}"                     # where training left its mission files; empty: output/ of this project
 
 # The encoder and the adapter's shape that the mission was trained with; the .json beside a mission file tells them, and

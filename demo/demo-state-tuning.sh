@@ -15,7 +15,7 @@ OP="${OP:-train}" # train, eval
 load_model="${load_model:-}"                 # RWKV-7 or RWKV-6 weights, .pth or .safetensors: you must give this
 mission="${mission:-}"                       # translate, answer, label, describe; empty: what rows or mission file name, else transcribe
 encoder="${encoder:-}"                       # Hugging Face name or folder; empty: the mission file's, else microsoft/wavlm-large
-adapter="${adapter:-}"                       # mission file to train on from, or to evaluate; empty: none, or the newest
+adapter="${adapter:-}"                       # mission file to train on from, or to evaluate; empty: none, or the best
 proj_dir="${proj_dir:-}"                     # where mission files, checkpoints and scores land; empty: output/
 n_layer="${n_layer:-}"                       # layers and width of the language model: the file tells;
 n_embd="${n_embd:-}"                         #   set them to be told when it is not the file you think it is
@@ -68,7 +68,7 @@ wandb="${wandb:-}"                           # Weights & Biases project to log t
 
 # --- evaluation ---
 eval_bsz="${eval_bsz:-8}"                    # utterances decoded together
-beam="${beam:-1}"                            # beams; 1 is greedy
+beam="${beam:-1}"                            # beams, also in validation; 1 is greedy
 max_new_tokens="${max_new_tokens:-}"         # longest transcript in tokens; empty: as long as the audio makes likely
 loop_guard="${loop_guard:-}"                 # 1: cut a transcript that has begun to repeat itself
 perturb="${perturb:-}"                       # 1: each split also faster, slower and in noise

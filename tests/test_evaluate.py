@@ -22,6 +22,7 @@ from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.trained import write_mission_file
+from tests.tiny import answers
 
 ROOT = Path(__file__).parents[1]
 
@@ -328,7 +329,7 @@ def hypotheses(project):
 def truth(world, missions):
     """What the model says of recordings, asked for one by one."""
     model = world.speech_rwkv(adapter=missions[0])
-    return lambda audio: model.transcribe([str(path) for path in audio], batch_size=1, max_new_tokens=50)
+    return lambda audio: answers(model, audio, max_new_tokens=50)
 
 
 def test_records_of_other_recordings_count_for_nothing(world, flags, truth, tmp_path, cut_power):

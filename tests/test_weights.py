@@ -352,6 +352,11 @@ def test_transposed_matrices_compute_the_same(tmp_path, of):
             assert torch.equal(plain.logits(plain(ids)[0]), other.logits(other(ids)[0]))
 
 
+def test_what_is_stored_in_fp64_is_computed_in_fp32(tmp_path, tensors):
+    model = lm.load(save({name: x.double() for name, x in tensors.items()}, tmp_path / "model.pth"))
+    assert model(torch.tensor([[5]]))[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("stranger", "message"),
     [

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import soundfile
 import torch
 from torch import Tensor
 
+from rwkv_speech.data.sample import Row
 from rwkv_speech.lm.initialise import official_sizes, random_weights
-from rwkv_speech.options import Options
+from rwkv_speech.options import DecodingOptions, Options
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.encoder import import_transformers
+from rwkv_speech.speech.recording import Recording
 
 LETTERS = "abcdefghij"
 QUICK = ("--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3")
@@ -104,6 +107,15 @@ def do(op: str, world: Any, project: Path, *flags: str) -> int:
 
     options = Options.parse([f"--op={op}", f"--proj_dir={project}", *world.flags, *QUICK, *flags])
     return OPS[op](options)
+
+
+def answers(model: Any, paths: Iterable[Path], **search: Any) -> list[str]:
+    """What a model says of recordings, each by itself and as it is."""
+    found = []
+    for path in paths:
+        batch = model.prepare([model.mission.sample(Row("", None, Recording(path)))])
+        found.append(model.text(model.decode(batch, DecodingOptions(**search))[0]))
+    return found
 
 
 def missions(project: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:

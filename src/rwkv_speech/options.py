@@ -85,7 +85,7 @@ class ModelOptions:
         None, "speech encoder: Hugging Face name or folder (default: the mission file's, or microsoft/wavlm-large)"
     )
     adapter: str | None = flag(
-        None, "mission file to train on from, or that eval and predict use (default: the newest in proj_dir)"
+        None, "mission file to train on from, or for eval and predict (default: the best of the newest run in proj_dir)"
     )
     load_state: str | None = flag(
         None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
@@ -231,7 +231,7 @@ class TrainingOptions:
 class DecodingOptions:
     """How an answer is searched for."""
 
-    beam: int = flag(1, "beams; 1 is greedy", type=positive, resume_ignored=True)
+    beam: int = flag(1, "beams, also in validation; 1 is greedy", type=positive, resume_ignored=True)
     temperature: float = flag(
         0.0, "draw tokens from logits divided by this; 0: take the likeliest", resume_ignored=True
     )

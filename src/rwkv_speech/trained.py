@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import PARTIAL, writing
 from rwkv_speech.lm.language_model import LanguageModel
-from rwkv_speech.lm.weights import DTYPES, ModelSizes, WeightsError, read_tensors
+from rwkv_speech.lm.weights import DTYPES, ModelSizes, WeightsError, few, read_tensors
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
@@ -161,8 +161,8 @@ def read_mission_file(path: str | Path) -> MissionFile:
     names += [f"{ADAPTER}{i}.{part}" for i in (0, 2) for part in ("weight", "bias")]
     missing = [name for name in names if name not in tensors]
     if unknown or missing:
-        problems = [f"{what} {', '.join(found[:3])}{' ...' * (len(found) > 3)}"
-                    for what, found in (("unknown names", unknown), ("missing", missing)) if found]  # fmt: skip
+        kinds = {"unknown names": unknown, "missing": missing}
+        problems = [f"{what} {few(found)}" for what, found in kinds.items() if found]
         raise MissionFileError(f"mission file {path}: {'; '.join(problems)}")
     if problem := _inconsistency(tensors, n_layer):
         raise MissionFileError(f"mission file {path}: {problem}")

@@ -136,7 +136,8 @@ class LanguageModel(nn.Module):
         """The model of the tensors that `read_weights` gave; for the arguments see `from_file`."""
         with torch.device("meta"):
             model = cls(sizes)
-        dtype = dtype or tensors["emb.weight"].dtype
+        stored = tensors["emb.weight"].dtype
+        dtype = dtype or (torch.float32 if stored == torch.float64 else stored)  # nothing computes in fp64
         for name, parameter in model.state_dict().items():
             if name.endswith("time_state"):
                 state = tensors.get(name, torch.zeros(parameter.shape))

@@ -239,11 +239,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     named = {key for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if strangers := [str(key) for key in content if key not in named]:
         raise WeightsError(
-            f"holds more than named tensors ({_few(strangers)}); expected a plain dict of tensors: "
+            f"holds more than named tensors ({few(strangers)}); expected a plain dict of tensors: "
             "save the model's state_dict(), not a whole checkpoint"
         )
     if strange := [name for name, x in content.items() if x.layout != torch.strided or x.device.type != "cpu"]:
-        raise WeightsError(f"holds tensors without numbers ({_few(strange)}); expected dense tensors")
+        raise WeightsError(f"holds tensors without numbers ({few(strange)}); expected dense tensors")
     # One number may stand for many (strides of 0), and one matrix be named twice (embedding and head), but not more.
     if (claimed := sum(x.nbytes for x in content.values())) > 2 * size:
         raise WeightsError(
@@ -332,7 +332,7 @@ def _generation(names: Iterable[str]) -> int:
     names = list(names)
     looks = next((number for number, mark in _GENERATIONS if any(map(mark.search, names))), None)
     if looks is None:
-        raise WeightsError(f"its tensors ({_few(names) or 'none'}) look like no RWKV of generation 4 to 7; {_EXPECTED}")
+        raise WeightsError(f"its tensors ({few(names) or 'none'}) look like no RWKV of generation 4 to 7; {_EXPECTED}")
     if looks not in ("6", "7"):
         raise WeightsError(f"its tensors look like RWKV-{looks}; {_EXPECTED}")
     return int(looks)
@@ -346,11 +346,13 @@ def _by_layer(problems: list[tuple[str, str]], n_layer: int) -> str:
     texts = []
     for pattern, members in groups.items():
         texts.extend([pattern] if len(members) == n_layer > 1 else members)
-    return _few(texts, 20)
+    return few(texts, 20)
 
 
-def _few(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def few(names: list[str], limit: int = 4) -> str:
+    """The first of them, none much longer than a line, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:200] for name in names[:limit]) + more
 
 
 def _written(shape: tuple) -> str:

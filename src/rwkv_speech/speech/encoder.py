@@ -105,7 +105,7 @@ class SpeechEncoder(nn.Module):
             UserError: there is no such folder or model (or no network), its type is not supported, its weights are
                 incomplete, or its feature extractor is absent or made for another sample rate.
         """
-        return _load(name_or_path, dtype).to(device)
+        return _load(name_or_path, device, dtype)
 
     def train(self, mode: bool = True) -> "SpeechEncoder":
         """Stay in evaluation mode, whatever the module around this one is switched to."""
@@ -278,7 +278,7 @@ _FAMILIES: dict[str, type[SpeechEncoder]] = {
 }
 
 
-def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
+def _load(name: str, device: str | torch.device, dtype: torch.dtype) -> SpeechEncoder:
     folder = encoder_folder(name)
     name = str(folder or name)
     if not folder:
@@ -286,17 +286,23 @@ def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
     offline = folder is not None or not hub_is_reachable()
     transformers = import_transformers()
 
-    def fetch(part: str, loader: Any, **settings: Any) -> Any:
+    how = {"trust_remote_code": False, "local_files_only": offline}
+
+    @contextmanager
+    def loading(part: str) -> Iterator[None]:
         try:
             with quiet():
-                return loader.from_pretrained(name, trust_remote_code=False, local_files_only=offline, **settings)
+                yield
+        except UserError:
+            raise
         except Exception as error:  # of a dozen kinds, by what is wrong with the folder, the hub or the network
             raise UserError(
                 f"speech encoder {name}: cannot load its {part} ({reason(error)}); "
                 "expected a folder or a Hugging Face model name with config, weights and preprocessor_config.json"
             ) from error
 
-    config = fetch("configuration", transformers.AutoConfig)
+    with loading("configuration"):
+        config = transformers.AutoConfig.from_pretrained(name, **how)
     family = _FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -305,42 +311,41 @@ def _load(name: str, dtype: torch.dtype) -> SpeechEncoder:
         )
     if not 0 < config.num_hidden_layers <= _MOST_LAYERS:
         raise UserError(f"speech encoder {name}: {config.num_hidden_layers} layers; expected at most {_MOST_LAYERS}")
-    extractor = fetch("feature extractor", transformers.AutoFeatureExtractor)
+    with loading("feature extractor"):
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **how)
     if (rate := getattr(extractor, "sampling_rate", None)) != SAMPLE_RATE:
         raise UserError(f"speech encoder {name}: is made for {rate} Hz; expected {SAMPLE_RATE} Hz: choose another")
     for key, value in _LEFT_OUT.items():
         if hasattr(config, key):
             setattr(config, key, value)
-    for path in folder.glob("*.bin") if folder else ():
-        if zipfile.is_zipfile(path) and is_compressed(path):
-            raise UserError(
-                f"speech encoder {name}: {path.name} is compressed, as torch.save never does: fetch it again"
-            )
     loader = transformers.AutoModel
     if family is _Whisper:
         loader = transformers.models.whisper.modeling_whisper.WhisperEncoder
-    model, report = fetch(
-        "weights", loader, config=config, dtype=dtype, key_mapping=family.key_mapping, output_loading_info=True
-    )
+    how |= {"config": config, "dtype": dtype, "key_mapping": family.key_mapping, "output_loading_info": True}
+    with loading("weights"):
+        for path in folder.glob("*.bin") if folder else ():
+            if zipfile.is_zipfile(path) and is_compressed(path):
+                raise ValueError(f"{path.name} is compressed, as torch.save never writes it")
+        model, report = loader.from_pretrained(name, **how)
+        # A sum finds them at a tenth of the time that isfinite takes.
+        if broken := [key for key, x in model.state_dict().items() if not x.sum(dtype=torch.float32).isfinite()]:
+            raise ValueError(f"{len(broken)} of them hold NaN or infinite numbers, such as {broken[0]}")
     if report["missing_keys"]:
         example = min(report["missing_keys"])
         raise UserError(
             f"speech encoder {name}: {len(report['missing_keys'])} weights are missing, such as {example}; "
             "expected a whole checkpoint: fetch it again"
         )
-    # A sum finds them at a tenth of the time that isfinite takes.
-    if broken := [key for key, x in model.state_dict().items() if not x.sum(dtype=torch.float32).isfinite()]:
-        raise UserError(
-            f"speech encoder {name}: {len(broken)} weights hold NaN or infinite numbers, such as {broken[0]}: "
-            "fetch it again"
-        )
+    model = model.to(device)
     try:
         encoder = family(name, model, extractor)
-        encoder.extract(torch.zeros(SAMPLE_RATE))
-    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        features = encoder.extract(torch.zeros(SAMPLE_RATE))
+        if not encoder.window:  # of half a minute, and as much work
+            encoder.encode([features], [SAMPLE_RATE])
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
         raise UserError(
-            f"speech encoder {name}: its feature extractor and its network do not go together ({reason(error)}); "
-            "expected the preprocessor_config.json of this checkpoint"
+            f"speech encoder {name}: its feature extractor, configuration and network do not go together "
+            f"({reason(error)}); expected those of one checkpoint: fetch it again"
         ) from error
     return encoder
 
