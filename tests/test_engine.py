@@ -498,7 +498,7 @@ def test_training_ends_after_validations_without_improvement(world, tmp_path, mo
 
 
 def test_characters_decide_where_words_are_not_spaced(world, tmp_path, monkeypatch, caplog):
-    """Of 今天天气好, 3, 1, 2 and 5 of 5 characters are wrong, and as words 1, 2, 1 and 1 of 1."""
+    """Of 今天天气好, errors are 3, 1, 2 and 5 of 5 characters, spaces aside; of its one word 1, 2, 1 and 1."""
     caplog.set_level("INFO", "rwkv_speech")
     said = iter(["今明明明好", "今天天气 坏", "今天明明好", "一二三四五"])
     from rwkv_speech.engine.validation import Validation
