@@ -172,7 +172,13 @@ def test_what_can_be_edited_are_settings_and_each_stands_once(script):
         assert sum(bool(re.search(rf"^{name}=|\$\{{?{name}\b", line)) for line in lines) == 1, name
 
 
-@pytest.mark.parametrize(("script", "others"), [(TRAIN, {"file_path", "output_dir"}), (PREDICT, {"cache_features"})])
+@pytest.mark.parametrize(
+    ("script", "others"),
+    [
+        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer"}),
+        (PREDICT, {"cache_features", "records", "normalizer"}),
+    ],
+)
 def test_every_setting_arrives_from_the_environment(checkout, script, others):
     settings = {name: f"the {name}" for name in SETTINGS if name != "op"}
     environment = checkout.given(script, **settings)[1]

@@ -122,7 +122,7 @@ def test_processes_of_several_machines_are_counted(world, tmp_path, caplog):
     options = Options.parse([*world.flags, f"--proj_dir={tmp_path}", "--num_nodes=3", "--devices=2", "--strategy=ddp"])
     machine = fit_to_machine(options.machine)
     assert "computing on 6 x CPU" in caplog.text
-    trainer = make_trainer(options, machine, Run(1, tmp_path, {}, ""), [], StopRequest())
+    trainer = make_trainer(options, machine, Run(1, tmp_path, {}, ""), [], StopRequest(), {})
     assert (trainer.num_nodes, trainer.world_size) == (3, 6)
     assert isinstance(trainer.strategy, DDPStrategy)
 

@@ -103,3 +103,10 @@ def test_a_reader_of_standard_error_that_goes_away_does_not_stop_the_work(tmp_pa
 def test_one_line_without_what_a_terminal_obeys(operation, line):
     done = door(operation)
     assert done.stderr.decode() == line
+
+
+def test_a_log_gets_no_bars_of_the_hub():
+    """As the two libraries themselves understand it."""
+    bar = "from huggingface_hub.utils import tqdm; from datasets.utils import tqdm as other; "
+    done = door(bar + "[list(kind(range(3), file=sys.stderr)) for kind in (tqdm, other)]")
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -88,5 +88,8 @@ def prepare() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)  # can't be written, and says so
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if not sys.stderr.isatty():  # in a log the hub's bars would be a thousand lines; both read this when imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     sys.stdout.reconfigure(errors=ESCAPED)
     sys.stderr = _Patient(sys.stderr)

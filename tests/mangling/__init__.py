@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
 from tests.mangling.audio import mangled_audio
 from tests.mangling.tables import mangled_tables
 from tests.mangling.weights import mangled_encoders, mangled_missions, mangled_models
-
 from tests.one_process import OneProcess, Outcome
 from tests.tiny import write_world
 

@@ -15,7 +15,10 @@ import numpy as np
 import soundfile
 
 KINDS = [  # container, subtype, suffix
-    *(("WAV", width, ".wav") for width in ("PCM_U8", "PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "GSM610")),
+    *(
+        ("WAV", width, ".wav")
+        for width in ("PCM_U8", "PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "GSM610")
+    ),
     *(("FLAC", width, ".flac") for width in ("PCM_16", "PCM_24")),
     *(("OGG", codec, ".ogg") for codec in ("VORBIS", "OPUS")),
     ("MP3", "MPEG_LAYER_III", ".mp3"),
@@ -78,8 +81,13 @@ def _splice(folder: Path, name: str, rng: np.random.Generator) -> Path:
 def _lie(folder: Path, name: str, rng: np.random.Generator) -> Path:
     """A number of the header, of two, four or eight bytes, becomes an extreme one."""
     data, suffix = _sound(rng)
-    tags = [data.find(tag) for tag in (b"data", b"fmt ", b"RIFF", b"SSND", b"COMM", b"ds64", b"Xing", b"Info", b"fLaC", b"desc")]
-    places = [tag + 4 + int(rng.integers(0, 24)) for tag in tags if tag >= 0] + [int(rng.integers(0, min(128, len(data))))]
+    tags = [
+        data.find(tag)
+        for tag in (b"data", b"fmt ", b"RIFF", b"SSND", b"COMM", b"ds64", b"Xing", b"Info", b"fLaC", b"desc")
+    ]
+    places = [tag + 4 + int(rng.integers(0, 24)) for tag in tags if tag >= 0] + [
+        int(rng.integers(0, min(128, len(data))))
+    ]
     place, value = int(rng.choice(places)), int(rng.choice(SIZES))
     form = str(rng.choice(["<H", ">H", "<I", ">I", "<Q", ">Q"]))
     number = struct.pack(form, value % 256 ** struct.calcsize(form))
@@ -92,7 +100,9 @@ def _loud(folder: Path, name: str, rng: np.random.Generator) -> Path:
     worst = rng.choice([np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e20, 1e-42], size=3)
     samples[rng.integers(len(samples), size=3)] = worst[:, None]
     file = io.BytesIO()
-    soundfile.write(file, samples, int(rng.choice([1, 7, 1_000, 16_000, 768_000, 2**31 - 1])), format="WAV", subtype="FLOAT")
+    soundfile.write(
+        file, samples, int(rng.choice([1, 7, 1_000, 16_000, 768_000, 2**31 - 1])), format="WAV", subtype="FLOAT"
+    )
     return _written(folder, name, file.getvalue(), ".wav")
 
 
@@ -107,7 +117,18 @@ def _other_suffix(folder: Path, name: str, rng: np.random.Generator) -> Path:
 
 
 def _nonsense(folder: Path, name: str, rng: np.random.Generator) -> Path:
-    head = [b"", b"RIFF", b"OggS", b"fLaC", b"ID3\x04", b"FORM", b".snd", b"\xff\xfb\x90", b"\0\0\0 ftypM4A ", b"\x1aE\xdf\xa3"]
+    head = [
+        b"",
+        b"RIFF",
+        b"OggS",
+        b"fLaC",
+        b"ID3\x04",
+        b"FORM",
+        b".snd",
+        b"\xff\xfb\x90",
+        b"\0\0\0 ftypM4A ",
+        b"\x1aE\xdf\xa3",
+    ]
     return _written(folder, name, head[int(rng.integers(len(head)))] + rng.bytes(int(rng.integers(5_000))), ".mp3")
 
 
@@ -193,5 +214,7 @@ if __name__ == "__main__":
             slowest = max(slowest, (time.monotonic() - start, path.name))
     for what, times in counts.most_common():
         print(f"{times:5} {what}")
-    print(f"slowest {slowest[0]:.2f} s ({slowest[1]}), peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(
+        f"slowest {slowest[0]:.2f} s ({slowest[1]}), peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    )
     assert slowest[0] < 20

@@ -21,8 +21,30 @@ AUDIO = ("a.wav", "b.wav", "c.wav")
 TEXTS = ("one two", "Grüße, Welt", 'he said "no"', "a;b|c\td", "", "x\u2028y\u0085z", "日本語")
 ODD = (
     *(None, True, -1, 0, 7, 10**400, 1e308, float("nan"), float("inf"), [], {}, ["a.wav"], {"path": "a.wav"}, ""),
-    *("\ud83d", "\udce9.wav", "nul\0.wav", "x" * 5000, "../" * 300 + "a.wav", "a.wav/b", ".", "/", "/dev/zero", "~root/x"),
-    *("http://127.0.0.1/a.wav", "pipe.wav", "loop.wav", "folder.wav", "socket.wav", "\n", "\r", "\u2028", "-", "a.wav "),
+    *(
+        "\ud83d",
+        "\udce9.wav",
+        "nul\0.wav",
+        "x" * 5000,
+        "../" * 300 + "a.wav",
+        "a.wav/b",
+        ".",
+        "/",
+        "/dev/zero",
+        "~root/x",
+    ),
+    *(
+        "http://127.0.0.1/a.wav",
+        "pipe.wav",
+        "loop.wav",
+        "folder.wav",
+        "socket.wav",
+        "\n",
+        "\r",
+        "\u2028",
+        "-",
+        "a.wav ",
+    ),
 )
 KEYS = ("audio", "audio_filepath", "path", "wav", "file_name", "source", "target", "text", "sentence", "id", "duration")
 NEWLINES = ("\n", "\r\n", "\r", "\u2028", "\u0085", "\x0b", "\0", "\n\n", "")
@@ -45,7 +67,9 @@ def mangled_tables(folder: Path, rng: random.Random, count: int) -> Iterator[tup
 
 
 def _entries(rng: random.Random) -> list[dict]:
-    entries = [{"audio": name, "text": rng.choice(TEXTS), "id": f"u{i}", "duration": 0.1} for i, name in enumerate(AUDIO)]
+    entries = [
+        {"audio": name, "text": rng.choice(TEXTS), "id": f"u{i}", "duration": 0.1} for i, name in enumerate(AUDIO)
+    ]
     for entry in entries:
         if rng.random() < 0.4:
             entry[rng.choice(KEYS)] = rng.choice(ODD)
@@ -68,7 +92,9 @@ def _spoil(content: bytes, rng: random.Random) -> bytes:
         elif how == 1:
             content = content[:at]
         elif how == 2:
-            piece = rng.choice((b'"', b"'", b",", b";", b"\t", b"|", b"[", b"{", b"}", b"\\", b"\0", b"\xff", b"\r", b"\xef\xbb\xbf"))
+            piece = rng.choice(
+                (b'"', b"'", b",", b";", b"\t", b"|", b"[", b"{", b"}", b"\\", b"\0", b"\xff", b"\r", b"\xef\xbb\xbf")
+            )
             content = content[:at] + piece * rng.choice((1, 2, 500)) + content[at:]
         else:
             content = content[:at] + content[at // 2 : at] + content[at:]
@@ -83,7 +109,11 @@ def _write(path: Path, text: str, rng: random.Random) -> Path:
 
 
 def _lines(place: Path, rng: random.Random) -> Path:
-    text = rng.choice(NEWLINES).join(map(_dumps, _entries(rng))) if rng.random() < 0.3 else "\n".join(map(_dumps, _entries(rng)))
+    text = (
+        rng.choice(NEWLINES).join(map(_dumps, _entries(rng)))
+        if rng.random() < 0.3
+        else "\n".join(map(_dumps, _entries(rng)))
+    )
     return _write(place / rng.choice(("train.jsonl", "train.json")), text, rng)
 
 
@@ -102,11 +132,21 @@ def _deep(place: Path, rng: random.Random) -> Path:
 def _table(place: Path, rng: random.Random) -> Path:
     separator = rng.choice((",", ";", "\t", "|"))
     head = rng.choice((["file_name", "text"], ["id", "path", "sentence", "client_id"], ["text", "wav", "duration"], []))
-    values = {"file_name": AUDIO, "path": AUDIO, "wav": AUDIO, "id": ("u", "v"), "client_id": ("s",), "duration": ("0.1", "x", "-1", "9" * 400)}
+    values = {
+        "file_name": AUDIO,
+        "path": AUDIO,
+        "wav": AUDIO,
+        "id": ("u", "v"),
+        "client_id": ("s",),
+        "duration": ("0.1", "x", "-1", "9" * 400),
+    }
     rows = [head] if head else []
     for i in range(rng.randrange(8)):
         row = [rng.choice(values.get(name, TEXTS)) for name in head or ("text", "text")]
-        row = [cell if rng.random() < 0.7 else '"' + cell.replace('"', rng.choice(('"', '""'))) + rng.choice(('"', "")) for cell in row]
+        row = [
+            cell if rng.random() < 0.7 else '"' + cell.replace('"', rng.choice(('"', '""'))) + rng.choice(('"', ""))
+            for cell in row
+        ]
         rows.append(row + [rng.choice(TEXTS)] * rng.choice((0, 0, 0, 1)))
     name = rng.choice(("metadata.csv", "metadata.tsv", "train.tsv", "train.csv"))
     path = _write(place / name, rng.choice(NEWLINES[:3]).join(separator.join(row) for row in rows), rng)
@@ -118,7 +158,9 @@ def _librispeech(place: Path, rng: random.Random) -> Path:
     lines = [f"1-2-{i:04}{rng.choice((' ', chr(9), '', '  ', chr(160)))}{rng.choice(TEXTS)}" for i in range(4)]
     _write(chapter / "1-2.trans.txt", rng.choice(NEWLINES).join(lines), rng)
     for i in range(rng.randrange(5)):
-        (chapter / f"1-2-{i:04}{rng.choice(('.flac', '.wav', '.mp4', ''))}").symlink_to(place.parent / rng.choice(AUDIO))
+        (chapter / f"1-2-{i:04}{rng.choice(('.flac', '.wav', '.mp4', ''))}").symlink_to(
+            place.parent / rng.choice(AUDIO)
+        )
     if rng.random() < 0.3:
         (place / "corpus" / "__MACOSX" / "1").mkdir(parents=True)
         (place / "corpus" / "__MACOSX" / "1" / "._1-2.trans.txt").write_bytes(b"\0\5\x16\7")

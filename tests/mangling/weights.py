@@ -24,13 +24,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 TINY = next(
-    folder / "demo/tiny" for folder in (*Path(__file__).resolve().parents, Path.cwd()) if (folder / "demo/tiny").is_dir()
+    folder / "demo/tiny"
+    for folder in (*Path(__file__).resolve().parents, Path.cwd())
+    if (folder / "demo/tiny").is_dir()
 )
 Tensors = dict[str, Any]
 Made = Iterator[tuple[Path, str]]
 
 # Values that no field of a configuration expects.
-ODD: list[Any] = [None, -1, 0, 1, 10**6, 10**12, 1e308, float("nan"), "", "x" * 300, "\x1b[2J", [], [[]], {}, True, [0] * 7]
+ODD: list[Any] = [
+    None,
+    -1,
+    0,
+    1,
+    10**6,
+    10**12,
+    1e308,
+    float("nan"),
+    "",
+    "x" * 300,
+    "\x1b[2J",
+    [],
+    [[]],
+    {},
+    True,
+    [0] * 7,
+]
 
 
 class Trap:

@@ -3,8 +3,8 @@
     python tests/slow/kill_test.py [--operation train|eval|cache] [--load_model rwkv6|rwkv7|FILE] [--kills 20]
                                    [--processes 1] [--strategy auto] [--seed 0]
 
-Takes about 10 s for each kill, most of it starting Python. The whole process group gets SIGKILL, at a random moment
-after the first sign of life of its work, so that each life does a few per cent of the whole. Prints one JSON line.
+Takes about 10 s for each kill, most of it starting Python. The whole process group gets SIGKILL, at a random moment:
+after a random share of the work, a few per cent of the whole, and some milliseconds. Prints one JSON line.
 
 - train: resume points and mission files are written every two steps, so that many kills come in the middle of writing.
   Equal are the final weights, bit for bit, and the names of the files.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,8 @@ from rwkv_speech.speech.shards import RECORD_BYTES  # noqa: E402
 from rwkv_speech.trained import write_mission_file  # noqa: E402
 from tests.tiny import write_world  # noqa: E402
 
-LONGEST_LIFE = 1.2  # of the time of the whole work, over the kills; a life of average length gets half of it
+LONGEST_LIFE = 1.2  # of the whole work, over the kills; a life of average length does half of it
+MOMENT = 0.2  # s; a kill comes so long, at most, after its share of the work
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -109,15 +111,15 @@ class Evaluation:
             torch.nn.init.normal_(state)
         write_mission_file(adapter, model.trainable_state_dict(), model.describe())
         self.flags = [*flags, "--op=eval", "--resume", "--eval_bsz=1", "--max_new_tokens=40", f"--adapter={adapter}"]
-        self.kept: set[bytes] = set()  # records that a killed process had written
+        self.kept: defaultdict[Path, set[bytes]] = defaultdict(set)  # records that were seen in a project
 
     def sign(self, project: Path) -> int:
         return sum(path.stat().st_size for path in project.glob("eval/unfinished/all/*.jsonl"))
 
     def reached(self, project: Path) -> int:
         lines = [line for path in project.glob("eval/unfinished/all/*.jsonl") for line in path.open("rb")]
-        self.kept.update(line for line in lines if line.endswith(b"\n"))
-        return len(self.kept)
+        self.kept[project].update(line for line in lines if line.endswith(b"\n"))
+        return len(self.kept[project])
 
     def compare(self, whole: Path, killed: Path) -> dict[str, object]:
         sides = [[json.loads(line) for line in (side / "eval/all.jsonl").open()] for side in (whole, killed)]
@@ -129,7 +131,7 @@ class Evaluation:
         return {
             "equal": same[0] == same[1] and summaries[0] == summaries[1] and len(same[0]) == self.size,
             "largest_difference": max(abs(a["score"] - b["score"]) for a, b in zip(*sides, strict=True)),
-            "decoded_again": len(self.kept - set((killed / "eval/all.jsonl").open("rb"))),
+            "decoded_again": len(self.kept[killed] - set((killed / "eval/all.jsonl").open("rb"))),
         }
 
 
@@ -186,26 +188,23 @@ def log_of(project: Path) -> Path:
     return project.parent / f"{project.name}.log"
 
 
-def life(operation: Training | Evaluation | Caching, project: Path, delay: float | None = None) -> float | None:
-    """Starts the command and kills it so many seconds after its first sign of life.
-
-    Returns:
-        How long it worked where it came to its end, in seconds; None where it was killed.
-    """
-    before = operation.sign(project)
+def life(
+    operation: Training | Evaluation | Caching, project: Path, work: float = float("inf"), delay: float = 0
+) -> bool:
+    """Starts the command and kills it so many seconds after it has done so much; whether it was killed."""
+    sign, end = operation.sign(project), operation.reached(project) + work
     process = start(project, operation.flags)
-    while process.poll() is None and operation.sign(project) == before:
+    while process.poll() is None and (operation.sign(project) == sign or operation.reached(project) < end):
         time.sleep(0.01)
-    began = time.monotonic()
     try:
         process.wait(timeout=delay)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return None
+        return True
     if process.returncode:
         raise SystemExit(log_of(project).read_text()[-2000:])
-    return time.monotonic() - began
+    return False
 
 
 def main() -> None:
@@ -224,10 +223,11 @@ def main() -> None:
         folder = Path(name)
         operation = OPERATIONS[args.operation](folder, args)
         operation.flags += [f"--devices={args.processes}", "--num_workers=0"]
-        longest = LONGEST_LIFE * life(operation, folder / "whole") / args.kills
+        life(operation, folder / "whole")
+        longest = LONGEST_LIFE * operation.size / args.kills
         project, torn, lives = folder / "killed", 0, [0]
         while len(lives) <= args.kills:
-            if life(operation, project, dice.uniform(0.0, longest)) is not None:
+            if not life(operation, project, dice.uniform(0, longest), dice.uniform(0, MOMENT)):
                 raise SystemExit(f"it ended after {len(lives) - 1} kills: give it more to do, or another --seed")
             torn += any(project.rglob("*.part"))
             lives.append(operation.reached(project))

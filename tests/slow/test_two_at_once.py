@@ -21,7 +21,7 @@ from tests.tiny import answers
 ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("TRIALS", 20))
 TRAIN = ["--epoch_count=2", "--save_steps=1", "--warmup_steps=0", "--lr_init=1e-2", "--num_workers=0"]
-EVAL = ["--op=eval", "--eval_bsz=2", "--max_new_tokens=20", "--num_workers=0"]
+EVAL = ["--op=eval", "--eval_bsz=2", "--max_new_tokens=20", "--max_audio_s=30", "--num_workers=0"]
 
 
 def start(world, project, *flags):
