@@ -250,9 +250,11 @@ def test_other_formats_go_through_ffmpeg(tmp_path, stand_in, as_bytes):
     assert duration(odd) == pytest.approx(0.5)
 
 
-def test_ffmpeg_failing_is_one_line(stand_in):
-    stand_in("echo 'moov atom not found' >&2\necho second >&2\nexit 1")
-    with pytest.raises(AudioError, match=r"^x\.m4a: cannot be read.*\(moov atom not found\)"):
+@pytest.mark.parametrize("before", ["", "[mov,mp4,m4a @ 0x55$$ef] ", "$9: "], ids=["", "address", "copy"])
+def test_ffmpeg_failing_is_one_line_and_always_the_same(stand_in, before):
+    """Bad samples are known again by it."""
+    stand_in(f'echo "{before}moov atom not found" >&2\necho second >&2\nexit 1')
+    with pytest.raises(AudioError, match=r"^x\.m4a: cannot be read.*neither \(moov atom not found\)"):
         load_audio(b"\0" * 100, name="x.m4a")
 
 

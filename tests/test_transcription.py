@@ -95,7 +95,7 @@ def test_json_is_one_line_that_holds_everything():
 
 def test_what_a_terminal_would_obey_is_shown_instead():
     """The start of a line cleared and written anew, in C0 and in C1, and the direction of writing reversed."""
-    talk = Transcript(name="a\x1b[2K.wav", segments=(segment(0.0, 1.0, "so\x1b[2K\x9b2K \u202efdp\x7f"),))
+    talk = Transcript(name="a\x1b[2K.wav", seconds=1.0, segments=(segment(0.0, 1.0, "so\x1b[2K\x9b2K \u202efdp\x7f"),))
     assert FORMATS["text"](talk) == "so\\x1b[2K\\x9b2K \\u202efdp\\x7f\n"
     for form in FORMATS:
         assert all(c.isprintable() or c == "\n" for c in FORMATS[form](talk)), form
@@ -117,7 +117,8 @@ def test_what_a_terminal_would_obey_is_shown_instead():
     ids=["english", "chinese", "japanese", "quotes", "korean", "mixed", "english-quotes"],
 )
 def test_passages_are_joined_as_the_script_wants(texts, whole):
-    assert Transcript(name="", segments=tuple(segment(0.0, 1.0, text) for text in ["", *texts])).text == whole
+    segments = tuple(segment(0.0, 1.0, text) for text in ["", *texts])
+    assert Transcript(name="", seconds=1.0, segments=segments).text == whole
 
 
 SENTENCE = (

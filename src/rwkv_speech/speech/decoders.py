@@ -60,6 +60,7 @@ _DEMUXERS = (
 )
 _AU_HEADER = struct.Struct(">4s5I")  # ".snd", where the samples begin, their size, encoding, rate, channels
 _PATIENCE, _PATIENCE_PER_MB = 60.0, 20.0  # s that ffmpeg gets for a file: hundreds of times what it takes
+_ADDRESS = re.compile(r"\[[^]]* @ 0x[0-9a-f]+\] ")  # of what says something, before it
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("rwkv_speech")
@@ -272,10 +273,10 @@ class _FFmpeg:
     """A process that decodes a file into a pipe; it ends with the `with` block around it, or with this process."""
 
     def __init__(self, ffmpeg: str, path: str, name: str) -> None:
-        self.name = name
+        self.name, self.source = name, f"file:{path}"
         self.left = _PATIENCE + _PATIENCE_PER_MB * os.path.getsize(path) / 1e6  # s to wait for it, in all reads
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
-        source = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS, "-i", f"file:{path}"]
+        source = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS, "-i", self.source]
         samples = ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
         self.process = subprocess.Popen(
             [ffmpeg, "-nostdin", "-v", "error", *source, *samples],
@@ -328,11 +329,12 @@ class _FFmpeg:
     def fail(self) -> NoReturn:
         status = self._status()
         self.errors.seek(0)
-        lines = self.errors.read(10_000).decode(errors="replace").strip().splitlines() or ["no audio found"]
-        if status is None:
-            lines = ["it does not come to an end"]
+        said = self.errors.read(10_000).decode(errors="replace").strip()
+        # The same of the same file: without addresses, and the name of a copy.
+        said = _ADDRESS.sub("", said).replace(f"{self.source}: ", "")
+        reason = (said.splitlines() or ["no audio found"])[0] if status is not None else "it does not come to an end"
         raise AudioError(
-            f"{self.name}: cannot be read as audio, by ffmpeg neither ({printable(lines[0])}); expected an audio file"
+            f"{self.name}: cannot be read as audio, by ffmpeg neither ({printable(reason)}); expected an audio file"
         )
 
     def _status(self) -> int | None:
