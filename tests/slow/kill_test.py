@@ -40,8 +40,8 @@ from rwkv_speech.speech.shards import RECORD_BYTES  # noqa: E402
 from rwkv_speech.trained import write_mission_file  # noqa: E402
 from tests.tiny import write_world  # noqa: E402
 
-LONGEST_LIFE = 1.2  # of the whole work, over the kills; a life of average length does half of it
-MOMENT = 0.2  # s; a kill comes so long, at most, after its share of the work
+LONGEST_LIFE = 1.0  # of the whole work, over the kills; a life of average length does half of it
+MOMENT = 0.05  # s; a kill comes so long, at most, after its share of the work
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -102,7 +102,7 @@ class Evaluation:
     args: argparse.Namespace
 
     def __post_init__(self) -> None:
-        self.size = 10 * self.args.kills
+        self.size = 15 * self.args.kills
         flags = world(self.folder, self.args, self.size)
         adapter = self.folder / "mission.pth"
         load_model = flags[0].partition("=")[2]
