@@ -1,12 +1,13 @@
 #!/bin/sh
 # The whole idea within minutes, on a CPU and without a download: trains an adapter and an initial state beside a tiny
-# frozen speech encoder and a tiny frozen RWKV-6 (demo/tiny), evaluates them on sentences never heard, and transcribes.
+# frozen speech encoder and a tiny frozen RWKV (demo/tiny), evaluates them on sentences never heard, and transcribes.
 #
 #   sh demo/demo-quickstart.sh
 #   file_path=my.wav sh demo/demo-quickstart.sh
 #
 # The speech is synthetic: demo/tiny/README.md. Settings of train.py can be given in the environment here, too.
 
+generation="${generation:-6}"                # of the language model: 6 or 7
 file_path="${file_path:-}"                   # a recording of yours to transcribe as well
 proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/quickstart/ of this project
 
@@ -19,6 +20,13 @@ export num_workers="${num_workers:-0}" eval_bsz="${eval_bsz:-50}" beam="${beam:-
 
 # --- nothing to edit below ---
 set -eu
+case "$generation" in
+6 | 7) ;;
+*)
+    echo "${0##*/}: generation=$generation; expected 6 or 7" >&2
+    exit 2
+    ;;
+esac
 # A second thread helps models of this size little, and harms much where something else runs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
@@ -28,7 +36,7 @@ case "$proj_dir" in
 /*) ;;
 *) proj_dir=$PWD/$proj_dir ;;
 esac
-export load_model="$root/demo/tiny/rwkv6-tiny.pth" encoder="$root/demo/tiny/wavlm-tiny" data_dir=''
+export load_model="$root/demo/tiny/rwkv$generation-tiny.pth" encoder="$root/demo/tiny/wavlm-tiny" data_dir=''
 python=$(sh "$root/demo/setup.sh")
 began=$(date +%s)
 

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """A random RWKV-6 of 2 x 64 (heads of 32, 257 tokens), a random WavLM of width 32, and 24 short recordings.
+    """A random RWKV of 2 x 64 (heads of 32, 257 tokens), a random WavLM of width 32, and 24 short recordings.
 
     folder: holds model.pth, encoder/, train.jsonl and the WAV files that it names.
     flags: `--load_model --encoder --data --adapter_hidden --accelerator` for these.

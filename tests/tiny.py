@@ -23,12 +23,12 @@ LETTERS = "abcdefghij"
 QUICK = ("--num_workers=0", "--warmup_steps=0", "--lr_init=1e-3", "--lr_final=1e-3")
 
 
-def write_world(folder: Path, *, utterances: int = 24) -> list[str]:
+def write_world(folder: Path, *, utterances: int = 24, generation: int = 6) -> list[str]:
     """A model of 2 x 64, a WavLM of width 32 and a manifest in `folder`; the flags that name them.
 
     Utterance i is 0.5 to 1.2 s of tones, and its transcript a letter for each.
     """
-    sizes = official_sizes(n_layer=2, n_embd=64, vocab_size=257, head_size=32)
+    sizes = official_sizes(generation=generation, n_layer=2, n_embd=64, vocab_size=257, head_size=32)
     torch.save(random_weights(sizes, seed=1), folder / "model.pth")
     _write_encoder(folder / "encoder")
     rng = np.random.default_rng(0)

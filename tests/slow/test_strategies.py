@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from rwkv_speech.engine.deepspeed import STAGES
+from tests.conftest import World
+from tests.tiny import write_world
 
 ROOT = Path(__file__).parents[2]
 # With a large epsilon Adam's steps follow the size of the gradients, which it hides otherwise.
@@ -53,6 +55,12 @@ def agree(project, single):
     assert max(abs(one[step] - two[step]) for step in range(1, 21)) < 1e-5
     for name, x in weights(single).items():
         torch.testing.assert_close(weights(project)[name], x, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module", params=[6, 7], ids=["rwkv6", "rwkv7"])
+def world(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return World(folder, write_world(folder, generation=request.param))
 
 
 @pytest.fixture(scope="module")
