@@ -42,9 +42,9 @@ from tests.tiny import write_world  # noqa: E402
 
 LONGEST_LIFE = 1.0  # of the whole work, over the kills; a life of average length does half of it
 MOMENT = 0.05  # s; a kill comes so long, at most, after its share of the work
-PROGRAM = """
+PROGRAM = f"""
 import sys
-sys.path.insert(0, sys.argv.pop(1))
+sys.path.insert(0, {str(ROOT)!r})
 import train
 from rwkv_speech.speech import frame_cache
 frame_cache._BATCH_SECONDS = 4.0
@@ -176,7 +176,9 @@ OPERATIONS = {"train": Training, "eval": Evaluation, "cache": Caching}
 
 
 def start(project: Path, flags: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(ROOT), f"--proj_dir={project}", *flags]
+    program = project.parent / "program.py"  # a file, as other processes of the run are started from it
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), f"--proj_dir={project}", *flags]
     if "--op=eval" not in flags and "--epoch_steps=1" in flags:
         command.append(f"--cache_features={project / 'frames'}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
