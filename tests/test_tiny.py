@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from rwkv_speech.decoding import decode
-from rwkv_speech.lm.rwkv6 import RWKV6
+from rwkv_speech.lm import load
 from rwkv_speech.lm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "demo" / "tiny"
 
 
-@pytest.mark.parametrize("file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth"])
+@pytest.mark.parametrize("file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth"])
 @pytest.mark.parametrize("said", ["only don't blame me", "it is an actual matter of fact", "choose what you will"])
 def test_it_copies_reserved_sentences(said, file):
-    model = RWKV6.from_file(TINY / file, dtype=torch.float32)
+    model = load(TINY / file, dtype=torch.float32)
     tokenizer = Tokenizer(model.sizes.vocab_size)
     x = model.embed(torch.tensor([tokenizer.encode(said + "#")]))
     (found,) = decode(model, x, torch.tensor([x.shape[1]]), max_new_tokens=[60])

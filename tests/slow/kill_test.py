@@ -40,11 +40,11 @@ from rwkv_speech.speech.shards import RECORD_BYTES  # noqa: E402
 from rwkv_speech.trained import write_mission_file  # noqa: E402
 from tests.tiny import write_world  # noqa: E402
 
-LONGEST_LIFE = 1.2  # of the whole work, over the kills; a life of average length does half of it
-MOMENT = 0.2  # s; a kill comes so long, at most, after its share of the work
-PROGRAM = """
+LONGEST_LIFE = 1.0  # of the whole work, over the kills; a life of average length does half of it
+MOMENT = 0.05  # s; a kill comes so long, at most, after its share of the work
+PROGRAM = f"""
 import sys
-sys.path.insert(0, sys.argv.pop(1))
+sys.path.insert(0, {str(ROOT)!r})
 import train
 from rwkv_speech.speech import frame_cache
 frame_cache._BATCH_SECONDS = 4.0
@@ -102,7 +102,7 @@ class Evaluation:
     args: argparse.Namespace
 
     def __post_init__(self) -> None:
-        self.size = 10 * self.args.kills
+        self.size = 15 * self.args.kills
         flags = world(self.folder, self.args, self.size)
         adapter = self.folder / "mission.pth"
         load_model = flags[0].partition("=")[2]
@@ -176,7 +176,9 @@ OPERATIONS = {"train": Training, "eval": Evaluation, "cache": Caching}
 
 
 def start(project: Path, flags: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(ROOT), f"--proj_dir={project}", *flags]
+    program = project.parent / "program.py"  # a file, as other processes of the run are started from it
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), f"--proj_dir={project}", *flags]
     if "--op=eval" not in flags and "--epoch_steps=1" in flags:
         command.append(f"--cache_features={project / 'frames'}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

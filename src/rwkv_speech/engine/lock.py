@@ -61,7 +61,7 @@ def _lock(path: Path, operation: str) -> BinaryIO:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("ab+")
         except OSError as error:
-            raise UserError(f"{path.parent}: {error.strerror}; expected a folder to write to, by --proj_dir") from error
+            raise UserError(f"--proj_dir {path.parent}: {error.strerror}; expected a folder to write to") from error
         try:
             # A lock of this kind belongs to the process; one by flock would live on in the loader's workers.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -189,14 +189,13 @@ class ResumePoints(Checkpoint):
         before = checkpoint["callbacks"].get(self.state_key, {}).get("data", {})
         changed = [name for name in self.data if before.get(name) != self.data[name]]
         if changed:
-            loop = checkpoint["loops"]["fit_loop"]
-            loop["state_dict"] = {}  # the loader's place
-            for progress in loop["epoch_progress"].values():  # as it was before the epoch
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+            for progress in epochs.values():  # as before the epoch: then Lightning doesn't ask for the loader's place
                 progress.update(dict.fromkeys(("ready", "started", "completed"), progress["processed"]))
             if trainer.is_global_zero:
                 log.warning(
                     "%s changed since %s was written: weights and optimiser go on, epoch %d starts anew",
-                    " and ".join(changed), self.run.resume_point, loop["epoch_progress"]["current"]["processed"],
+                    " and ".join(changed), self.run.resume_point, epochs["current"]["processed"],
                 )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,7 +16,7 @@ from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_r
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import check_folder, printable
+from rwkv_speech.files import printable
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -44,7 +44,6 @@ def evaluate(options: Options) -> int:
     """Measures the scores of splits; records, summary and report go to `eval/` in the project."""
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    check_folder(options.project, "proj_dir")
     with project_lock(options.project, "evaluation"):
         return _evaluate(options, machine)
 

@@ -34,7 +34,6 @@ from rwkv_speech.engine.runs import StopRequest, find_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import check_folder
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -59,7 +58,6 @@ def train(options: Options) -> int:
     """Trains adapter and initial state; writes mission files into the project."""
     check_model_file(options.model)
     machine = fit_to_machine(options.machine)
-    check_folder(options.project, "proj_dir")
     with project_lock(options.project, "training"):
         return _train(options, machine)
 
