@@ -40,10 +40,8 @@ from bench.timing import seconds
 from rwkv_speech.data.batches import Batch, Collate, Item
 from rwkv_speech.data.sample import one_round
 from rwkv_speech.engine.module import TrainingModule
-from rwkv_speech.lm import wkv
+from rwkv_speech.lm import model_class, wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
-from rwkv_speech.lm.rwkv6 import RWKV6
-from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
@@ -65,7 +63,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 def random_speech_model(*, n_layer: int, n_embd: int, generation: int = 6) -> SpeechRWKV:
     sizes = official_sizes(generation=generation, n_layer=n_layer, n_embd=n_embd)
     with torch.device("meta"):
-        language_model = {6: RWKV6, 7: RWKV7}[generation](sizes)
+        language_model = model_class(generation)(sizes)
     language_model.load_state_dict(random_weights(sizes, seed=0, time_state=True), assign=True)
     encoder = AbsentEncoder("WavLM-large", width=WIDTH, convolutions=CONVOLUTIONS)
     torch.manual_seed(0)

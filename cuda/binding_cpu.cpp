@@ -3,20 +3,10 @@
 #include "linear_cpu.h"
 #include "wkv6_cpu.h"
 #include "wkv7_cpu.h"
+#include "wkv_schemas.h"
 
 TORCH_LIBRARY(rwkv_speech_cpu, m) {
-  m.def(
-      "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? lengths, bool save_states)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor chunk_states, Tensor? lengths, Tensor gy,"
-      " Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor state, Tensor? lengths,"
-      " bool save_states) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv7_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor chunk_states, Tensor? lengths,"
-      " Tensor gy, Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define_wkv(m);
   m.def("few_rows_linear(Tensor x, Tensor weight) -> Tensor");
   m.def("few_rows_matmul(Tensor x, Tensor matrix) -> Tensor");
 }

@@ -16,4 +16,15 @@ struct Shape {
   const int64_t *lengths;  // (B,) or null; values are clamped to 0..T
 };
 
+// Problem: an operator's Shape and inputs.
+template <typename Problem>
+struct Forward {
+  Problem problem;
+  const float *state;    // (H, N, N) if shared_state, else (B, H, N, N)
+  int32_t shared_state;  // 0 or 1
+  void *y;               // (B, T, H, N)
+  float *final_state;    // (B, H, N, N), after each sample's own length
+  float *chunk_states;   // (B, H, ceil(T / chunk), N, N): the state before each chunk that a sample reaches; or null
+};
+
 }  // namespace wkv

@@ -14,14 +14,7 @@ struct Problem : wkv::Shape {
   const void *r, *w, *k, *v, *a, *b;  // (B, T, H, N)
 };
 
-struct Forward {
-  Problem problem;
-  const float *state;    // (H, N, N) if shared_state, else (B, H, N, N)
-  int32_t shared_state;  // 0 or 1
-  void *y;               // (B, T, H, N)
-  float *final_state;    // (B, H, N, N), after each sample's own length
-  float *chunk_states;   // (B, H, ceil(T / CHUNK), N, N): the state before each chunk that a sample reaches; or null
-};
+using Forward = wkv::Forward<Problem>;
 
 struct Backward {
   Problem problem;

@@ -14,6 +14,7 @@
 
 #include "wkv6.h"
 #include "wkv7.h"
+#include "wkv_schemas.h"
 
 namespace {
 
@@ -186,18 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 
 TORCH_LIBRARY(rwkv_speech_cuda, m) {
-  m.def(
-      "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? lengths, bool save_states)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor chunk_states, Tensor? lengths, Tensor gy,"
-      " Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor state, Tensor? lengths,"
-      " bool save_states) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "wkv7_backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor chunk_states, Tensor? lengths,"
-      " Tensor gy, Tensor g_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define_wkv(m);
 }
 
 TORCH_LIBRARY_IMPL(rwkv_speech_cuda, CUDA, m) {

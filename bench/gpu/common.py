@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from rwkv_speech.lm import wkv
+from rwkv_speech.lm import model_class, wkv
 from rwkv_speech.lm.initialise import official_sizes
 from rwkv_speech.lm.language_model import Block, LanguageModel
-from rwkv_speech.lm.rwkv6 import RWKV6
-from rwkv_speech.lm.rwkv7 import RWKV7
 
 _PLAIN_FORWARD = Block.forward
-GENERATIONS = {6: RWKV6, 7: RWKV7}
+GENERATIONS = (6, 7)
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def random_language_model(run: Run, generation: int = 6) -> LanguageModel:
     large, small = {"n_layer": 2 if run.warm else 32, "n_embd": 2560}, {"n_layer": 2, "n_embd": 64, "vocab_size": 300}
     sizes = official_sizes(generation=generation, **run.size(large, small))
     with torch.device("meta"):
-        model = GENERATIONS[generation](sizes)
+        model = model_class(generation)(sizes)
     model = model.to(torch.bfloat16).to_empty(device=run.device)
     torch.manual_seed(0)
     for name, x in model.named_parameters():

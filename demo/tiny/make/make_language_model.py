@@ -33,10 +33,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.decoding import decode
 from rwkv_speech.files import write_whole
+from rwkv_speech.lm import model_class
 from rwkv_speech.lm.initialise import fresh_weights
 from rwkv_speech.lm.language_model import LanguageModel
-from rwkv_speech.lm.rwkv6 import RWKV6
-from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.lm.weights import ModelSizes
 
 TINY = Path(__file__).parents[1]
@@ -128,7 +127,7 @@ def spelling(text: str, rng: random.Random, *, wrong: float) -> list[int]:
 
 
 def new_model(generation: int) -> LanguageModel:
-    return {6: RWKV6, 7: RWKV7}[generation](SIZES[generation])
+    return model_class(generation)(SIZES[generation])
 
 
 def loss_of(model: LanguageModel, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> Tensor:

@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     from rwkv_speech.lm.language_model import LanguageModel
 
 
+def model_class(generation: int) -> "type[LanguageModel]":
+    """The class of the models of a generation, 6 or 7."""
+    from rwkv_speech.lm.rwkv6 import RWKV6
+    from rwkv_speech.lm.rwkv7 import RWKV7
+
+    return {6: RWKV6, 7: RWKV7}[generation]
+
+
 def load(
     path: str | Path, *, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "LanguageModel":
@@ -22,10 +30,7 @@ def load(
     Raises:
         WeightsError: the file can't be read, or holds no complete RWKV-6 or RWKV-7.
     """
-    from rwkv_speech.lm.rwkv6 import RWKV6
-    from rwkv_speech.lm.rwkv7 import RWKV7
     from rwkv_speech.lm.weights import read_weights
 
     sizes, tensors = read_weights(path)
-    model = {6: RWKV6, 7: RWKV7}[sizes.generation]
-    return model.from_tensors(sizes, tensors, device=device, dtype=dtype)
+    return model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype)
