@@ -23,6 +23,7 @@ from rwkv_speech.engine.runs import Run
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
+from rwkv_speech.terminal import printable
 from tests.tiny import QUICK, do, last, missions
 
 ROOT = Path(__file__).parents[1]
@@ -134,14 +135,15 @@ def test_prediction_prints_a_line_for_each_file_and_nothing_else(trained, world,
         [*paths, stereo], max_new_tokens=20
     )
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", *paths, stereo)
-    assert (status, printed.out) == (0, "".join(" ".join(text.split()) + "\n" for text in expected))
+    expected = [printable(" ".join(text.split())) for text in expected]  # of random letters some control a terminal
+    assert (status, printed.out.split("\n")) == (0, [*expected, ""])
     assert len(set(expected)) > 1
 
     bad, missing = tmp_path / "bad.wav", tmp_path / "missing.flac"
     bad.write_bytes(b"")
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", bad, paths[0], missing, paths[1])
     assert status == 1
-    assert printed.out.splitlines() == [" ".join(text.split()) for text in expected[:2]]
+    assert printed.out.splitlines() == expected[:2]
 
 
 def test_a_folder_and_a_glob_stand_for_their_files(trained, world, tmp_path, monkeypatch, capsys):
@@ -200,9 +202,10 @@ def test_the_order_of_data_and_the_first_weights_follow_from_the_seed(world, tmp
     assert not equal(a, c)
 
 
-def test_epoch_steps_counts_optimiser_steps(world, tmp_path):
+def test_epoch_steps_counts_optimiser_steps(world, tmp_path, capsys):
     flags = ["--epoch_count=2", "--epoch_steps=3", "--micro_bsz=2", "--accumulate_grad_batches=2"]
     do("train", world, tmp_path, *flags)
+    assert capsys.readouterr().out == "", "a reader of standard output that goes away would end the training"
     assert last(tmp_path) is not None
     assert max(info["step"] for _, info in missions(tmp_path).values()) == 6
 

@@ -12,7 +12,7 @@ from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_run, write_json
 from rwkv_speech.engine.machine import fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import check_folder
+from rwkv_speech.files import check_folder, writing
 from rwkv_speech.ops.common import check_missions, check_model_file, chosen_adapter, load_model, load_splits
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
@@ -48,7 +48,7 @@ def evaluate(options: Options) -> int:
         check_missions(rows, model)
     folder = options.project / "eval"
     results: dict[str, SplitResult] = {}
-    with launched(fabric):
+    with launched(fabric), writing(folder):
         if fabric.is_global_zero:
             flat = options.flat()
             written = datetime.fromtimestamp(adapter.stat().st_mtime).isoformat()
