@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,18 +34,6 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
             f"cannot write {path}: {_NO_ROOM[error.errno]}; what was written before is whole: "
             "make room and give the same command again (an evaluation with --resume)"
         ) from error
-
-
-def is_compressed(path: str | os.PathLike) -> bool:
-    """Whether a zip file has compressed parts, as torch.save never writes them.
-
-    torch would map them into memory and take them for numbers; unpacked, they could fill the memory.
-
-    Raises:
-        zipfile.BadZipFile: it is no whole zip file.
-    """
-    with zipfile.ZipFile(path) as archive:
-        return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
 
 
 def check_folder(path: Path, flag: str) -> None:
