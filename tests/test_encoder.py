@@ -314,7 +314,8 @@ class Trap:
     ("change", "message"),
     [
         ("pickled-code", "cannot load its weights"),
-        ("compressed", r"weights .pytorch_model\.bin is compressed"),
+        ("compressed", r"cannot load its weights .is compressed"),
+        ("stride-0", r"cannot load its weights .holds .* by repetition"),
         ("nan", "1 of them hold NaN or infinite numbers, such as feature_projection.projection.bias"),
     ],
 )
@@ -325,6 +326,8 @@ def test_weights_that_are_none(tmp_path, monkeypatch, change, message):
     (folder / "model.safetensors").unlink()
     if change == "nan":
         tensors["feature_projection.projection.bias"][3] = torch.nan
+    if change == "stride-0":
+        tensors["feature_projection.projection.bias"] = torch.zeros(1).expand(10**10)
     path = folder / "pytorch_model.bin"
     torch.save(tensors | ({"more": Trap()} if change == "pickled-code" else {}), path)
     if change == "compressed":

@@ -1,5 +1,6 @@
 """Evaluation from the flags on: in one process and two, interrupted and resumed, refused."""
 
+import errno
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
+from rwkv_speech.scoring import RecordWriter
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.trained import write_mission_file
 from tests.tiny import answers
@@ -288,6 +290,28 @@ def test_what_another_evaluation_left_counts_for_nothing(flags, missions, tmp_pa
     here(other, tmp_path, "--resume")
     here(other, tmp_path / "fresh")
     assert results(tmp_path) == results(tmp_path / "fresh")
+
+
+def test_a_full_disk_is_one_line_and_what_was_done_is_kept(flags, whole, tmp_path, monkeypatch, capsys):
+    plain, room = RecordWriter.write, iter(range(5))
+
+    def write(self, record):
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(self, record)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--proj_dir={tmp_path}"])
+    assert door.main() == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert str(tmp_path / "eval") in line
+    assert "no space left on the disk" in line
+    assert "--resume" in line
+    assert [len(lines) for lines in unfinished(tmp_path)] == [5]
+
+    monkeypatch.setattr(RecordWriter, "write", plain)
+    here(flags, tmp_path, "--resume")
+    assert results(tmp_path) == results(whole)
 
 
 def test_a_finished_evaluation_is_not_done_again_but_changed_texts_are(world, flags, tmp_path, cut_power):

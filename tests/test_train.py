@@ -30,6 +30,7 @@ from rwkv_speech.scoring import EvalRecord
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.frame_cache import AbsentEncoder
 from rwkv_speech.speech.recording import Recording
+from rwkv_speech.terminal import printable
 from tests.tiny import NO_FILES, QUICK, at_door, do, last, losses, missions, no_file
 
 pytestmark = pytest.mark.usefixtures("voiced")
@@ -130,14 +131,15 @@ def test_prediction_prints_a_line_for_each_file_and_nothing_else(trained, world,
         [*paths, stereo], max_new_tokens=20
     )
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", *paths, stereo)
-    assert (status, printed.out) == (0, "".join(" ".join(text.split()) + "\n" for text in expected))
+    expected = [printable(" ".join(text.split())) for text in expected]  # of random letters some control a terminal
+    assert (status, printed.out.split("\n")) == (0, [*expected, ""])
     assert len(set(expected)) > 1
 
     bad, missing = tmp_path / "bad.wav", tmp_path / "missing.flac"
     bad.write_bytes(b"")
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", bad, paths[0], missing, paths[1])
     assert status == 1
-    assert printed.out.splitlines() == [" ".join(text.split()) for text in expected[:2]]
+    assert printed.out.splitlines() == expected[:2]
 
 
 def test_a_folder_and_a_glob_stand_for_their_files(trained, world, tmp_path, monkeypatch, capsys):
@@ -197,9 +199,10 @@ def test_the_order_of_data_and_the_first_weights_follow_from_the_seed(world, tmp
     assert not equal(a, c)
 
 
-def test_epoch_steps_counts_optimiser_steps(world, tmp_path):
+def test_epoch_steps_counts_optimiser_steps(world, tmp_path, capsys):
     flags = ["--epoch_count=2", "--epoch_steps=3", "--micro_bsz=2", "--accumulate_grad_batches=2"]
     do("train", world, tmp_path, *flags)
+    assert capsys.readouterr().out == "", "a reader of standard output that goes away would end the training"
     assert last(tmp_path) is not None
     assert max(info["step"] for _, info in missions(tmp_path).values()) == 6
 

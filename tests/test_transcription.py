@@ -343,6 +343,24 @@ def test_a_beam_search_tells_what_else_may_have_been_said(world, predict):
     assert scores[0] < 0
 
 
+def test_states_alone_are_taken_beside_an_adapter(world, flags, predict, tmp_path):
+    """The mission's own states, and those of no training."""
+    path = next(flag for flag in flags if flag.startswith("--adapter=")).partition("=")[2]
+    states = {name.removeprefix("language_model."): x for name, x in torch.load(path).items() if "time_state" in name}
+    torch.save(states, tmp_path / "own.pth")
+    torch.save({name: torch.zeros_like(x) for name, x in states.items()}, tmp_path / "zero.pth")
+    audio = ("--file_path", *(path for path, _ in world.utterances[:3]))
+    mission, own, zero = (predict(*more, *audio) for more in (
+        [], [f"--load_state={tmp_path / 'own.pth'}"], [f"--load_state={tmp_path / 'zero.pth'}"]
+    ))  # fmt: skip
+    assert mission[:2] == own[:2]
+    assert zero[0] == 0
+    assert zero[1] != own[1]
+    status, _, err = predict(f"--adapter={tmp_path / 'own.pth'}", *audio)
+    assert status == 2
+    assert "initial states without an adapter; name it by --load_state" in err
+
+
 def test_subtitles_of_one_file_go_to_standard_output(predict, long_file):
     status, out, _ = predict("--max_audio_s=2", "--format=vtt", "--file_path", long_file)
     assert status == 0
@@ -410,12 +428,13 @@ def test_output_that_is_not_finite_is_one_line_in_every_form(world, predict, tmp
     [
         (["--format=srt", "--file_path", "{0}", "{1}"], ["--format srt", "2 files", "--output_dir"]),
         (["--output_dir={2}", "--file_path", "{0}", "{0}"], ["would both go to"]),
+        (["--output_dir={0}", "--file_path", "{1}"], ["--output_dir", "Not a directory", "expected a folder"]),
         (["--max_audio_s=0.5", "--file_path", "{0}"], ["--max_audio_s 0.5", "at least 1"]),
         (["--max_audio_s=nan", "--file_path", "{0}"], ["--max_audio_s nan"]),
         (["--format=xml", "--file_path", "{0}"], ["--format", "xml", "srt"]),
         (["--op=eval", "--output_dir={2}"], ["--output_dir", "--op predict"]),
     ],
-    ids=["subtitles-of-two", "one-name", "too-short", "nan", "format", "eval"],
+    ids=["subtitles-of-two", "one-name", "no-folder", "too-short", "nan", "format", "eval"],
 )
 def test_mistakes_are_told_before_any_work(world, predict, tmp_path, arguments, words):
     names = [*(path for path, _ in world.utterances[:2]), tmp_path / "x"]

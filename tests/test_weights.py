@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from rwkv_speech import lm
 from rwkv_speech.lm.initialise import fresh_weights, official_sizes, random_weights
-from rwkv_speech.lm.weights import ModelSizes, WeightsError, expected_shapes, infer_sizes, read_weights
+from rwkv_speech.lm.weights import ModelSizes, expected_shapes, infer_sizes, read_weights
+from rwkv_speech.tensors import WeightsError
 
 # Every size differs from every other, so that none can be taken for another.
 SIZES = ModelSizes(n_layer=4, n_embd=96, n_head=3, head_size=32, dim_ffn=224, dim_mix=10, dim_decay=20, vocab_size=300)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,31 +38,19 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write {path}: {_NO_ROOM[error.errno]}; what was written before is whole: "
-            "make room and give the same command again"
+            "make room and give the same command again (an evaluation with --resume)"
         ) from error
 
 
-def is_compressed(path: str | os.PathLike) -> bool:
-    """Whether a zip file has compressed parts, as torch.save never writes them.
-
-    torch would map them into memory and take them for numbers; unpacked, they could fill the memory.
-
-    Raises:
-        zipfile.BadZipFile: it is no whole zip file.
-    """
-    with zipfile.ZipFile(path) as archive:
-        return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
-
-
 def check_folder(path: Path, flag: str) -> None:
-    """Makes the folder that a flag names, and tries to write there, before hours of work.
+    """Tries to write into the folder that a flag names, or where it would be made, before hours of work.
 
     Raises:
         UserError: it can't be made or written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise UserError(f"--{flag} {path}: {error.strerror}; expected a folder to write to") from None
 

@@ -118,6 +118,7 @@ class SpeechRWKV(nn.Module):
         file = adapter if isinstance(adapter, MissionFile | None) else read_mission_file(adapter)
         info = file.info if file else {}
         encoder = (chosen_encoder(file, encoder) if file else encoder) or DEFAULT_ENCODER
+        encoder_folder(encoder)  # a wrong one is named at once, not when a large model has been read
         language_model = lm.load(load_model, device=device, dtype=dtype)
         with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
             speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import PARTIAL, writing
 from rwkv_speech.lm.language_model import LanguageModel
-from rwkv_speech.lm.weights import DTYPES, ModelSizes, WeightsError, few, read_tensors
+from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
 from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_digest
+from rwkv_speech.tensors import DTYPES, WeightsError, few, read_tensors
 
 log = logging.getLogger("rwkv_speech")
 

@@ -1,9 +1,11 @@
 """What training measures, step by step: to `metrics.csv`, the loggers, the picture and the progress bar."""
 
+import contextlib
 import csv
 import io
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import peak_memory
@@ -173,6 +176,14 @@ class _Shown(Callback):
     def __init__(self, metrics: Metrics) -> None:
         super().__init__()
         self.metrics = metrics
+
+    def init_train_tqdm(self) -> Tqdm:
+        with contextlib.redirect_stdout(sys.stderr):  # where a reader that goes away does not end the training
+            return super().init_train_tqdm()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()  # ends its line, before what went wrong is said
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_speech.lm.linear import Linear
 from rwkv_speech.lm.state import LayerState, State
-from rwkv_speech.lm.weights import ModelSizes, WeightsError, read_weights
+from rwkv_speech.lm.weights import ModelSizes, read_weights
+from rwkv_speech.tensors import WeightsError
 
 GROUP_NORM_EPS = 64e-5  # 1e-5 times the square of the head size divisor, 8, that the models were trained with
 

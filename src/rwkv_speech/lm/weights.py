@@ -4,7 +4,6 @@ One table of names and shapes for each generation, written in symbols, serves fo
 the tensors, checking the tensors, and (`initialise`) making new ones.
 """
 
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +11,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rwkv_speech.errors import UserError, reason
-from rwkv_speech.files import is_compressed
+from rwkv_speech.tensors import DTYPES, WeightsError, few, read_tensors
 
 # The sizes that symbols stand for in the tables below, as fields of ModelSizes. Those of both generations, then ranks.
 _SYMBOLS = {"C": "n_embd", "V": "vocab_size", "H": "n_head", "N": "head_size", "F": "dim_ffn"}
@@ -88,13 +84,6 @@ _GENERATIONS = (
     ("4", re.compile(r"\.att\.(time_mix_k|time_first)$")),
 )
 _EXPECTED = "expected RWKV-6 (x060) or RWKV-7 (x070) in the official form: take such a file, e.g. rwkv7-g1k-2.9b"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6
-_PICKLE_MAGIC = b"\x80"  # torch.save before
-
-
-class WeightsError(UserError):
-    """A weight file that can't be read, or that holds no complete RWKV-6 or RWKV-7."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +189,8 @@ def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
     """Opens a `.pth` or `.safetensors` file of an RWKV-6 or RWKV-7 in place.
 
     The tensors are memory-mapped, privately: nothing is read before it is used, and changing one never
-    reaches the file. Only a file in torch's form from before version 1.6 is read into memory, once.
+    reaches the file. A matrix whose rows don't lie one after the other is copied, and a file in torch's form
+    from before version 1.6 is read into memory, once.
 
     Returns:
         The sizes, and the tensors in the file's dtypes under their official names with the shapes of
@@ -216,74 +206,6 @@ def read_weights(path: str | Path) -> tuple[ModelSizes, dict[str, Tensor]]:
         raise WeightsError(f"{path}: {error}") from None
     shapes = expected_shapes(sizes, time_state=_has_state(content))
     return sizes, {name: content[name].reshape(shape).contiguous() for name, shape in shapes.items()}
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of any `.pth` or `.safetensors` file, in place, as data only: nothing in it is run.
-
-    Raises:
-        WeightsError: what is wrong with the file, without its name.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise WeightsError(f"{what}; expected a weight file (.pth or .safetensors)")
-    try:
-        content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
-        size = path.stat().st_size
-    except OSError as error:
-        raise WeightsError(f"can't be read ({error.strerror or error}); expected a readable file") from None
-    if not isinstance(content, dict):
-        what = type(content).__name__
-        raise WeightsError(f"holds a {what}; expected a dict of tensors: save the model's state_dict()")
-    named = {key for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if strangers := [str(key) for key in content if key not in named]:
-        raise WeightsError(
-            f"holds more than named tensors ({few(strangers)}); expected a plain dict of tensors: "
-            "save the model's state_dict(), not a whole checkpoint"
-        )
-    if strange := [name for name, x in content.items() if x.layout != torch.strided or x.device.type != "cpu"]:
-        raise WeightsError(f"holds tensors without numbers ({few(strange)}); expected dense tensors")
-    # One number may stand for many (strides of 0), and one matrix be named twice (embedding and head), but not more.
-    if (claimed := sum(x.nbytes for x in content.values())) > 2 * size:
-        raise WeightsError(
-            f"holds {size:,} bytes, which its tensors make {claimed:,} of by repetition; save them again, each with "
-            ".contiguous()"
-        )
-    return {name: tensor.detach() for name, tensor in content.items()}
-
-
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except SafetensorError as error:
-        raise WeightsError(f"is truncated or no safetensors file ({reason(error)}); get the file again") from None
-
-
-def _open_torch(path: Path) -> object:
-    with path.open("rb") as file:
-        start = file.read(16)
-    is_zip = start.startswith(_ZIP_MAGIC)
-    if not is_zip and not start.startswith(_PICKLE_MAGIC):
-        what = f"starts with {start!r}" if start else "is empty"
-        raise WeightsError(f"{what}; expected a weight file of torch.save (or a .safetensors); get the file again")
-    try:
-        if is_zip and is_compressed(path):
-            raise WeightsError(
-                "is compressed: another program packed it again; get the original file, or unpack this one and pack "
-                "it without compression (zip -0)"
-            )
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, WeightsError):
-        raise
-    except Exception as error:  # from damaged bytes torch raises almost any class
-        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
-            raise WeightsError(
-                f"holds Python objects ({found[1]}), which are not loaded because they could run code, or is "
-                "damaged; expected only tensors: save the model's state_dict()"
-            ) from None
-        raise WeightsError(f"is truncated or damaged ({reason(error)}); get the file again") from None
 
 
 def _symbolic_shapes(generation: int, n_layer: int, *, time_state: bool) -> dict[str, list[str]]:
@@ -347,12 +269,6 @@ def _by_layer(problems: list[tuple[str, str]], n_layer: int) -> str:
     for pattern, members in groups.items():
         texts.extend([pattern] if len(members) == n_layer > 1 else members)
     return few(texts, 20)
-
-
-def few(names: list[str], limit: int = 4) -> str:
-    """The first of them, none much longer than a line, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(name[:200] for name in names[:limit]) + more
 
 
 def _written(shape: tuple) -> str:

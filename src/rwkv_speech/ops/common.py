@@ -18,6 +18,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
+from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_identity, hash_tensors
 from rwkv_speech.trained import MissionFile, read_best_mission_file, read_mission_file
 
@@ -25,13 +26,15 @@ log = logging.getLogger("rwkv_speech")
 
 
 def check_model_file(options: ModelOptions) -> None:
-    """Names a wrong model file or mission before the data and the encoder are looked for, which takes longer.
+    """Names a wrong model file, encoder or mission before the data are looked for, which takes longer.
 
     Raises:
-        UserError: there is no such file, or no such mission.
+        UserError: there is no such file, folder or mission.
     """
     if options.mission:
         get_mission(options.mission)
+    if options.encoder:
+        encoder_folder(options.encoder)
     if not Path(options.load_model).expanduser().is_file():
         raise UserError(f"{options.load_model}: does not exist; expected RWKV weights, .pth or .safetensors")
 

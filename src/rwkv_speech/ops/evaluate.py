@@ -16,7 +16,7 @@ from rwkv_speech.engine.evaluation import check_ids, evaluate_split, open_eval_r
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import printable
+from rwkv_speech.files import printable, writing
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -64,7 +64,7 @@ def _evaluate(options: Options, machine: Machine) -> int:
         check_missions(chain(*splits.values()), model)
     folder = options.project / "eval"
     results: dict[str, SplitResult] = {}
-    with launched(fabric), reading():
+    with launched(fabric), reading(), writing(folder):
         file = fabric.broadcast(file)  # by now training beside this may have removed it, or written another one
         model = model or load_model(options.model, file, fabric.device, machine)
         max_audio_s = longest_piece(model, options, file)

@@ -13,7 +13,6 @@ import functools
 import math
 import sys
 import warnings
-import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.errors import UserError, reason
-from rwkv_speech.files import is_compressed
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.hub import encoder_folder, expect_on_hub, hub_is_reachable
+from rwkv_speech.tensors import read_tensors
 
 _MOST_LAYERS = 1000  # several times what any encoder has; more would be built for minutes before they are found missing
 _CALL_SAMPLES = 8 * 30 * SAMPLE_RATE  # padded audio per call of the network, so that memory is bounded
@@ -293,8 +292,6 @@ def _load(name: str, device: str | torch.device, dtype: torch.dtype) -> SpeechEn
         try:
             with quiet():
                 yield
-        except UserError:
-            raise
         except Exception as error:  # of a dozen kinds, by what is wrong with the folder, the hub or the network
             raise UserError(
                 f"speech encoder {name}: cannot load its {part} ({reason(error)}); "
@@ -323,9 +320,9 @@ def _load(name: str, device: str | torch.device, dtype: torch.dtype) -> SpeechEn
         loader = transformers.models.whisper.modeling_whisper.WhisperEncoder
     how |= {"config": config, "dtype": dtype, "key_mapping": family.key_mapping, "output_loading_info": True}
     with loading("weights"):
-        for path in folder.glob("*.bin") if folder else ():
-            if zipfile.is_zipfile(path) and is_compressed(path):
-                raise ValueError(f"{path.name} is compressed, as torch.save never writes it")
+        if folder and not any(folder.glob("*.safetensors")):
+            for path in folder.glob("pytorch_model*.bin"):
+                read_tensors(path)  # in place; transformers doesn't ask what they would take
         model, report = loader.from_pretrained(name, **how)
         # A sum finds them at a tenth of the time that isfinite takes.
         if broken := [key for key, x in model.state_dict().items() if not x.sum(dtype=torch.float32).isfinite()]:
