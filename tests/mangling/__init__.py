@@ -1,4 +1,4 @@
-"""Mangled input of every sort, and what the program makes of it: `try_all` for the quick tests and for tests/slow/mangled.py.
+"""Mangled input of every sort, and what the program makes of it.
 
 Nothing may hang, die, print a traceback or take much memory; and what is mangled is either used or named.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.mangling.audio import mangled_audio
 from tests.mangling.tables import mangled_tables
-from tests.mangling.weights import mangled_encoders, mangled_missions, mangled_models
+from tests.mangling.weights import SPRUNG, mangled_encoders, mangled_missions, mangled_models
 from tests.one_process import OneProcess, Outcome
 from tests.tiny import write_world
 
@@ -146,21 +146,25 @@ def _cases(kind: str, folder: Path, runs: _Runs, rng: random.Random, count: int)
                 1,
             )
     else:
-        mangle, flag = {
-            "model": (mangled_models, "load_model"),
-            "mission": (mangled_missions, "adapter"),
-            "encoder": (mangled_encoders, "encoder"),
+        mangle, flag, whole = {
+            "model": (mangled_models, "load_model", runs.flags["load_model"]),
+            "mission": (mangled_missions, "adapter", runs.adapter),
+            "encoder": (mangled_encoders, "encoder", runs.flags["encoder"]),
         }[kind]
-        for path in mangle(folder, rng, count):
-            how = {flag: str(path)}
+        folder.mkdir()
+        for path, what in mangle(Path(whole), folder, np.random.default_rng(rng.randrange(2**32)), count):
+            names, where, how = [path.stem], f"{what} {path}", {flag: str(path)}
             yield (
                 [
-                    partial(runs.predict, str(path), [path.name], runs.good[0], **how),
-                    partial(runs.train, str(path), [path.name], **how),
-                    partial(runs.evaluate, str(path), [path.name], **how),
+                    partial(runs.predict, where, names, runs.good[0], **how),
+                    partial(runs.train, where, names, **how),
+                    partial(runs.evaluate, where, names, **how),
                 ],
                 1,
             )
+            if (folder / SPRUNG).exists():
+                (folder / SPRUNG).unlink()
+                runs.trial.problems.append(f"{where}: code of a weight file was run")
 
 
 def _audio_cases(folder: Path, runs: _Runs, rng: random.Random, count: int) -> Iterator[Case]:

@@ -7,6 +7,7 @@ Every case is a function of the generator alone. What lies in `folder` beforehan
 b.wav, c.wav are written there once, and each case into a folder of its own.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -141,7 +142,7 @@ def _table(place: Path, rng: random.Random) -> Path:
         "duration": ("0.1", "x", "-1", "9" * 400),
     }
     rows = [head] if head else []
-    for i in range(rng.randrange(8)):
+    for _ in range(rng.randrange(8)):
         row = [rng.choice(values.get(name, TEXTS)) for name in head or ("text", "text")]
         row = [
             cell if rng.random() < 0.7 else '"' + cell.replace('"', rng.choice(('"', '""'))) + rng.choice(('"', ""))
@@ -175,11 +176,8 @@ def _folder(place: Path, rng: random.Random) -> Path:
     (place / "round").symlink_to(".")
     (place / "folder.wav").mkdir()
     os.mkfifo(place / "pipe.wav")
-    with socket.socket(socket.AF_UNIX) as unix:
-        try:
-            unix.bind(str(place / "socket.wav"))
-        except OSError:  # a path too long for a socket
-            pass
+    with socket.socket(socket.AF_UNIX) as unix, contextlib.suppress(OSError):  # a path too long for a socket
+        unix.bind(str(place / "socket.wav"))
     open(os.fsencode(place) + b"/caf\xe9.wav", "wb").close()
     names = [*AUDIO, *(x for x in ODD if isinstance(x, str) and x), "caf\udce9.wav", "empty.wav"]
     (place / "empty.wav").touch()

@@ -1,19 +1,13 @@
-"""Mangled weight files, mission files and encoder folders, from the small parts of the quick-start; all seeded.
+"""Mangled weight files, mission files and encoder folders, made of whole ones; all seeded.
 
-Each generator yields (path, what was done to it). What would run code leaves `<folder>/sprung` behind; nothing may.
-Reading one of them gives a UserError or the whole thing, in little memory and time. To try it:
-
-    PYTHONPATH=src python mangle_weights.py FOLDER [COUNT] [SEED]
+Each generator writes `count` of them and yields (path, what was done to it), one by one. What would run code leaves
+`<folder>/sprung` behind; nothing may. Reading one gives a UserError or the whole thing, in little memory and time.
 """
 
 import json
 import pickle
-import resource
 import shutil
 import struct
-import sys
-import time
-import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-TINY = next(
-    folder / "demo/tiny"
-    for folder in (*Path(__file__).resolve().parents, Path.cwd())
-    if (folder / "demo/tiny").is_dir()
-)
+SPRUNG = "sprung"
 Tensors = dict[str, Any]
 Made = Iterator[tuple[Path, str]]
 
@@ -222,13 +212,13 @@ def _mangled(path: Path, tensors: Tensors, marker: Path, rng: np.random.Generato
 # --- what is read ---
 
 
-def mangled_models(folder: Path, rng: np.random.Generator, count: int) -> Made:
-    """Files for `rwkv_speech.lm.load`."""
-    tensors = torch.load(TINY / "rwkv6-tiny.pth", weights_only=True)
+def mangled_models(whole: Path, folder: Path, rng: np.random.Generator, count: int) -> Made:
+    """Files of a language model."""
+    tensors = torch.load(whole, weights_only=True)
     for i in range(count):
         if rng.random() < 0.8:
             path = folder / f"model-{i}.pth"
-            yield path, _mangled(path, tensors, folder / "sprung", rng)
+            yield path, _mangled(path, tensors, folder / SPRUNG, rng)
         else:
             path = folder / f"model-{i}.safetensors"
             save_file(tensors, path)
@@ -237,28 +227,10 @@ def mangled_models(folder: Path, rng: np.random.Generator, count: int) -> Made:
             yield path, f"safetensors-{how.__name__}"
 
 
-def mission_tensors() -> Tensors:
-    """Of a mission for the quick-start's parts, never trained: 4 layers of 4 heads of 64, a WavLM of width 256."""
-    model = torch.load(TINY / "rwkv6-tiny.pth", weights_only=True)
-    heads, size = model["blocks.0.att.time_faaaa"].shape
-    width = json.loads((TINY / "wavlm-tiny/config.json").read_text())["hidden_size"]
-    n_layer = sum(name.endswith("att.time_faaaa") for name in model)
-    adapter = {"0.weight": (16, 5 * width), "0.bias": (16,), "2.weight": (heads * size, 16), "2.bias": (heads * size,)}
-    states = {f"language_model.blocks.{i}.att.time_state": torch.zeros(heads, size, size) for i in range(n_layer)}
-    return states | {f"speech_encoder.adapter.{name}": torch.randn(shape) * 0.01 for name, shape in adapter.items()}
-
-
-def mangled_missions(folder: Path, rng: np.random.Generator, count: int) -> Made:
-    """Files for `adapter=`, each with its JSON; those whose states are alone are for `load_state=` as well."""
-    tensors = mission_tensors()
-    info = {
-        "mission": "transcribe",
-        "encoder": str(TINY / "wavlm-tiny"),
-        "encoder_digest": "0" * 32,
-        "downsample_k": 5,
-        "generation": 6,
-        "answers": ["yes", "no"],
-    }
+def mangled_missions(whole: Path, folder: Path, rng: np.random.Generator, count: int) -> Made:
+    """Mission files, each with its JSON; a tenth are states alone."""
+    tensors = torch.load(whole, weights_only=True)
+    info = json.loads(whole.with_suffix(".json").read_text())
     for i in range(count):
         path = folder / f"mission-{i}.pth"
         beside = path.with_suffix(".json")
@@ -267,9 +239,9 @@ def mangled_missions(folder: Path, rng: np.random.Generator, count: int) -> Made
         what = rng.random()
         if what < 0.1:
             states = {name[15:]: x for name, x in tensors.items() if name.startswith("language_model.")}
-            kind = "states-" + _mangled(path, states, folder / "sprung", rng)
+            kind = "states-" + _mangled(path, states, folder / SPRUNG, rng)
         elif what < 0.6:
-            kind = _mangled(path, tensors, folder / "sprung", rng)
+            kind = _mangled(path, tensors, folder / SPRUNG, rng)
         elif what < 0.8:
             kind = _odd_value(info, beside, rng)
         else:
@@ -289,9 +261,8 @@ def _odd_value(settings: dict[str, Any], path: Path, rng: np.random.Generator) -
     return f"json-{name}-{str(value)[:20]!r}"
 
 
-def mangled_encoders(folder: Path, rng: np.random.Generator, count: int) -> Made:
-    """Folders for `encoder=`."""
-    whole = TINY / "wavlm-tiny"
+def mangled_encoders(whole: Path, folder: Path, rng: np.random.Generator, count: int) -> Made:
+    """Folders of an encoder."""
     tensors = load_file(whole / "model.safetensors")
     for i in range(count):
         path = folder / f"encoder-{i}"
@@ -299,7 +270,7 @@ def mangled_encoders(folder: Path, rng: np.random.Generator, count: int) -> Made
         what = rng.random()
         if what < 0.35:
             (path / "model.safetensors").unlink()
-            kind = _mangled(path / "pytorch_model.bin", tensors, folder / "sprung", rng)
+            kind = _mangled(path / "pytorch_model.bin", tensors, folder / SPRUNG, rng)
         elif what < 0.5:
             how = (cut, flip, insert, noise)[rng.integers(4)]
             how(path / "model.safetensors", rng)
@@ -317,59 +288,3 @@ def mangled_encoders(folder: Path, rng: np.random.Generator, count: int) -> Made
                 how(config, rng)
                 kind = f"{config.stem}-{how.__name__}"
         yield path, kind
-
-
-def _load(kind: str, path: Path) -> None:
-    from rwkv_speech import SpeechRWKV, lm
-
-    model = TINY / "rwkv6-tiny.pth"
-    if kind == "models":
-        loaded = lm.load(path)
-        with torch.no_grad():
-            loaded.logits(loaded(torch.tensor([[1, 2, 3]]))[0])
-    elif kind == "missions":
-        SpeechRWKV.from_pretrained(model, adapter=path).loss([torch.randn(8000)], ["a"])
-    else:
-        SpeechRWKV.from_pretrained(model, encoder=str(path), adapter_hidden=16).loss([torch.randn(8000)], ["a"])
-
-
-def main(folder: Path, count: int, seed: int) -> int:
-    """Loads `count` of each kind; prints what is neither loaded nor refused in one line."""
-    from rwkv_speech.errors import UserError
-
-    bad = 0
-    generators = {"models": mangled_models, "missions": mangled_missions, "encoders": mangled_encoders}
-    for kind, generator in generators.items():
-        ended: dict[str, int] = {}
-        for path, what in generator(folder, np.random.default_rng(seed), count):
-            start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            problem = ""
-            try:
-                _load(kind, path)
-                end = "loaded"
-            except UserError as error:
-                end = "refused"
-                if "weights_only" in str(error).replace("``weights_only=True``", "") or len(str(error)) > 10_000:
-                    problem = str(error)[:2000]
-            except Exception:
-                end, problem = "crashed", traceback.format_exc()
-            ended[end] = ended.get(end, 0) + 1
-            seconds = time.monotonic() - start
-            more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-            if seconds > 20 or more > 1_000_000:
-                problem += f"\n{seconds:.1f} s, {more / 1e6:.1f} GB more"
-            if (folder / "sprung").exists():
-                (folder / "sprung").unlink()
-                problem += "\nCODE WAS RUN"
-            if problem:
-                bad += 1
-                print(f"{kind} {path.name} {what}: {end} {problem}", flush=True)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        print(kind, ended, flush=True)
-    return bad
-
-
-if __name__ == "__main__":
-    where, *numbers = sys.argv[1:]
-    Path(where).mkdir(parents=True, exist_ok=True)
-    sys.exit(main(Path(where), *map(int, numbers or ("50",)), *([0] if len(numbers) < 2 else [])) > 0)

@@ -2,10 +2,10 @@
 
     python tests/slow/mangled.py [--count 1000] [--seed 0]
 
-Audio (cut, bits flipped, headers that lie, playlists, pipes, sockets), manifests and tables, weight files, mission files
-and encoder folders are made from the seed, and each is given to every operation that can meet it. Prints one JSON line:
-cases, runs, problems (a traceback, more than 20 s, a file that was neither used nor named ...), the slowest run in
-seconds and the largest memory in GB.
+Audio (cut, bits flipped, headers that lie, playlists, pipes, sockets), manifests and tables, weight files, mission
+files and encoder folders are made from the seed, and each is given to every operation that can meet it. Prints one
+JSON line: cases, runs, problems (a traceback, more than 20 s, a file that was neither used nor named ...), the slowest
+run in seconds and the largest memory in GB.
 """
 
 import argparse
