@@ -66,7 +66,7 @@ def write_speech(folder: Path) -> list[Row]:
 
 def batches(model: SpeechRWKV, rows: list[Row], cache: FrameCache | None = None) -> DataLoader[Batch]:
     extract = model.speech_encoder.extract
-    dataset = SpeechDataset(rows, sample_of=model.mission.sample, renderer=model.renderer, extract=extract, cache=cache)
+    dataset = SpeechDataset(rows, sample_of=model.sample, renderer=model.renderer, extract=extract, cache=cache)
     return loader(dataset, batch_size=BATCH, shuffle=False)
 
 

@@ -313,7 +313,7 @@ def test_masks_are_of_training_only(world):
     def loss(batch_size: int, masks: SpecAugment | None = None) -> torch.Tensor:
         dataset = SpeechDataset(
             rows,
-            sample_of=model.mission.sample,
+            sample_of=model.sample,
             renderer=model.renderer,
             extract=model.speech_encoder.extract,
             spec_augment=masks,

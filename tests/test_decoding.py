@@ -444,7 +444,7 @@ def test_answers_are_chosen_by_their_average_per_token():
     model = random_model(17, 2)
     embeddings, lengths = batch((2, 57, 16))
     answers = [[3], [5, 6, 7, 8, 9, 10], [1, 2], [4]]
-    results = choose(model, embeddings, lengths, answers)
+    results = choose(model, *prefilled(model, embeddings, lengths), answers)
     by_sum = set()
     for prefix, length, result in zip(embeddings, lengths.tolist(), results, strict=True):
         sums = [sum(log_probs_of(model, prefix[:length], answer, True)) for answer in answers]

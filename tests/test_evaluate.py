@@ -18,12 +18,12 @@ import torch
 
 import train as door
 from rwkv_speech.errors import UserError
+from rwkv_speech.mission_file import write_mission_file
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import RecordWriter
 from rwkv_speech.speech.recording import Recording
-from rwkv_speech.trained import write_mission_file
 from tests.tiny import answers
 
 ROOT = Path(__file__).parents[1]

@@ -27,6 +27,7 @@ from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.sample import Row, one_round
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.mission_file import read_mission_file
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import DecodingOptions, Options
@@ -36,7 +37,6 @@ from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.shards import RECORD_BYTES, Shards, ShardWriter, pack, unpack
-from rwkv_speech.trained import read_mission_file
 from tests.tiny import write_world
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -155,9 +155,7 @@ def test_loss_and_batches_from_the_cache(world, rows):
         return "too long" if samples[0] > 19_000 else None
 
     def batches(model, num_workers=0, **source):
-        dataset = SpeechDataset(
-            rows, sample_of=model.mission.sample, renderer=model.renderer, filter=too_long, **source
-        )
+        dataset = SpeechDataset(rows, sample_of=model.sample, renderer=model.renderer, filter=too_long, **source)
         return list(loader(dataset, batch_size=5, shuffle=True, seed=1, num_workers=num_workers))
 
     from_cache = batches(without, cache=cache, num_workers=1)

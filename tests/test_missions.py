@@ -15,6 +15,7 @@ from rich.console import Console
 
 from rwkv_speech.data.sample import Message, Row, SampleError
 from rwkv_speech.errors import UserError
+from rwkv_speech.mission_file import best_mission_file
 from rwkv_speech.missions import MISSIONS, get_mission
 from rwkv_speech.missions.mission import Mission
 from rwkv_speech.ops import OPS
@@ -32,7 +33,6 @@ from rwkv_speech.scoring import (
 from rwkv_speech.scoring.labels import ACCURACY
 from rwkv_speech.speech.audio import load_audio
 from rwkv_speech.speech.recording import Recording
-from rwkv_speech.trained import best_mission_file
 from tests.tiny import do, missions
 
 ROW = Row("r1", "guten tag", Recording(Path("a.wav")), speaker="ann", language="de")

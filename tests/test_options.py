@@ -55,7 +55,7 @@ def help_of(help_by_group) -> dict[str, str]:
     ("flag", "value"),
     {
         "op": "train",
-        "train_type": "state",
+        "train_type": "adapter+state",
         "data": "librispeech",
         "micro_bsz": 4,
         "accumulate_grad_batches": 1,

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rwkv_speech.errors import UserError
-from rwkv_speech.trained import (
+from rwkv_speech.mission_file import (
     MissionFileError,
     best_mission_file,
     newest_mission_file,
-    read_best_mission_file,
+    read_best_mission_files,
     read_mission_file,
     write_mission_file,
 )
@@ -374,7 +374,7 @@ def test_the_newest_is_read_while_training_writes_and_removes_files(tmp_path):
     writing.wait()
     steps = []
     while training.is_alive():
-        file, _ = read_best_mission_file(tmp_path)
+        ((file, _),) = read_best_mission_files(tmp_path)
         assert f"rwkv-adapter-{file.info['step']}.pth" == file.path.name
         steps.append(file.info["step"])
     assert steps == sorted(steps)
@@ -399,7 +399,7 @@ def test_the_best_is_that_of_the_newest_run(tmp_path):
     best = write(20, 2, wer=0.3, best_by="wer")
     expected = "the best of its run by validation (wer 0.3); the newest is rwkv-adapter-30.pth"
     assert best_mission_file(tmp_path) == (best, expected)
-    file, which = read_best_mission_file(tmp_path)
+    ((file, which),) = read_best_mission_files(tmp_path)
     assert (file.path, file.info["wer"], which) == (best, 0.3, expected)
     best.with_suffix(".json").write_text("[")
     assert best_mission_file(tmp_path)[0].name == "rwkv-adapter-10.pth", "a damaged one says nothing"

@@ -113,7 +113,7 @@ def answers(model: Any, paths: Iterable[Path], **search: Any) -> list[str]:
     """What a model says of recordings, each by itself and as it is."""
     found = []
     for path in paths:
-        batch = model.prepare([model.mission.sample(Row("", None, Recording(path)))])
+        batch = model.prepare([model.sample(Row("", None, Recording(path)))])
         found.append(model.text(model.decode(batch, DecodingOptions(**search))[0]))
     return found
 

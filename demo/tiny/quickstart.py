@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rwkv_speech import SpeechRWKV
-from rwkv_speech.trained import best_mission_file, write_mission_file
+from rwkv_speech.mission_file import best_mission_file, write_mission_file
 
 
 def write_untrained(args: argparse.Namespace) -> None:

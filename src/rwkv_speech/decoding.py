@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,17 +110,19 @@ def decode(
     with torch.inference_mode():
         hidden, state = model(embeddings, state, lengths)
         hidden = last(hidden, lengths)
-    steps = generate(
-        model,
-        hidden,
-        state,
+    return complete(
+        *(model, hidden, state),
         max_new_tokens=max_new_tokens,
         options=options,
         names=names,
         end=end,
         keep_state=keep_state,
-        stream=False,
     )
+
+
+def complete(model: LanguageModel, hidden: Tensor, state: State, **how: Any) -> list[DecodingResult]:
+    """What `generate` comes to, with the same arguments; no final states, unless asked for."""
+    steps = generate(model, hidden, state, stream=False, **{"keep_state": False} | how)
     while True:
         try:
             next(steps)
@@ -225,7 +228,7 @@ def score_answers(
 
 @torch.inference_mode()
 def choose(
-    model: LanguageModel, embeddings: Tensor, lengths: Tensor, answers: Sequence[Sequence[int]]
+    model: LanguageModel, hidden: Tensor, state: State, answers: Sequence[Sequence[int]]
 ) -> list[DecodingResult]:
     """The likeliest of a set of answers after each prompt, and all others as its alternatives.
 
@@ -234,10 +237,9 @@ def choose(
     like length it was no better. For probabilities that are right as often as they say, averages are multiplied by the
     square root of the answers' mean length before the softmax.
 
-    embeddings, lengths: as for `decode`; answers: as for `score_answers`.
+    The arguments are those of `score_answers`.
     """
-    hidden, state = model(embeddings, None, lengths)
-    scores = score_answers(model, last(hidden, lengths), state, answers)
+    scores = score_answers(model, hidden, state, answers)
     counts = torch.tensor([len(answer) + 1.0 for answer in answers], device=scores.device)
     probabilities = (scores / counts * counts.mean().sqrt()).softmax(1)
     results = []

@@ -7,7 +7,8 @@ which holds it and knows how to train it.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rwkv_speech import lm
+from rwkv_speech import pretrained
 from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
-from rwkv_speech.decoding import DecodingResult, choose, decode
+from rwkv_speech.decoding import DecodingResult, choose, complete
 from rwkv_speech.errors import UserError
-from rwkv_speech.lm.language_model import LanguageModel
+from rwkv_speech.lm.language_model import LanguageModel, last
 from rwkv_speech.lm.tokenizer import Tokenizer
-from rwkv_speech.missions import get_mission
+from rwkv_speech.missions.task import Task
 from rwkv_speech.options import DecodingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, duration
@@ -34,29 +35,18 @@ from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
 from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_digest
-from rwkv_speech.trained import (
-    MissionFile,
-    TrainedTensor,
-    check_fit,
-    chosen_encoder,
-    read_mission_file,
-    read_states,
-    trained_tensors,
-)
+from rwkv_speech.trained import TrainedTensor, mission_tensors, trained_tensors
 from rwkv_speech.transcription import Alternative, Transcript, transcripts
 
-DEFAULT_ENCODER = "microsoft/wavlm-large"
-DOWNSAMPLE_K = 5
-ADAPTER_HIDDEN = 2048
 MAX_AUDIO_S = 30.0
 
 
 class SpeechRWKV(nn.Module):
-    """See the module's text. Only `adapter` and the language model's `time_state`s take gradients.
+    """See the module's text. Only adapters and the language model's `time_state`s take gradients.
 
-    mission: what is asked of the model, one of `rwkv_speech.missions`.
-    labels: the texts that an answer is chosen from, where the mission chooses.
-    trained_audio_s: the longest recording that it was trained on, in seconds, where its mission file says so.
+    adapters: one for all tasks, or one for each; all of one K.
+    tasks: what is asked of the model, by name. Each has an initial state of its own; a row that names no mission is of
+        the first.
     renderer: makes sequences of samples.
     """
 
@@ -64,109 +54,94 @@ class SpeechRWKV(nn.Module):
         self,
         language_model: LanguageModel,
         speech_encoder: SpeechEncoder | AbsentEncoder,
-        adapter: Adapter,
-        *,
-        mission: str = "transcribe",
+        *adapters: Adapter,
+        tasks: Sequence[Task] = (Task("transcribe"),),
     ) -> None:
         super().__init__()
         self.language_model = language_model
         self.speech_encoder = speech_encoder
-        self.adapter = adapter
-        self.mission = get_mission(mission)
-        self.labels: list[str] | None = None
-        self.trained_audio_s: float | None = None
+        self.adapters = nn.ModuleList(adapters)
+        self.tasks = {task.name: task for task in tasks}
+        if len(self.tasks) > 1:
+            language_model.hold_states(len(self.tasks))
         self.tokenizer = Tokenizer(language_model.sizes.vocab_size)
         self.renderer = Renderer(
-            self.tokenizer, frame_count=speech_encoder.frame_count, group_count=adapter.group_count
+            self.tokenizer, frame_count=speech_encoder.frame_count, group_count=self.adapter.group_count
         )
         for tensor in self.trained_tensors().values():
             tensor.parameter.requires_grad_()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        load_model: str | Path,
-        *,
-        encoder: str | None = None,
-        adapter: str | Path | MissionFile | None = None,
-        load_state: str | Path | None = None,
-        mission: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        downsample_k: int | None = None,
-        adapter_hidden: int | None = None,
-        load_encoder: Callable[..., SpeechEncoder | AbsentEncoder] = SpeechEncoder.from_pretrained,
-    ) -> "SpeechRWKV":
-        """Loads the frozen parts, and the trained ones from a mission file.
-
-        Args:
-            load_model: an RWKV-6 or RWKV-7 weight file, .pth or .safetensors.
-            encoder: a Hugging Face name or folder; None is the one that the mission file names, or WavLM-large.
-            adapter: a mission file, or what was read of one; None starts from torch's initialisation of the adapter and
-                the model's own initial state (zero, unless its file holds one).
-            load_state: a file of initial states alone, as RWKV-PEFT writes it; they replace those of `adapter`.
-            mission: what is asked of the model; None is what the mission file names, or "transcribe".
-            device: where to compute.
-            dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
-            downsample_k: encoder frames to a position; None is what the mission file says, or 5.
-            adapter_hidden: hidden units of the adapter; None is what the mission file says, or 2048.
-            load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
-
-        Raises:
-            UserError: a file or encoder that can't be read, or parts that don't fit each other.
-        """
-        file = adapter if isinstance(adapter, MissionFile | None) else read_mission_file(adapter)
-        info = file.info if file else {}
-        encoder = (chosen_encoder(file, encoder) if file else encoder) or DEFAULT_ENCODER
-        encoder_folder(encoder)  # a wrong one is named at once, not when a large model has been read
-        language_model = lm.load(load_model, device=device, dtype=dtype)
-        with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
-            speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)
-        if file:
-            check_fit(file, language_model, speech_encoder, downsample_k, adapter_hidden)
-            downsample_k, adapter_hidden = file.inputs // speech_encoder.width, file.hidden
-        new_adapter = Adapter(
-            speech_encoder.width,
-            language_model.sizes.n_embd,
-            downsample_k=downsample_k or DOWNSAMPLE_K,
-            hidden=adapter_hidden or ADAPTER_HIDDEN,
-        )
-        mission = mission or info.get("mission") or "transcribe"
-        model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
-        if file:
-            model.load_trained(file.tensors)
-            model.labels = info.get("labels") if mission == info.get("mission") else None
-            model.trained_audio_s = file.trained_audio_s
-        if load_state is not None:
-            model.load_trained(read_states(load_state, language_model.sizes))
-        return model
+    from_pretrained = classmethod(pretrained.load)
 
     @property
     def device(self) -> torch.device:
         return self.adapter.layers[0].weight.device
 
+    @property
+    def adapter(self) -> Adapter:
+        """The first one; what all share, as K, is to be had of it."""
+        return self.adapters[0]
+
+    def task(self, name: str | None = None) -> Task:
+        """The task of this name, or the first.
+
+        Raises:
+            UserError: the model has no such task.
+        """
+        if name is None:
+            return next(iter(self.tasks.values()))
+        if name not in self.tasks:
+            raise UserError(f"the model has not learnt the mission {name!r}, but: {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    @property
+    def aligned(self) -> set[str]:
+        """The tasks whose answers CTC can align with what is said: transcripts, where there are any, else all."""
+        transcripts = {name for name, task in self.tasks.items() if task.mission.name == "transcribe"}
+        return transcripts or set(self.tasks)
+
+    def sample(self, row: Row) -> Sample:
+        """What the model is to make of a row.
+
+        Raises:
+            SampleError: the row lacks what its mission needs.
+            UserError: the model has not learnt its mission.
+        """
+        task = self.task(row.mission)
+        return replace(task.mission.sample(row), mission=task.name)
+
     # What is trained
 
     def trained_tensors(self) -> dict[str, TrainedTensor]:
-        """Everything that is trained, under its name in a mission file; see `rwkv_speech.trained`."""
-        return trained_tensors(self.language_model, self.adapter)
+        """Everything that is trained, by names of its own; see `rwkv_speech.trained`."""
+        return trained_tensors(self.language_model, self.adapters)
 
-    def trainable_state_dict(self) -> dict[str, nn.Parameter]:
-        """The trained parameters themselves, under the names of a mission file."""
-        return {name: tensor.parameter for name, tensor in self.trained_tensors().items()}
+    def trainable_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
+        """What is trained for a task (the first), under the names of a mission file: the parameters themselves; where
+        there are several states, views of them."""
+        place = [*self.tasks].index(self.task(task).name)
+        states = self.language_model.time_states
+        if len(self.tasks) > 1:
+            states = [state[place] for state in states]
+        return mission_tensors(states, self._adapter_of(place))
 
-    def describe(self, **more: Any) -> dict[str, Any]:
-        """What a reader of a mission file must know beside its weights, and `more`."""
-        sizes = self.language_model.sizes
+    def _adapter_of(self, place: int) -> Adapter:
+        """The adapter of the task in this place."""
+        return self.adapters[place if len(self.adapters) > 1 else 0]
+
+    def describe(self, name: str | None = None, **more: Any) -> dict[str, Any]:
+        """What a reader of the mission file of a task (the first) must know beside its weights, and `more`."""
+        sizes, task = self.language_model.sizes, self.task(name)
+        adapter = self._adapter_of([*self.tasks].index(task.name))
         folder = encoder_folder(self.speech_encoder.name)
         return {
-            "mission": self.mission.name,
-            **({"labels": self.labels} if self.labels else {}),
+            "mission": task.name,
+            **({"labels": task.labels} if task.labels else {}),
             "encoder": self.speech_encoder.name,
             **({"encoder_digest": encoder_digest(folder)} if folder else {}),
             "encoder_width": self.speech_encoder.width,
-            "downsample_k": self.adapter.downsample_k,
-            "adapter_hidden": self.adapter.layers[0].out_features,
+            "downsample_k": adapter.downsample_k,
+            "adapter_hidden": adapter.layers[0].out_features,
             "generation": sizes.generation,
             "n_layer": sizes.n_layer,
             "n_embd": sizes.n_embd,
@@ -176,9 +151,9 @@ class SpeechRWKV(nn.Module):
         } | more
 
     @torch.no_grad()
-    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over tensors, of shapes that fit, under their names in a mission file."""
-        parameters = self.trainable_state_dict()
+    def load_trained(self, tensors: Mapping[str, Tensor], task: str | None = None) -> None:
+        """Takes over tensors, of shapes that fit, under their names in a mission file of a task (the first)."""
+        parameters = self.trainable_state_dict(task)
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
 
@@ -190,9 +165,7 @@ class SpeechRWKV(nn.Module):
         Raises:
             AudioError: audio that can't be used.
         """
-        dataset = SpeechDataset(
-            (), sample_of=self.mission.sample, renderer=self.renderer, extract=self.speech_encoder.extract
-        )
+        dataset = SpeechDataset((), sample_of=self.sample, renderer=self.renderer, extract=self.speech_encoder.extract)
         items = [dataset.read(sample, i) for i, sample in enumerate(samples)]
         return Collate(self.adapter.group_count, is_frames=False)(items)
 
@@ -211,13 +184,31 @@ class SpeechRWKV(nn.Module):
     def embed_audio(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch on the model's device -> what the adapter makes of its recordings: embeddings (A, G, n_embd), and
         the valid positions (A,) of each."""
-        return self.adapter(self.encode(batch), batch.frame_lengths)
+        frames = self.encode(batch)
+        if len(self.adapters) == 1:
+            return self.adapter(frames, batch.frame_lengths)
+        places = [*self.tasks]
+        of = torch.tensor([places.index(batch.missions[owner]) for owner in batch.owners], device=self.device)
+        parts = {}
+        for place in sorted(set(of.tolist())):
+            rows = (of == place).nonzero()[:, 0]
+            embeds, valid = self.adapters[place](frames[rows], batch.frame_lengths[rows])
+            parts[place] = rows, embeds, valid
+        order = torch.cat([rows for rows, _, _ in parts.values()]).argsort()
+        return tuple(torch.cat([part[i] for part in parts.values()])[order] for i in (1, 2))
 
     def embed(self, batch: Batch, audio_embeds: Tensor) -> Tensor:
         """The sequences of a batch as embeddings (B, T, n_embd): those of its tokens, and of audio in its slots."""
         x = self.language_model.embed(batch.ids)
         valid = audio_embeds.flatten(0, 1).index_select(0, batch.audio_groups)
         return x.flatten(0, 1).index_copy_(0, batch.audio_slots, valid.to(x.dtype)).view_as(x)
+
+    def _which(self, batch: Batch) -> Tensor | None:
+        """Which initial state each sample of a batch starts from, where there are several."""
+        if len(self.tasks) == 1:
+            return None
+        places = {name: place for place, name in enumerate(self.tasks)}
+        return torch.tensor([places[name] for name in batch.missions], device=self.device)
 
     # What is made of them
 
@@ -228,22 +219,22 @@ class SpeechRWKV(nn.Module):
         audio_embeds: where they are there already.
         """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
-        hidden, _ = self.language_model(self.embed(batch, audio_embeds))
+        hidden, _ = self.language_model(self.embed(batch, audio_embeds), which=self._which(batch))
         # Logits only where something is asked.
         logits = self.language_model.logits(hidden.flatten(0, 1).index_select(0, batch.label_slots)).float()
         return F.cross_entropy(logits, batch.labels, reduction="sum")
 
-    def loss(self, waveforms: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+    def loss(self, waveforms: Sequence[Tensor], texts: Sequence[str], *, mission: str | None = None) -> Tensor:
         """Cross-entropy averaged over answer tokens and ends of text, differentiable in adapter and state.
 
         Args:
             waveforms: 1-D float arrays at 16 kHz.
             texts: the answers: transcripts, say.
+            mission: which of several; None is the first.
         """
         audio = [check_waveform(w, f"waveform {i}") for i, w in enumerate(waveforms)]
-        rows = [Row(str(i), text, w) for i, (w, text) in enumerate(zip(audio, texts, strict=True))]
-        samples = [self.mission.sample(row) for row in rows]
-        batch = self.prepare(samples).to(self.device)
+        rows = [Row(str(i), text, w, mission=mission) for i, (w, text) in enumerate(zip(audio, texts, strict=True))]
+        batch = self.prepare([self.sample(row) for row in rows]).to(self.device)
         return self.loss_sum(batch) / batch.tokens
 
     @torch.no_grad()
@@ -262,19 +253,44 @@ class SpeechRWKV(nn.Module):
         """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
         x = self.embed(batch, audio_embeds)[:, : int(batch.prompt_lengths.max())]
-        if self.mission.chooses:
-            if not self.labels:
-                raise UserError(f"the mission {self.mission.name} chooses among labels: name them by --labels")
-            return choose(self.language_model, x, batch.prompt_lengths, [*map(self.tokenizer.encode, self.labels)])
-        limits = [options.max_new_tokens or self.mission.max_new_tokens(seconds) for seconds in batch.seconds]
-        return decode(
-            self.language_model,
-            x,
-            batch.prompt_lengths,
-            max_new_tokens=limits,
-            options=options,
-            names=batch.names,
-        )
+        with torch.inference_mode():
+            hidden, state = self.language_model(x, None, batch.prompt_lengths, self._which(batch))
+            hidden = last(hidden, batch.prompt_lengths)
+        results: dict[int, DecodingResult] = {}  # by the sample's place
+        for task, places in self._groups(batch).items():
+            rows = torch.tensor(places, device=self.device)
+            some = len(places) < len(batch)
+            start = (hidden[rows], state.select(rows)) if some else (hidden, state)
+            if task:
+                labels = [*map(self.tokenizer.encode, self.tasks[task].labels)]
+                found = choose(self.language_model, *start, labels)
+            else:
+                found = complete(
+                    *(self.language_model, *start),
+                    max_new_tokens=[self._most_tokens(batch, place, options) for place in places],
+                    options=options,
+                    names=[batch.names[place] for place in places],
+                )
+            results |= zip(places, found, strict=True)
+        return [results[place] for place in range(len(batch))]
+
+    def _groups(self, batch: Batch) -> dict[str | None, list[int]]:
+        """The places of a batch's samples whose answers are found together: by the task of those that choose, and None.
+
+        Raises:
+            UserError: a task chooses among labels, and there are none.
+        """
+        groups: dict[str | None, list[int]] = {}
+        for place, name in enumerate(batch.missions):
+            task = self.tasks[name]
+            if task.mission.chooses and not task.labels:
+                raise UserError(f"the mission {name} chooses among labels: name them by --labels")
+            groups.setdefault(name if task.mission.chooses else None, []).append(place)
+        return groups
+
+    def _most_tokens(self, batch: Batch, place: int, options: DecodingOptions) -> int:
+        mission = self.tasks[batch.missions[place]].mission
+        return options.max_new_tokens or mission.max_new_tokens(batch.seconds[place])
 
     def text(self, result: DecodingResult) -> str:
         """The text of an answer."""
@@ -287,6 +303,7 @@ class SpeechRWKV(nn.Module):
         batch_size: int = 8,
         max_audio_s: float | None = None,
         prompt: str | None = None,
+        mission: str | None = None,
         **search: Any,
     ) -> list[str]:
         """Transcripts of recordings, in their order.
@@ -297,6 +314,7 @@ class SpeechRWKV(nn.Module):
             max_audio_s: longer recordings are cut in pauses, as `segments.cut` does, and decoded piece by piece; None:
                 see `longest_piece`.
             prompt: typed text before each recording, where the mission has that.
+            mission: which of several; None is the first.
             search: fields of `rwkv_speech.options.DecodingOptions`: `beam=4`, `max_new_tokens=100`, ...
 
         Raises:
@@ -311,6 +329,7 @@ class SpeechRWKV(nn.Module):
             max_audio_s=max_audio_s,
             options=DecodingOptions(**search),
             prompt=prompt,
+            mission=mission,
         )
         texts = [""] * len(audio)
         for i, transcript in zip(order, found, strict=True):
@@ -327,10 +346,11 @@ class SpeechRWKV(nn.Module):
         max_audio_s: float | None = None,
         options: DecodingOptions = DecodingOptions(),
         prompt: str | None = None,
+        mission: str | None = None,
     ) -> Iterator[Transcript | AudioError]:
         """As `transcribe`, with times and scores, one by one, and with an error in the place of a bad recording.
 
-        prompt: typed text before each recording, where the mission has that.
+        prompt, mission: as there.
 
         Batches are filled in the order of the recordings; a transcript comes out as soon as it is complete. Of a beam
         search, each segment has up to `options.n_best` alternatives.
@@ -339,26 +359,26 @@ class SpeechRWKV(nn.Module):
         number = itertools.count()  # of the segment, over all batches: what sampling draws depends on it
 
         def decode_waveforms(waveforms: Sequence[Tensor]) -> list[list[Alternative]]:
-            rows = (Row(str(next(number)), None, waveform, prompt=prompt) for waveform in waveforms)
-            samples = [self.mission.sample(row) for row in rows]
-            results = self.decode(self.prepare(samples).to(self.device), options)
+            rows = (Row(str(next(number)), None, wave, prompt=prompt, mission=mission) for wave in waveforms)
+            results = self.decode(self.prepare([self.sample(row) for row in rows]).to(self.device), options)
             return [self.alternatives(result) for result in results]
 
         return transcripts(
             audio,
             decode_waveforms,
             batch_size=batch_size,
-            max_seconds=self.longest_piece(max_audio_s),
-            cut_longer=self.mission.cut,
+            max_seconds=self.longest_piece(max_audio_s, mission),
+            cut_longer=self.task(mission).mission.cut,
         )
 
-    def longest_piece(self, asked: float | None = None) -> float:
+    def longest_piece(self, asked: float | None = None, mission: str | None = None) -> float:
         """Seconds of audio that are decoded in one go: those asked for, else the longest that it was trained on, or 30
         where that isn't known. Where longer audio is not cut, 30 at least.
 
         Of audio that is much longer than what it was trained on, a model says the beginning and loses the rest.
         """
-        return asked or max(1.0 if self.mission.cut else MAX_AUDIO_S, self.trained_audio_s or MAX_AUDIO_S)
+        task = self.task(mission)
+        return asked or max(1.0 if task.mission.cut else MAX_AUDIO_S, task.trained_audio_s or MAX_AUDIO_S)
 
     def alternatives(self, result: DecodingResult) -> list[Alternative]:
         """Best first, each text once: several rows of tokens may spell the same."""

@@ -85,7 +85,9 @@ class ModelOptions:
         None, "speech encoder: Hugging Face name or folder (default: the mission file's, or microsoft/wavlm-large)"
     )
     adapter: str | None = flag(
-        None, "mission file to train on from, or for eval and predict (default: the best of the newest run in proj_dir)"
+        None,
+        "mission file to train on from, or for eval and predict, several of different missions joined by + (default: "
+        "the best of the newest run in proj_dir)",
     )
     load_state: str | None = flag(
         None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
@@ -105,7 +107,6 @@ class ModelOptions:
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
     n_layer: int | None = flag(None, "layers of the language model: a check, since the file has them", type=positive)
     n_embd: int | None = flag(None, "width of the language model: a check, since the file has it", type=positive)
-    train_type: str = flag("state", "what is trained beside the adapter: the initial state", choices=("state",))
     wkv: str = flag(
         "auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"), resume_ignored=True
     )
@@ -118,7 +119,9 @@ class DataOptions:
     data: str = flag("librispeech", "librispeech, a manifest or table, a folder, or a Hugging Face dataset")
     data_dir: str | None = flag(None, "folder that holds LibriSpeech, or any folder in its layout")
     train_split: str | None = flag(
-        None, "split or file to train on, several joined by + (default for LibriSpeech: all 960 h; else all there is)"
+        None,
+        "split or file to train on, several joined by +, of which each pass takes one :2 twice, or :0.5 a half "
+        "(default for LibriSpeech: all 960 h; else all there is)",
     )
     valid_split: str | None = flag(
         None, "split to validate on while training, joined by + (default: no validation)", resume_ignored=True
@@ -152,6 +155,12 @@ class DataOptions:
 class TrainingOptions:
     """How the trained parts learn; the defaults are those of the published recipe."""
 
+    train_type: str = flag(
+        "adapter+state",
+        "what is trained; without the adapter, beside that of a mission file, which stays as it is",
+        choices=("adapter+state", "state", "adapter"),
+    )
+    share_adapter: int = flag(1, "1: where rows are of several missions, these have one adapter", choices=(0, 1))
     ctx_len: int = flag(2048, "longest sample in positions; a longer one is a bad sample", type=positive)
     micro_bsz: int = flag(4, "utterances per device and step, alike in length", type=positive)
     max_batch_s: float | None = flag(

@@ -34,10 +34,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from rwkv_speech.data.manifest import read_manifest  # noqa: E402
+from rwkv_speech.mission_file import write_mission_file  # noqa: E402
 from rwkv_speech.model import SpeechRWKV  # noqa: E402
 from rwkv_speech.speech.frame_cache import FrameCache  # noqa: E402
 from rwkv_speech.speech.shards import RECORD_BYTES  # noqa: E402
-from rwkv_speech.trained import write_mission_file  # noqa: E402
 from tests.tiny import write_world  # noqa: E402
 
 LONGEST_LIFE = 1.0  # of the whole work, over the kills; a life of average length does half of it

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_speech.trained import write_mission_file
+from rwkv_speech.mission_file import write_mission_file
 from tests.tiny import answers
 
 ROOT = Path(__file__).parents[2]

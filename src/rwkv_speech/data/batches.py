@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from rwkv_speech.alignment import fits
+from rwkv_speech.data.mixing import Mix
 from rwkv_speech.data.rendering import NO_LABEL, Rendered, Renderer
 from rwkv_speech.data.sample import BadSample, Row, Sample, SampleError
 from rwkv_speech.lm.tokenizer import END_OF_TEXT
@@ -42,6 +43,7 @@ class Item:
     """
 
     id: str
+    mission: str
     index: int
     reference: str
     rendered: Rendered
@@ -55,6 +57,7 @@ class Batch:
     """B samples, in step, with A recordings; len() is B, and can be 0 where all samples were bad.
 
     names: ids of the samples.
+    missions: by which they were made.
     references: the texts of their last answers, and
     answers: the tokens of those, without the end of text, and
     fits: whether CTC can align these to the positions of the sample's recordings.
@@ -68,6 +71,7 @@ class Batch:
     audio_sizes: the share of each recording in that.
     is_frames: whether `audio` holds frames.
     samples: of each recording, at 16 kHz.
+    owners: the place in the batch of each recording's sample.
     frame_lengths: (A,) int64, encoder frames of each recording.
     group_counts: positions of each recording.
     audio_groups: (n,) int64, the valid ones of the A * G positions that the adapter makes of the recordings, and
@@ -82,6 +86,7 @@ class Batch:
     """
 
     names: list[str]
+    missions: list[str]
     references: list[str]
     answers: list[Tensor]
     fits: list[bool]
@@ -95,6 +100,7 @@ class Batch:
     audio_sizes: list[int]
     is_frames: bool
     samples: list[int]
+    owners: list[int]
     frame_lengths: Tensor
     group_counts: list[int]
     audio_groups: Tensor
@@ -155,6 +161,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
     """Reads and renders rows when they are asked for; all of it runs in the loader's workers.
 
     rows: of one data source or several.
+    mix: which of them, by their places, there are in an epoch; None: all.
     sample_of: makes a sample of a row, as its mission does; raises SampleError where the row lacks something.
     renderer: of the model.
     extract: a waveform -> what the encoder's network takes; None where frames are cached.
@@ -164,6 +171,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
     filter: says why a sample with its waveforms' samples (before `transform`) can't be used, or None.
     spec_augment: draws masks.
     needs_answer: whether a sample without an answer to learn from is a bad one.
+    aligned: see `Collate`.
     longest: a longer recording is not decoded beyond that, and makes a bad sample.
     set_apart: it does not: its row is in `Batch.long`.
     """
@@ -180,22 +188,30 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         filter: Callable[[Rendered, Sequence[int]], str | None] | None = None,
         spec_augment: SpecAugment | None = None,
         needs_answer: bool = False,
+        aligned: Container[str] | None = None,
         longest: Longest | None = None,
         set_apart: bool = False,
+        mix: Mix | None = None,
     ) -> None:
         self.rows = rows
+        self.mix, self.mixed = mix, (-1, np.zeros(0, int))
         self.sample_of = sample_of
         self.renderer = renderer
         self.extract, self.cache = extract, cache
         self.transform, self.filter, self.spec_augment = transform, filter, spec_augment
         self.needs_answer = needs_answer
+        self.aligned = aligned
         self.longest, self.set_apart = longest, set_apart
         self.epoch = 0  # of training; workers get to know it when an iteration starts
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows if self.mix is None else self.mix)
 
     def __getitem__(self, index: int) -> Item | BadSample | LongRow:
+        if self.mix is not None:
+            if self.mixed[0] != self.epoch:
+                self.mixed = self.epoch, self.mix(self.epoch)
+            index = int(self.mixed[1][index])
         row = self.rows[index]
         try:
             return self.read(self.sample_of(row), index)
@@ -229,7 +245,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         masks = []
         if self.spec_augment is not None:
             masks = [self.spec_augment(_draw(sample, i), n, self.epoch) for i, n in enumerate(rendered.frames)]
-        return Item(sample.id, index, sample.reference, rendered, samples, audio, masks)
+        return Item(sample.id, sample.mission, index, sample.reference, rendered, samples, audio, masks)
 
     def _rendered(self, sample: Sample, samples: Sequence[int]) -> Rendered:
         rendered = self.renderer(sample, samples)
@@ -248,11 +264,15 @@ class Collate:
 
     group_count: as the renderer's.
     is_frames: whether items hold cached frames.
+    aligned: the missions whose answers CTC aligns; None: all.
     """
 
-    def __init__(self, group_count: Callable[[int], int], *, is_frames: bool) -> None:
+    def __init__(
+        self, group_count: Callable[[int], int], *, is_frames: bool, aligned: Container[str] | None = None
+    ) -> None:
         self.group_count = group_count
         self.is_frames = is_frames
+        self.aligned = aligned
 
     def __call__(self, items: Sequence[Item | BadSample | LongRow]) -> Batch:
         good = [item for item in items if isinstance(item, Item)]
@@ -268,10 +288,13 @@ class Collate:
         masks = [m for item in good for m in item.masks]
         return Batch(
             names=[item.id for item in good],
+            missions=[item.mission for item in good],
             references=[item.reference for item in good],
             answers=answers,
             fits=[
-                fits(answer, sum(map(self.group_count, r.frames))) for answer, r in zip(answers, rendered, strict=True)
+                (self.aligned is None or item.mission in self.aligned)
+                and fits(answer, sum(map(self.group_count, item.rendered.frames)))
+                for answer, item in zip(answers, good, strict=True)
             ],
             indices=[item.index for item in good],
             ids=ids,
@@ -283,6 +306,7 @@ class Collate:
             audio_sizes=[len(x) for x in audio],
             is_frames=self.is_frames,
             samples=[n for item in good for n in item.samples],
+            owners=[i for i, item in enumerate(good) for _ in item.samples],
             frame_lengths=torch.tensor(frames, dtype=torch.int64),
             group_counts=groups,
             audio_groups=_indices(torch.arange(n) + i * per_recording for i, n in enumerate(groups)),

@@ -111,7 +111,7 @@ def load_batches(dataset: SpeechDataset, batches: Sampler[list[int]], *, num_wor
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=Collate(dataset.renderer.group_count, is_frames=dataset.cache is not None),
+        collate_fn=Collate(dataset.renderer.group_count, is_frames=dataset.cache is not None, aligned=dataset.aligned),
         num_workers=num_workers,
         # Workers share what the dataset refers to (the encoder's features, a cache), which a fresh process can't load.
         multiprocessing_context="fork" if num_workers else None,

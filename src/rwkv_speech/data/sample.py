@@ -60,10 +60,12 @@ class Sample:
     id: the row's.
     messages: user and assistant by turns, the user first. The last one is the answer that is asked for; where it is the
         user's, the answer is not known.
+    mission: the name of the mission that made it.
     """
 
     id: str
     messages: tuple[Message, ...]
+    mission: str = ""
 
     @property
     def audio(self) -> list[Audio]:

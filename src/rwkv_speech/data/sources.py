@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rwkv_speech.data.tables import read_table
 from rwkv_speech.errors import UserError
 
 LIBRISPEECH = "librispeech"
+_WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 FILE_SUFFIXES = (*manifest.SUFFIXES, *tables.SUFFIXES)
 
 
@@ -87,9 +89,9 @@ def split_names(asked: str, within: str = "") -> list[str]:
     pieces, names = asked.split("+"), []
     while pieces:
         joined = ("+".join(pieces[:count]) for count in range(len(pieces), 1, -1))
-        name = next((name for name in joined if _is_there(name, within)), pieces[0])
+        name = next((name for name in joined if _is_there(name, within, weighted=True)), pieces[0])
         del pieces[: name.count("+") + 1]
-        names.append(name if _is_there(name, within) else name.strip())
+        names.append(name if _is_there(name, within, weighted=True) else name.strip())
     if not all(names):
         raise UserError(
             f"split {asked!r} has an empty name; expected one name, or several joined by '+'; "
@@ -98,8 +100,27 @@ def split_names(asked: str, within: str = "") -> list[str]:
     return names
 
 
-def _is_there(name: str, within: str) -> bool:
+def split_weights(asked: str, within: str = "") -> dict[str, float]:
+    """The names of `split_names`, and how often a pass takes each: `a.jsonl:2+b.jsonl` takes the first twice.
+
+    Raises:
+        UserError: an empty name, or a weight of 0.
+    """
+    weights: dict[str, float] = {}
+    for part in split_names(asked, within):
+        found = None if _is_there(part, within) else _WEIGHTED.fullmatch(part)
+        name, weight = (found[1], float(found[2])) if found else (part, 1.0)
+        if not weight:
+            raise UserError(f"split {part!r}: expected a weight above 0")
+        weights[name] = weights.get(name, 0.0) + weight
+    return weights
+
+
+def _is_there(name: str, within: str, *, weighted: bool = False) -> bool:
+    """Whether there is something of the name; weighted: also without the weight that it may end with."""
     place = name if _is_path(name) else os.path.join(within, name)
+    if weighted and (found := _WEIGHTED.fullmatch(name)) and _is_there(found[1], within):
+        return True
     return bool(name) and os.path.exists(os.path.expanduser(place))
 
 

@@ -16,6 +16,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.speech.audio import Longest
 from rwkv_speech.speech.frame_cache import FrameCache
 from rwkv_speech.speech.recording import Recording
+from rwkv_speech.trained import learning
 
 log = logging.getLogger("rwkv_speech")
 
@@ -93,7 +94,7 @@ class NonFiniteLosses:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "ids": ids}, ensure_ascii=False) + "\n")
-        spoilt = not all(bool(x.isfinite().all()) for x in self.model.trainable_state_dict().values())
+        spoilt = not all(bool(x.isfinite().all()) for x in learning(self.model.trained_tensors()))
         what = f"the loss of step {step} is not finite; the batch is listed in {self.path}"
         if spoilt:
             raise UserError(f"{what}, and the weights are spoilt: start from the last mission file by --adapter, "

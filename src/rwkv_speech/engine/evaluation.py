@@ -23,6 +23,7 @@ from rwkv_speech.engine.machine import gather
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.missions.mission import Mission
+from rwkv_speech.missions.task import Task
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
 from rwkv_speech.progress import Progress
@@ -42,13 +43,14 @@ def evaluate_split(
     rows: Sequence[Row],
     *,
     name: str,
+    task: Task,
     perturbation: Perturbation | None,
     max_audio_s: float,
     options: Options,
     fabric: Fabric,
     bad_samples: BadSamples,
 ) -> tuple[list[EvalRecord], int]:
-    """Answers to the samples of a split, each exactly once over all processes.
+    """Answers to the samples of a split, all of one task, each exactly once over all processes.
 
     Recordings longer than `max_audio_s` are cut, and answered, as prediction does it; where the mission doesn't have
     them cut, they are bad samples.
@@ -69,7 +71,7 @@ def evaluate_split(
     changes = perturbation.name if perturbation else None
     heard = {
         row.id: fingerprint(
-            [row], model.mission.sample, changes, row.language, row.target_language, row.answers, row.transcript
+            [row], model.sample, changes, row.language, row.target_language, row.answers, row.transcript
         )
         for row in rows
     }
@@ -80,12 +82,12 @@ def evaluate_split(
     batches = loader(
         SpeechDataset(
             left,
-            sample_of=model.mission.sample,
+            sample_of=model.sample,
             renderer=model.renderer,
             extract=model.speech_encoder.extract,
             transform=perturbation,
             longest=Longest(max_audio_s, "are answered in one go"),
-            set_apart=model.mission.cut,
+            set_apart=task.mission.cut,
         ),
         batch_size=options.eval_bsz,
         shuffle=False,
@@ -107,7 +109,7 @@ def evaluate_split(
             results = model.decode(batch.to(model.device), options.decoding) if len(batch) else []
             wall = (time.perf_counter() - start) / max(1, len(batch))
             for index, seconds, result in zip(batch.indices, batch.seconds, results, strict=True):
-                record = model.mission.record(
+                record = task.record(
                     left[index],
                     model.text(result),
                     heard=heard[left[index].id],
@@ -130,7 +132,7 @@ def evaluate_split(
                     writer.write(record)
                     records.append(record)
             samples = len(batch) + len(batch.bad) + len(batch.long)
-            progress.advance(fabric.world_size * samples, partial(_score, model.mission, records))
+            progress.advance(fabric.world_size * samples, partial(_score, task.mission, records))
     bad = set().union(*gather(bad))  # when all have come to here
     if not fabric.is_global_zero:
         return [], len(bad)
@@ -173,7 +175,7 @@ def answer_in_pieces(
         if perturbation:
             waveforms = [perturbation(id, waveform) for id, waveform in zip(ids, waveforms, strict=True)]
         pieces = [replace(row, id=id, text=None, audio=x) for id, x in zip(ids, waveforms, strict=True)]
-        batch = model.prepare([model.mission.sample(piece) for piece in pieces])
+        batch = model.prepare([model.sample(piece) for piece in pieces])
         start = time.perf_counter()
         found = model.decode(batch.to(model.device), options.decoding)
         wall += time.perf_counter() - start
@@ -184,7 +186,7 @@ def answer_in_pieces(
     if isinstance(transcript, AudioError):
         raise transcript
     scored = sum(result.n_scored for result in results)
-    record = model.mission.record(
+    record = model.task(row.mission).record(
         row,
         transcript.text,
         heard=heard,

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,14 @@ COLUMNS = (
     "utt_per_s",
     "valid_loss",
 )
+RATES = {"adapter": "lr", "state": "state_lr"}  # of each part that learns
 PICTURE_SECONDS = 30.0  # between two drawings
 WARM_UP, MEASURED = 5, 20  # optimiser steps before the time per epoch is measured, and while it is
+
+
+def valid_column(kind: MetricKind, task: str = "") -> str:
+    """The column of a score of validation; `task`: where there are several."""
+    return f"valid_{task}_{kind.name}" if task else f"valid_{kind.name}"
 
 
 class MetricsFile:
@@ -84,11 +90,11 @@ class Metrics(Callback):
 
     folder: takes `metrics.csv` and `training.png`.
     run: its id.
-    leading: the score that validation measures.
+    leading: the score that validation measures of each task; "" for the only one.
     """
 
-    def __init__(self, folder: Path, run: str, leading: MetricKind) -> None:
-        columns = (*COLUMNS, f"valid_{leading.name}")
+    def __init__(self, folder: Path, run: str, leading: Mapping[str, MetricKind]) -> None:
+        columns = (*COLUMNS, *(valid_column(kind, task) for task, kind in leading.items()))
         self.file, self.picture = MetricsFile(folder / "metrics.csv", run, columns), folder / "training.png"
         self.leading = leading
         self.latest: dict[str, float] = {}  # what was measured last
@@ -132,8 +138,7 @@ class Metrics(Callback):
             elapsed = time.perf_counter() - self.since
             sums = {"loss": (self.loss_sum, self.tokens), "ctc_loss": (self.ctc_sum, self.ctc_tokens)}
             row = {name: total / tokens for name, (total, tokens) in sums.items() if tokens} | {
-                "lr": self.rates["adapter"],
-                "state_lr": self.rates["state"],
+                **{column: self.rates[part] for part, column in RATES.items() if part in self.rates},
                 "audio_s_per_s": self.seconds / elapsed,
                 "utt_per_s": self.utterances / elapsed,
             }
@@ -226,13 +231,14 @@ class Lines(_Shown):
         self.said, self.said_step = time.perf_counter(), trainer.global_step
 
 
-def draw(rows: Sequence[dict[str, float]], leading: MetricKind) -> bytes:
+def draw(rows: Sequence[dict[str, float]], leading: Mapping[str, MetricKind]) -> bytes:
     """A PNG of the rows of `metrics.csv`: each has a step, and whichever columns were measured there."""
-    score = f"valid_{leading.name}"
+    scores = {valid_column(kind, task): (task or None, 100 if kind.percent else 1) for task, kind in leading.items()}
+    kinds = dict.fromkeys(f"{kind.label}{', %' * kind.percent}" for kind in leading.values())
     panels = (
         ("loss", "log", {"loss": "training", "valid_loss": "validation", "ctc_loss": "CTC alignment"}),
         ("learning rate", "linear", {"lr": "adapter", "state_lr": "initial state"}),
-        (f"validation {leading.label}{', %' * leading.percent}", "linear", {score: None}),
+        (f"validation {'; '.join(kinds)}", "linear", {column: label for column, (label, _) in scores.items()}),
         ("seconds of audio per second", "linear", {"audio_s_per_s": None}),
     )
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -241,7 +247,7 @@ def draw(rows: Sequence[dict[str, float]], leading: MetricKind) -> bytes:
         for column, label in curves.items():
             points = [(row["step"], row[column]) for row in rows if column in row]
             if points:
-                scale = 100 if column == score and leading.percent else 1
+                scale = scores[column][1] if column in scores else 1
                 marker = "o" if column.startswith("valid") or len(points) == 1 else None
                 steps, values = zip(*points, strict=True)
                 axes.plot(steps, [value * scale for value in values], marker=marker, ms=3, lw=1, label=label)

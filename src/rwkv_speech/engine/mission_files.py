@@ -15,10 +15,10 @@ from torch import Tensor
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import gather
 from rwkv_speech.engine.runs import Run, finite_weights
+from rwkv_speech.mission_file import read_mission_file, write_mission_file
 from rwkv_speech.scoring import MetricKind
 from rwkv_speech.scoring.scores import defined
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.trained import read_mission_file, write_mission_file
 
 LOSS = MetricKind("train_loss", "training loss", higher_is_better=False)
 
@@ -32,6 +32,7 @@ class MissionFiles(Callback):
 
     folder: where they go.
     run: the run that they belong to.
+    task: whose they are.
     info: what their JSON says, beside step and scores.
     epoch_save: epochs between files.
     save_steps: optimiser steps between files, 0 for none within an epoch.
@@ -44,6 +45,7 @@ class MissionFiles(Callback):
         self,
         folder: Path,
         run: Run,
+        task: str,
         info: dict[str, Any],
         *,
         epoch_save: int,
@@ -52,7 +54,8 @@ class MissionFiles(Callback):
         judged_by: str = "",
         average: int = 0,
     ) -> None:
-        self.folder, self.run, self.info = folder, run, info | {"run": run.id, "run_began": run.began}
+        self.folder, self.run, self.task = folder, run, task
+        self.info = info | {"run": run.id, "run_began": run.began}
         self.epoch_save, self.save_steps, self.leading, self.average = epoch_save, save_steps, leading, average
         self.judged_by = judged_by
         self.written: list[str] = []  # names of the files that are there, oldest first
@@ -60,6 +63,10 @@ class MissionFiles(Callback):
         self.loss_sum, self.tokens = 0.0, 0.0  # since the latest
         self.longest = 0  # samples of a recording
         self.saved_step, self.loss = 0, math.nan  # of the latest; nan where no step computed one
+
+    @property
+    def state_key(self) -> str:
+        return f"MissionFiles {self.task}"
 
     def state_dict(self) -> dict[str, Any]:
         names = ("written", "best", "judged_by", "loss_sum", "tokens", "longest", "saved_step", "loss")
@@ -80,7 +87,8 @@ class MissionFiles(Callback):
     ) -> None:
         self.loss_sum += outputs["stats"].loss_sum
         self.tokens += outputs["stats"].tokens
-        self.longest = max(self.longest, *batch.samples, 0)
+        own = (n for n, i in zip(batch.samples, batch.owners, strict=True) if batch.missions[i] == self.task)
+        self.longest = max(self.longest, *own, 0)
         if self.save_steps and trainer.global_step % self.save_steps == 0:
             self.save(trainer, pl_module)
 
@@ -107,8 +115,9 @@ class MissionFiles(Callback):
         self.info["trained_audio_s"] = self.longest / SAMPLE_RATE
         measured = {name: defined(round(value, 6)) for name, value in ({"train_loss": self.loss} | scores).items()}
         info = self.info | {"step": step, "epoch": trainer.current_epoch} | measured
-        with finite_weights(trainer, pl_module) as tensors:
+        with finite_weights(trainer, pl_module):
             if trainer.is_global_zero:
+                tensors = pl_module.model.trainable_state_dict(self.task)
                 self._write(str(step), tensors, info, scores.get(self.leading.name) if self.leading else self.loss)
 
     def write_mean(self) -> None:

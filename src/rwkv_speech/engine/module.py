@@ -14,7 +14,7 @@ from rwkv_speech.engine.runs import StopRequest
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
-from rwkv_speech.trained import parameter_groups
+from rwkv_speech.trained import learning, parameter_groups
 
 
 class StepStats(NamedTuple):
@@ -95,8 +95,9 @@ class TrainingModule(pl.LightningModule):
         if ctc is not None:
             # A mean, like the other, but over the labels of the answers that it can align.
             total = total + self.options.ctc_align * ctc * (stats.step_tokens / max(1.0, stats.step_aligned))
-        if text is None:  # the other processes and the optimiser still expect all gradients
-            total = total + sum(p.sum() for p in self.model.trainable_state_dict().values()) * 0.0
+        # The other processes and the optimiser expect all gradients, also of missions that this batch has nothing of.
+        if text is None or len(self.model.adapters) > 1:
+            total = total + sum(p.sum() for p in learning(self.model.trained_tensors())) * 0.0
         # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return {"loss": total * (scale / max(1.0, stats.step_tokens)), "stats": stats}
@@ -112,8 +113,13 @@ class TrainingModule(pl.LightningModule):
         if self.options.ctc_align:
             if len(batch.group_counts) != len(batch):
                 raise UserError("--ctc_align aligns one recording with its text: a sample here has none or several")
+            rows = [i for i, name in enumerate(batch.missions) if name in self.model.aligned]
             groups = torch.tensor(batch.group_counts)
-            ctc = alignment_loss_sum(audio_embeds, groups, batch.answers, self.model.language_model.emb.weight)
+            answers = batch.answers
+            if len(rows) < len(batch):
+                audio_embeds, groups, answers = audio_embeds[rows], groups[rows], [answers[i] for i in rows]
+            if rows:
+                ctc = alignment_loss_sum(audio_embeds, groups, answers, self.model.language_model.emb.weight)
         return text, ctc
 
     def configure_optimizers(self) -> dict[str, Any]:

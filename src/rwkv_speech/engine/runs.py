@@ -19,7 +19,6 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
-from torch import nn
 
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.deepspeed import gathered
@@ -27,6 +26,7 @@ from rwkv_speech.engine.lock import is_first_process
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import PARTIAL, write_whole
 from rwkv_speech.options import Options
+from rwkv_speech.trained import learning
 
 log = logging.getLogger("rwkv_speech")
 
@@ -114,20 +114,20 @@ def _check_whole(point: Path) -> None:
 
 
 @contextmanager
-def finite_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[dict[str, nn.Parameter]]:
+def finite_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Around saving: what is trained, whole under every strategy. All processes enter it together.
 
     Raises:
         UserError: a weight is not finite.
     """
-    tensors = module.model.trainable_state_dict()
-    with gathered(trainer, list(tensors.values())):
-        if not all(bool(x.isfinite().all()) for x in tensors.values()):
+    tensors = learning(module.model.trained_tensors())
+    with gathered(trainer, tensors):
+        if not all(bool(x.isfinite().all()) for x in tensors):
             raise UserError(
                 f"the weights after step {trainer.global_step} are not finite, and were not saved: start from the "
                 "last mission file by --adapter, with a lower --lr_init"
             )
-        yield tensors
+        yield
 
 
 # What clusters send before they take a machine back, and Ctrl-C.

@@ -1,6 +1,8 @@
 """Validation while training: the loss and the scores of a split, each sample once over all processes."""
 
 import logging
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import gather
-from rwkv_speech.engine.metrics import Metrics
+from rwkv_speech.engine.metrics import Metrics, valid_column
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.errors import UserError
 from rwkv_speech.options import DecodingOptions, TrainingOptions
@@ -26,7 +28,7 @@ class Validation(Callback):
 
     options: how often, and after how many validations without improvement to stop.
     decoding: how to decode: as the evaluation of the same settings will.
-    mission_files: keeps the best by the mission's leading score.
+    mission_files: of each task; they keep the best by the mission's leading score.
     judged_by: what stands for the samples; scores on others are not compared.
     log_every: seconds between lines of progress.
     metrics: takes the scores.
@@ -43,7 +45,7 @@ class Validation(Callback):
         decoding: DecodingOptions,
         *,
         log_every: float,
-        mission_files: MissionFiles,
+        mission_files: Mapping[str, MissionFiles],
         judged_by: str,
         metrics: Metrics,
         bad_samples: BadSamples,
@@ -52,8 +54,8 @@ class Validation(Callback):
         self.mission_files, self.metrics, self.bad_samples = mission_files, metrics, bad_samples
         self.judged_by = judged_by
         self.validated_step = 0
-        self.best: float | None = None  # leading score
-        self.waited = 0  # validations since then
+        self.best: dict[str, float] = {}  # leading score of each task
+        self.waited = 0  # validations in which none of them got better
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("validated_step", "best", "waited", "judged_by")}
@@ -82,27 +84,34 @@ class Validation(Callback):
             self._validate(trainer, module)
 
     def _validate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        mission = module.model.mission
         shares = gather((*self._share(module), module.stop.requested))
-        loss_sums, tokens, records, stops = zip(*shares, strict=True)
+        loss_sums, tokens, shared, stops = zip(*shares, strict=True)
         if any(stops) and not trainer.should_stop:  # not all was scored: once more when the run goes on
             return
-        if not any(records):
+        records = list(chain(*shared))
+        if not records:
             raise UserError(
                 f"--valid_split: none of its {len(self.batches.dataset)} utterances can be used; mend or leave it out"
             )
-        loss = sum(loss_sums) / sum(tokens)
-        leading = mission.score([record for share in records for record in share]).leading
-        step, kind, score = trainer.global_step, leading.kind, leading.value
+        loss, step, better = sum(loss_sums) / sum(tokens), trainer.global_step, False
+        measured, said = {"valid_loss": loss}, [f"validation loss {loss:.4f}"]
+        for task in module.model.tasks.values():
+            scores: dict[str, float] = {}
+            if own := [record for record in records if record.mission == task.name]:
+                leading = task.mission.score(own).leading
+                kind, score = leading.kind, leading.value
+                scores[kind.name] = score
+                whose = f"{task.name} " if len(module.model.tasks) > 1 else ""
+                measured[valid_column(kind, whose.strip())] = score
+                said.append(f"{whose}{kind.label} {kind.text(score)}")
+                if task.name not in self.best or kind.better(score, self.best[task.name]):
+                    self.best[task.name], better = score, True
+            self.mission_files[task.name].save(trainer, module, **{"valid_loss": loss} | scores)
         self.validated_step = step
         if trainer.is_global_zero:
-            log.info("step %d: validation loss %.4f, %s %s", step, loss, kind.label, kind.text(score))
-        self.metrics.record(trainer, {"valid_loss": loss, f"valid_{kind.name}": score})
-        self.mission_files.save(trainer, module, **{"valid_loss": loss, kind.name: score})
-        if self.best is None or kind.better(score, self.best):
-            self.best, self.waited = score, 0
-        else:
-            self.waited += 1
+            log.info("step %d: %s", step, ", ".join(said))
+        self.metrics.record(trainer, measured)
+        self.waited = 0 if better else self.waited + 1
         if self.options.early_stop and self.waited >= self.options.early_stop:
             trainer.should_stop = True
 
@@ -125,8 +134,8 @@ class Validation(Callback):
                 audio_embeds, _ = model.embed_audio(batch)
                 loss_sum, tokens = loss_sum + float(model.loss_sum(batch, audio_embeds)), tokens + batch.tokens
                 results = model.decode(batch, self.decoding, audio_embeds)
-                records += [
-                    model.mission.record(rows[index], model.text(result), seconds=seconds)
-                    for index, result, seconds in zip(batch.indices, results, batch.seconds, strict=True)
-                ]
+                for name, index, result, seconds in zip(
+                    batch.missions, batch.indices, results, batch.seconds, strict=True
+                ):
+                    records.append(model.task(name).record(rows[index], model.text(result), seconds=seconds))
         return loss_sum, tokens, records

@@ -5,7 +5,8 @@ Notable:
 - Logits are a call of their own, computed only at the positions that need them.
 - Right-padded batches: with `lengths`, each sample gets the outputs and the final state that it gets alone.
 - fp16 keeps its range: the residual stream is fp32 then, and what is added to it is computed scaled down.
-- Weights take no gradient; what can be trained is the initial state, `blocks[l].att.time_state`.
+- Weights take no gradient; what can be trained is the initial state, `blocks[l].att.time_state`, of which there can be
+  several: then each sample of a batch starts from one of them.
 
 A generation is a subclass, with its time mix and channel mix.
 """
@@ -158,20 +159,35 @@ class LanguageModel(nn.Module):
 
     @property
     def time_states(self) -> list[nn.Parameter]:
-        """The initial state of each layer, (H, N, N) fp32, index [value, key]."""
+        """The initial state of each layer, (H, N, N) fp32, index [value, key]; (M, H, N, N) where there are several."""
         return [block.att.time_state for block in self.blocks]
 
-    def initial_state(self, batch_size: int) -> State:
-        """The learned (or zero) initial state, shared by the batch; token shifts start from zero."""
+    def hold_states(self, count: int) -> None:
+        """Makes room for several initial states, copies of the one that is there."""
+        for block in self.blocks:
+            block.att.time_state = nn.Parameter(
+                block.att.time_state.detach().repeat(count, 1, 1, 1), block.att.time_state.requires_grad
+            )
+
+    def initial_state(self, batch_size: int, which: Tensor | None = None) -> State:
+        """The learned (or zero) initial state, shared by the batch; token shifts start from zero.
+
+        which: (B,) integers, where there are several: that of each sample.
+        """
         zero = self.emb.weight.new_zeros(batch_size, self.sizes.n_embd)
-        return State(tuple(LayerState(state, zero, zero) for state in self.time_states))
+        states = self.time_states if which is None else [state[which] for state in self.time_states]
+        return State(tuple(LayerState(state, zero, zero) for state in states))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (...,) int64 -> their embeddings (..., C), as `forward` takes them."""
         return F.embedding(tokens, self.emb.weight)
 
     def forward(
-        self, inputs: Tensor, state: State | None = None, lengths: Tensor | None = None
+        self,
+        inputs: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+        which: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Runs over T positions.
 
@@ -179,6 +195,7 @@ class LanguageModel(nn.Module):
             inputs: tokens (B, T) int64, or embeddings (B, T, C).
             state: what came before; None is the initial state.
             lengths: (B,) integers in 1..T, the positions of each sample; None: T for all.
+            which: (B,) integers, the initial state of each sample, where there are several.
 
         Returns:
             Hidden vectors (B, T, C), meaningless after each sample's length, in the dtype of the weights (fp32 where
@@ -188,7 +205,7 @@ class LanguageModel(nn.Module):
         x = self.blocks[0].ln0(x.to(self.dtype))
         if x.dtype == torch.float16:
             x = x.float()
-        state = state or self.initial_state(x.shape[0])
+        state = state or self.initial_state(x.shape[0], which)
         v_first, after = None, []
         for block, before in zip(self.blocks, state.layers, strict=True):
             if self.checkpointing and torch.is_grad_enabled():

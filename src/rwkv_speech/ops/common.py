@@ -13,6 +13,7 @@ from rwkv_speech.data.sources import LIBRISPEECH, load_split, split_names
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import wkv
+from rwkv_speech.mission_file import MissionFile, read_best_mission_files, read_mission_file
 from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import DataOptions, ModelOptions, Options
@@ -20,7 +21,6 @@ from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_identity, hash_tensors
-from rwkv_speech.trained import MissionFile, read_best_mission_file, read_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -40,49 +40,70 @@ def check_model_file(options: ModelOptions) -> None:
 
 
 def check_missions(rows: Iterable[Row], model: SpeechRWKV) -> None:
-    """Checks that rows which name a mission name that of the model.
+    """Checks that rows which name a mission name one of the model's.
 
     Raises:
         UserError: the first one that names another.
     """
     for row in rows:
-        if row.mission not in (None, model.mission.name):
+        if row.mission is not None and row.mission not in model.tasks:
             raise UserError(
-                f"{row.id}: its mission is {row.mission!r}, but this run is of {model.mission.name!r}: "
+                f"{row.id}: its mission is {row.mission!r}, but this run is of {', '.join(map(repr, model.tasks))}: "
                 "give it a manifest of its own, and --mission"
             )
 
 
-def named_mission(rows: Iterable[Row]) -> str | None:
-    """The mission that rows name; None where they name none, or several."""
-    named = {row.mission for row in rows if row.mission}
-    return named.pop() if len(named) == 1 else None
+def missions_of(rows: Iterable[Row]) -> list[str | None]:
+    """The missions that rows name, each once, in their order; None where a row names none."""
+    return list(dict.fromkeys(row.mission for row in rows))
 
 
-def chosen_mission_file(options: Options) -> MissionFile:
-    """The mission file that is named, else the best of the project's newest run, read; the log says which.
+def chosen_mission_files(options: Options) -> list[MissionFile]:
+    """The mission files that are named, else the best of the project's newest run, read; the log says which.
+
+    Of several, where a mission is asked for, its own.
 
     Raises:
-        UserError: none is named and the project has none, or it can't be read.
+        UserError: none is named and the project has none, they can't be read, or none is of the mission.
     """
-    named = options.model.adapter
-    file, which = (read_mission_file(named), "as named") if named else read_best_mission_file(options.project)
-    log.info("%s %s, %s", "evaluating" if options.op == "eval" else "using", file.path, which)
-    return file
+    if named := named_mission_files(options.model):
+        found = [(file, "as named") for file in named]
+    else:
+        found = read_best_mission_files(options.project)
+    asked = options.model.mission
+    if asked and len(found) > 1:
+        names = [file.mission for file, _ in found]
+        if asked not in names:
+            raise UserError(f"--mission {asked}: the mission files are of {', '.join(names)}")
+        found = [found[names.index(asked)]]
+    for file, which in found:
+        log.info("%s %s, %s", "evaluating" if options.op == "eval" else "using", file.path, which)
+    return [file for file, _ in found]
+
+
+def named_mission_files(options: ModelOptions) -> list[MissionFile]:
+    """Those of --adapter, read; none where it is not given.
+
+    Raises:
+        UserError: one can't be read.
+    """
+    return [read_mission_file(name) for name in split_names(options.adapter)] if options.adapter else []
 
 
 def load_model(
     options: ModelOptions,
-    adapter: str | Path | MissionFile | None,
+    files: Sequence[MissionFile],
     device: torch.device | str,
     machine: Machine,
     cache: FrameCache | None = None,
     *,
-    mission: str | None = None,
+    missions: Sequence[str] = (),
+    share_adapter: bool | None = None,
 ) -> SpeechRWKV:
-    """The model of the options, with the trained parts of a mission file if one is named.
+    """The model of the options, with the trained parts of mission files, if there are any.
 
-    mission: where the options name none; None: the mission file's.
+    missions: where the options name none; none: the mission files'.
+    share_adapter: as for `from_pretrained`.
 
     Raises:
         UserError: a part that can't be read, parts that don't fit, or sizes or labels other than can be asked for.
@@ -91,20 +112,22 @@ def load_model(
     model = SpeechRWKV.from_pretrained(
         options.load_model,
         encoder=options.encoder,
-        adapter=adapter,
+        adapter=files,
         load_state=options.load_state,
-        mission=options.mission or mission,
+        mission=options.mission or missions,
+        share_adapter=share_adapter,
         device=device,
         dtype=machine.dtype,
         downsample_k=options.downsample_k,
         adapter_hidden=options.adapter_hidden,
         load_encoder=cache.encoder if cache else SpeechEncoder.from_pretrained,
     )
-    if options.labels and not model.mission.chooses:
-        raise UserError(
-            f"--labels goes with a mission that chooses among them, such as label, not {model.mission.name}"
-        )
-    model.labels = options.labels or model.labels
+    if options.labels:
+        choosing = [task for task in model.tasks.values() if task.mission.chooses]
+        if len(choosing) != 1:
+            what = f"not {len(choosing)} of them" if choosing else f"not {', '.join(model.tasks)}"
+            raise UserError(f"--labels goes with one mission that chooses among them, such as label, {what}")
+        choosing[0].labels = options.labels
     sizes = model.language_model.sizes
     for flag, given, actual in (("n_layer", options.n_layer, sizes.n_layer), ("n_embd", options.n_embd, sizes.n_embd)):
         if given is not None and given != actual:
@@ -112,15 +135,17 @@ def load_model(
     return model
 
 
-def longest_piece(model: SpeechRWKV, options: Options, file: MissionFile) -> float:
-    """Seconds of audio that are decoded in one go; the log says how many, and why."""
-    seconds = model.longest_piece(options.max_audio_s)
-    if options.max_audio_s:
-        why = "--max_audio_s"
-    else:
-        why = f"the longest that {file.path} was trained on" if seconds == model.trained_audio_s else "the default"
-    log.info("audio of more than %.2f s is %s: %s", seconds, "cut in pauses" if model.mission.cut else "refused", why)
-    return seconds
+def longest_pieces(model: SpeechRWKV, options: Options) -> dict[str, float]:
+    """Seconds of audio that are decoded in one go, for each mission; the log says how many, and why."""
+    found = {}
+    for name, task in model.tasks.items():
+        found[name] = seconds = model.longest_piece(options.max_audio_s, name)
+        learnt = seconds == task.trained_audio_s
+        why = "--max_audio_s" if options.max_audio_s else "the longest of its training" if learnt else "the default"
+        whose = f"{name}: " if len(model.tasks) > 1 else ""
+        what = "cut in pauses" if task.mission.cut else "refused"
+        log.info("%saudio of more than %.2f s is %s: %s", whose, seconds, what, why)
+    return found
 
 
 def frozen_parts(model: SpeechRWKV) -> dict[str, str]:

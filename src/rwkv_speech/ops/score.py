@@ -31,7 +31,7 @@ def score(options: Options) -> int:
 
 def _result(path: Path, options: Options) -> SplitResult:
     records = read_records(path)
-    missions = {record.mission or "transcribe" for record in records}  # records once did not say
+    missions = {record.mission or "transcribe" for record in records}  # without one, of an earlier version
     if not options.model.mission and len(missions) > 1:
         raise UserError(f"{path}: records of several missions, {', '.join(sorted(missions))}: name one by --mission")
     mission = get_mission(options.model.mission or min(missions, default="transcribe"))

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,10 @@ from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.loading import AccumulationLoader, loader
+from rwkv_speech.data.mixing import Mix
 from rwkv_speech.data.rendering import Rendered
 from rwkv_speech.data.sample import Row, SampleError, fingerprint
+from rwkv_speech.data.sources import split_weights
 from rwkv_speech.engine.callbacks import FillFrames, NonFiniteLosses, ReportBadSamples
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine
@@ -34,6 +36,8 @@ from rwkv_speech.engine.runs import StopRequest, find_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
+from rwkv_speech.mission_file import MissionFile, best_mission_files, mission_folder
+from rwkv_speech.missions.task import Task
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -41,13 +45,13 @@ from rwkv_speech.ops.common import (
     frozen_parts,
     load_model,
     load_splits,
-    named_mission,
+    missions_of,
+    named_mission_files,
 )
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
 from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
 from rwkv_speech.speech.frame_cache import FrameCache
-from rwkv_speech.trained import best_mission_file
 
 log = logging.getLogger("rwkv_speech")
 
@@ -65,39 +69,49 @@ def train(options: Options) -> int:
 def _train(options: Options, machine: Machine) -> int:
     training, data = options.training, options.data
     bad_samples = BadSamples(data.on_bad_audio, options.project / "bad_audio.jsonl")
-    read = partial(load_splits, data, bad_samples=bad_samples, join=True)
-    rows = read(data.train_split, librispeech.TRAIN_SPLIT.split("+"))["all"]
-    validation_rows = read(data.valid_split, ())["all"] if data.valid_split else []
+    rows, mix = _training_rows(options, bad_samples)
+    validation_rows = []
+    if data.valid_split:
+        validation_rows = load_splits(data, data.valid_split, (), bad_samples=bad_samples, join=True)["all"]
     pl.seed_everything(training.random_seed, workers=True, verbose=False)
     # On several GPUs Lightning moves the model to each process's own.
     device = "cpu" if machine.accelerator == "gpu" else machine.first_device
     cache = FrameCache(data.cache_features, storage=data.cache_dtype) if data.cache_features else None
-    model = load_model(options.model, options.model.adapter, device, machine, cache, mission=named_mission(rows))
+    files = named_mission_files(options.model)
+    missions = _missions(rows, options.model.mission, files)
+    model = load_model(
+        *(options.model, files, device, machine, cache), missions=missions, share_adapter=training.share_adapter
+    )
     check_missions(rows + validation_rows, model)
+    _set_learning(model, options)
     run = find_run(options, frozen_parts(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
-    if model.mission.chooses:
-        found = model.mission.labels(rows)
-        model.labels = options.model.labels or found
-        if unknown := [label for label in found if label not in model.labels]:
-            raise UserError(
-                f"the data has the label {unknown[0]!r}, which is not among --labels {','.join(model.labels)}"
-            )
-    leading = model.mission.leading_of(validation_rows)
-    judged_by = f"{fingerprint(validation_rows, model.mission.sample)}, {leading.name}, {options.decoding}"
-    mission_files = MissionFiles(
-        options.project,
-        run,
-        model.describe(language_model=Path(options.model.load_model).name),
-        epoch_save=training.epoch_save,
-        save_steps=training.save_steps,
-        leading=leading if validation_rows else None,
-        judged_by=judged_by,
-        average=training.average,
+    of_task = {name: [row for row in rows if model.task(row.mission).name == name] for name in model.tasks}
+    for name, task in model.tasks.items():
+        _set_labels(task, of_task[name], given=bool(options.model.labels))
+    judged = {name: [row for row in validation_rows if model.task(row.mission).name == name] for name in model.tasks}
+    leading = {name: task.mission.leading_of(judged[name]) for name, task in model.tasks.items()}
+    judged_by = (
+        f"{fingerprint(validation_rows, model.sample)}, {[x.name for x in leading.values()]}, {options.decoding}"
     )
-    metrics = Metrics(options.project, run.id, leading)
+    several = len(model.tasks) > 1
+    mission_files = {
+        name: MissionFiles(
+            mission_folder(options.project, name, of_several=several),
+            run,
+            name,
+            model.describe(name, language_model=Path(options.model.load_model).name),
+            epoch_save=training.epoch_save,
+            save_steps=training.save_steps,
+            leading=leading[name] if judged[name] else None,
+            judged_by=judged_by,
+            average=training.average,
+        )
+        for name in model.tasks
+    }
+    metrics = Metrics(options.project, run.id, leading if several else {"": leading[model.task().name]})
     shown = Bar(metrics) if sys.stdout.isatty() else Lines(metrics, options.log_every)  # Lightning's bar goes there
-    callbacks = [ReportBadSamples(bad_samples), metrics, shown, mission_files]
+    callbacks = [ReportBadSamples(bad_samples), metrics, shown, *mission_files.values()]
     if cache:
         usable = [row for row in rows if (row.text or "").strip()]
         filling = FillFrames(
@@ -117,7 +131,7 @@ def _train(options: Options, machine: Machine) -> int:
         callbacks.append(validation)
     stop = StopRequest()
     what = {
-        "the training data": fingerprint(rows, model.mission.sample),
+        "the training data": fingerprint(rows, model.sample),
         "the number of processes": machine.per_node * machine.num_nodes,
     }
     trainer = make_trainer(options, machine, run, callbacks, stop, what)
@@ -135,7 +149,7 @@ def _train(options: Options, machine: Machine) -> int:
     if training.ctc_align:
         _check_alignment(rows, seconds, model, first=trainer.is_global_zero)
     accumulate = training.accumulate_grad_batches
-    pass_batches = _training_batches(options, rows, seconds, model, cache, trainer)
+    pass_batches = _training_batches(options, rows, mix, seconds, model, cache, trainer)
     batches = AccumulationLoader(pass_batches, accumulate=accumulate, limit=training.epoch_steps)
     steps_to_epoch = math.ceil(len(batches) / accumulate)
     total_steps = steps_to_epoch * training.epoch_count
@@ -152,22 +166,74 @@ def _train(options: Options, machine: Machine) -> int:
     if not fit(trainer, module, batches, run):
         return stop.exit_status if trainer.is_global_zero else 0
     if trainer.is_global_zero:
-        if training.average:
-            mission_files.write_mean()
+        for files in mission_files.values() if training.average else ():
+            files.write_mean()
         run.finish()
         _check_steps(trainer.global_step, module, nonfinite)
-    path, which = best_mission_file(options.project)
-    log.info("%s; the mission file %s is %s", bad_samples.report(), path, which)
+    found = (f"the mission file {path} is {which}" for path, which in best_mission_files(options.project))
+    log.info("%s; %s", bad_samples.report(), "; ".join(found))
     return 0
+
+
+def _training_rows(options: Options, bad_samples: BadSamples) -> tuple[list[Row], Mix | None]:
+    """The rows of the splits to train on, and which of them a pass takes, where that isn't all once."""
+    data = options.data
+    within = data.data_dir or data.data
+    weights = split_weights(data.train_split, within) if data.train_split else {}
+    asked = "+".join(weights) or None
+    splits = load_splits(data, asked, librispeech.TRAIN_SPLIT.split("+"), bad_samples=bad_samples)
+    rows = list(chain(*splits.values()))
+    if all(weight == 1 for weight in weights.values()):
+        return rows, None
+    return rows, Mix([*map(len, splits.values())], [*weights.values()], seed=options.training.random_seed)
+
+
+def _missions(rows: Sequence[Row], asked: str | None, files: Sequence[MissionFile]) -> list[str]:
+    """The missions of a run, that of rows which name none first: the one asked for, or the only one that rows name,
+    or that of the only file, or "transcribe"."""
+    named = [name for name in missions_of(rows) if name]
+    default = asked or (named[0] if len(named) == 1 else files[0].mission if len(files) == 1 else "transcribe")
+    unnamed = asked or not named or any(row.mission is None for row in rows)
+    return list(dict.fromkeys([default] * bool(unnamed) + named))
+
+
+def _set_learning(model: SpeechRWKV, options: Options) -> None:
+    """Lets those parts take gradients that --train_type names.
+
+    Raises:
+        UserError: what doesn't learn would be what chance made it.
+    """
+    parts = options.training.train_type.split("+")
+    if "adapter" not in parts and not options.model.adapter:
+        raise UserError(
+            "--train_type state trains beside an adapter that stays as it is: name a mission file by --adapter"
+        )
+    for tensor in model.trained_tensors().values():
+        tensor.parameter.requires_grad_(tensor.part in parts)
+
+
+def _set_labels(task: Task, rows: Sequence[Row], *, given: bool) -> None:
+    """The labels of a task that chooses: those given, else all that its rows have.
+
+    Raises:
+        UserError: a row has another.
+    """
+    if not task.mission.chooses:
+        return
+    found = task.mission.labels(rows)
+    task.labels = (task.labels if given else None) or found
+    if unknown := [label for label in found if label not in task.labels]:
+        raise UserError(f"the data has the label {unknown[0]!r}, which is not among --labels {','.join(task.labels)}")
 
 
 def _dataset(model: SpeechRWKV, rows: Sequence[Row], cache: FrameCache | None, **how: object) -> SpeechDataset:
     return SpeechDataset(
         rows,
-        sample_of=model.mission.sample,
+        sample_of=model.sample,
         renderer=model.renderer,
         extract=None if cache else model.speech_encoder.extract,
         cache=cache,
+        aligned=model.aligned,
         **how,
     )
 
@@ -183,10 +249,10 @@ def _check_alignment(rows: Sequence[Row], seconds: np.ndarray, model: SpeechRWKV
     every = math.ceil(len(rows) / ALIGNMENTS)
     found = []
     for row, length in zip(rows[::every], seconds[::every], strict=True):
-        if not length:
-            continue  # it can't be opened
+        if not length or model.task(row.mission).name not in model.aligned:
+            continue  # it can't be opened, or isn't for CTC
         with suppress(SampleError):
-            tokens = model.tokenizer.encode(model.mission.sample(row).reference)
+            tokens = model.tokenizer.encode(model.sample(row).reference)
             frames = model.speech_encoder.frame_count(round(length * SAMPLE_RATE))
             found.append(fits(torch.tensor(tokens), model.adapter.group_count(frames)))
     k = model.adapter.downsample_k
@@ -215,6 +281,7 @@ def _check_steps(steps: int, module: TrainingModule, nonfinite: NonFiniteLosses)
 def _training_batches(
     options: Options,
     rows: list[Row],
+    mix: Mix | None,
     seconds: np.ndarray,
     model: SpeechRWKV,
     cache: FrameCache | None,
@@ -228,8 +295,12 @@ def _training_batches(
         noise=_noise_files(training.noise_dir, skip=options.data.on_bad_audio == "skip") if training.noise_dir else (),
         snr_db=training.noise_snr or NOISE_SNR_DB,
     )
-    lengths = partial(augmentation.lengths, [row.id for row in rows], seconds)
     slowest = min(augmentation.speeds)
+
+    def lengths(epoch: int) -> np.ndarray:
+        found = augmentation.lengths([row.id for row in rows], seconds, epoch)
+        return found if mix is None else found[mix(epoch)]
+
     dataset = _dataset(
         model,
         rows,
@@ -239,11 +310,12 @@ def _training_batches(
         longest=_longest(training, model, slowest),
         spec_augment=SpecAugment(training.random_seed, model.speech_encoder.width) if training.spec_augment else None,
         needs_answer=True,
+        mix=mix,
     )
     batches = bucketed_loader(
         dataset,
         lengths,
-        longest=seconds / slowest,
+        longest=(seconds if mix is None else mix.longest(seconds)) / slowest,
         batch_size=training.micro_bsz,
         max_seconds=training.max_batch_s,
         accumulate=training.accumulate_grad_batches,

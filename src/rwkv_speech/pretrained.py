@@ -1,0 +1,115 @@
+"""Puts a `SpeechRWKV` together from files: the frozen parts, and mission files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rwkv_speech import lm
+from rwkv_speech.errors import UserError
+from rwkv_speech.mission_file import (
+    MissionFile,
+    check_fit,
+    chosen_encoder,
+    read_mission_file,
+    read_states,
+)
+from rwkv_speech.missions.task import Task
+from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.encoder import SpeechEncoder
+from rwkv_speech.speech.frame_cache import AbsentEncoder
+from rwkv_speech.speech.hub import encoder_folder
+
+if TYPE_CHECKING:
+    from rwkv_speech.model import SpeechRWKV
+
+DEFAULT_ENCODER = "microsoft/wavlm-large"
+DOWNSAMPLE_K = 5
+ADAPTER_HIDDEN = 2048
+
+GivenFile = str | Path | MissionFile
+
+
+def load(
+    kind: type["SpeechRWKV"],
+    load_model: str | Path,
+    *,
+    encoder: str | None = None,
+    adapter: GivenFile | Sequence[GivenFile] | None = None,
+    load_state: str | Path | None = None,
+    mission: str | Sequence[str] | None = None,
+    share_adapter: bool | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    downsample_k: int | None = None,
+    adapter_hidden: int | None = None,
+    load_encoder: Callable[..., SpeechEncoder | AbsentEncoder] = SpeechEncoder.from_pretrained,
+) -> "SpeechRWKV":
+    """Loads the frozen parts, and the trained ones from mission files.
+
+    Args:
+        kind: the class of the model.
+        load_model: an RWKV-6 or RWKV-7 weight file, .pth or .safetensors.
+        encoder: a Hugging Face name or folder; None is the one that the mission files name, or WavLM-large.
+        adapter: a mission file or several, or what was read of them; None starts from torch's initialisation of the
+            adapter and the model's own initial state (zero, unless its file holds one).
+        load_state: a file of initial states alone, as RWKV-PEFT writes it; they replace those of `adapter`.
+        mission: what is asked of the model, one or several; None is what the mission files name, or "transcribe". One
+            that no file is of starts from the first.
+        share_adapter: whether all missions have one adapter; None: those whose files hold the same one.
+        device: where to compute.
+        dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
+        downsample_k: encoder frames to a position; None is what the mission files say, or 5.
+        adapter_hidden: hidden units of the adapter; None is what the mission files say, or 2048.
+        load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
+
+    Raises:
+        UserError: a file or encoder that can't be read, or parts that don't fit each other.
+    """
+    given = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter] * bool(adapter)
+    files = [file if isinstance(file, MissionFile) else read_mission_file(file) for file in given]
+    asked = [mission] if isinstance(mission, str) else list(mission or ())
+    names = asked or [file.mission for file in files] or ["transcribe"]
+    of_mission = {file.mission: file for file in files}
+    if len(of_mission) < len(files) or len(set(names)) < len(names):
+        raise UserError(f"of {', '.join(str(file.path) for file in files)}, two are of one mission: leave one out")
+    for file in files:
+        encoder = chosen_encoder(file, encoder)
+    encoder = encoder or DEFAULT_ENCODER
+    encoder_folder(encoder)  # a wrong one is named at once, not when a large model has been read
+    language_model = lm.load(load_model, device=device, dtype=dtype)
+    with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
+        speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)
+    for file in files:
+        check_fit(file, language_model, speech_encoder, downsample_k, adapter_hidden)
+    ks = {file.inputs // speech_encoder.width for file in files} or {downsample_k or DOWNSAMPLE_K}
+    if len(ks) > 1:
+        raise UserError(f"the mission files stack {' and '.join(map(str, sorted(ks)))} frames: they can't go together")
+
+    # A task has the file of its mission, or the first.
+    sources = [of_mission.get(name) or files[0] for name in names] if files else [None] * len(names)
+    alike = all(file.has_adapter_of(files[0]) for file in files)
+    if share_adapter and not alike:
+        raise UserError("the mission files hold different adapters, which can't be shared: give --share_adapter 0")
+    adapters = []
+    for file in sources[:1] if (alike if share_adapter is None else share_adapter) else sources:
+        hidden = file.hidden if file else adapter_hidden or ADAPTER_HIDDEN
+        adapters.append(Adapter(speech_encoder.width, language_model.sizes.n_embd, downsample_k=max(ks), hidden=hidden))
+    tasks = [
+        Task(
+            name,
+            labels=file.info.get("labels") if file and file.mission == name else None,
+            trained_audio_s=file.trained_audio_s if file else None,
+        )
+        for name, file in zip(names, sources, strict=True)
+    ]
+    model = kind(language_model, speech_encoder, *(adapter.to(device) for adapter in adapters), tasks=tasks)
+    for name, file in zip(names, sources, strict=True):
+        if file:
+            model.load_trained(file.tensors, name)
+    if load_state is not None:
+        states = read_states(load_state, language_model.sizes)
+        for name in names:
+            model.load_trained(states, name)
+    return model
