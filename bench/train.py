@@ -42,6 +42,7 @@ from rwkv_speech.data.sample import one_round
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.lm import model_class, wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.missions.task import Task
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
@@ -60,14 +61,18 @@ TOLERANCE = 1e-4
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-def random_speech_model(*, n_layer: int, n_embd: int, generation: int = 6) -> SpeechRWKV:
+def random_speech_model(
+    *, n_layer: int, n_embd: int, generation: int = 6, missions: int = 1, adapters: int = 1
+) -> SpeechRWKV:
     sizes = official_sizes(generation=generation, n_layer=n_layer, n_embd=n_embd)
     with torch.device("meta"):
         language_model = model_class(generation)(sizes)
     language_model.load_state_dict(random_weights(sizes, seed=0, time_state=True), assign=True)
     encoder = AbsentEncoder("WavLM-large", width=WIDTH, convolutions=CONVOLUTIONS)
     torch.manual_seed(0)
-    return SpeechRWKV(language_model.requires_grad_(False), encoder, Adapter(WIDTH, n_embd))
+    tasks = [Task("transcribe"), *(Task(f"transcribe/{i}") for i in range(1, missions))]
+    parts = (Adapter(WIDTH, n_embd) for _ in range(adapters))
+    return SpeechRWKV(language_model.requires_grad_(False), encoder, *parts, tasks=tasks)
 
 
 def random_batch(model: SpeechRWKV) -> tuple[list[Tensor], list[str]]:
@@ -84,7 +89,8 @@ def batch_of(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> Batch
     for i, (x, text) in enumerate(zip(frames, texts, strict=True)):
         samples = shortest_input(CONVOLUTIONS) + (len(x) - 1) * math.prod(stride for _, stride in CONVOLUTIONS)
         rendered = model.renderer(one_round(str(i), [torch.empty(samples)], text), [samples])
-        items.append(Item(str(i), i, text, rendered, [samples], [x], []))
+        mission = [*model.tasks][i % len(model.tasks)]
+        items.append(Item(str(i), mission, i, text, rendered, [samples], [x], []))
     return Collate(model.adapter.group_count, is_frames=True)(items)
 
 
