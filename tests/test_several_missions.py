@@ -1,6 +1,9 @@
 """Several missions in one model: each row with the state and the adapter of its own, in training and in decoding."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,3 +300,38 @@ def test_weights_stand_behind_names(tmp_path):
     assert split_weights(given) == {f"{place}/a.jsonl": 0.5, f"{place}/b.jsonl:3": 1, "train": 3, "other": 1}
     with pytest.raises(UserError, match="split 'train:0': expected a weight above 0"):
         split_weights("train:0")
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_prints_each_mission_with_each_state(world, tmp_path):
+    data = tmp_path / "digits/recordings"
+    data.mkdir(parents=True)
+    for i, (path, _) in enumerate(world.utterances[:12]):
+        digit, speaker, number = i % 3, ("ann", "bob")[i % 2], 4 + i // 6  # the official test is number < 5
+        (data / f"{digit}_{speaker}_{number}.wav").symlink_to(path)
+    settings = {
+        "data_dir": data.parent,
+        "encoder": world.encoder,
+        "load_model": world.model,
+        "proj_dir": tmp_path / "out",
+    }
+    settings |= {"epoch_count": 1, "adapter_hidden": 16, "accelerator": "cpu", "VIRTUAL_ENV": sys.prefix}
+    environment = os.environ | {name: str(value) for name, value in settings.items()}
+    command = ["sh", str(Path(__file__).parents[1] / "demo/recipes/state-at-work.sh")]
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "training on" not in done.stderr, "trained twice"
+    found = json.loads((tmp_path / "out/accuracies.json").read_text())
+    five = ["english", "chinese", "next", "speaker", "german"]
+    expected = {f"{state}, {name}" for state in (*five, "zero") for name in five} - {"zero, german"}
+    assert found.keys() == expected
+    assert all(0 <= share <= 1 for share in found.values())
+    # 2 layers x 2 x 32 x 32 floats; (160 + 1) x 16 + (16 + 1) x 64
+    assert "a state is 16 kB, the adapter 15 kB" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out/data/train.jsonl").read_text().splitlines()]
+    assert {(row["mission"], row["text"]) for row in rows if "0_ann" in row["audio"]} == {
+        ("label/english", "zero"), ("label/chinese", "零"), ("label/next", "one"), ("label/speaker", "ann")
+    }  # fmt: skip

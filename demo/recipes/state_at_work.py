@@ -32,7 +32,7 @@ def recordings(folder: Path) -> Iterator[tuple[str, Path, int, str]]:
         digit, _, rest = path.stem.partition("_")
         speaker, _, number = rest.rpartition("_")
         if path.suffix in (".wav", ".flac") and digit.isdecimal() and number.isdecimal():
-            yield "test" if int(number) < 5 else "train", path.resolve(), int(digit), speaker
+            yield "test" if int(number) < 5 else "train", path.absolute(), int(digit), speaker
 
 
 def write_manifests(folder: Path, out: Path) -> None:
