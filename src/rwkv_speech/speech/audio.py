@@ -105,16 +105,17 @@ def audio_blocks(
         AudioError: as `load_audio`, once reading comes to what is wrong.
     """
     name = name or describe(source)
-    key = _file_key(source) if segment else None
-    if key is None or key not in _kept:
+    key = None if segment is None else _file_key(source)
+    whole = _kept.get(key)
+    if whole is None:
         with decoding(source, name) as audio:
             if segment is None or audio.blocks_from is not None:
                 yield from _mono_16k(_part(audio, segment, name), name, longest)
                 return
             whole = torch.cat(list(_mono_16k(audio, name)))
-        _kept.clear()
-        _kept[key] = whole
-    whole = _kept[key]
+        if key is not None:
+            _kept.clear()
+            _kept[key] = whole
     audio = Decoded(SAMPLE_RATE, len(whole), len(whole), iter([whole[:, None].numpy()]))
     yield from _mono_16k(_part(audio, segment, name), name, longest)
 
