@@ -226,10 +226,10 @@ def emodb(folder: Path, out: Path) -> Splits:
     """EmoDB, 535 sentences by ten actors, http://emodb.bilderbar.info: `wav/03a01Fa.wav` is speaker 03, sentence a01,
     F for happiness, version a.
 
-    A woman and a man are the test, 16 and 15, and another pair, 13 and 12, is validated on.
+    A woman and a man are the test, 14 and 11, and another pair, 13 and 12, is validated on.
     """
     splits: Splits = {"train": [], "valid": [], "test": []}
-    names = {"12": "valid", "13": "valid", "15": "test", "16": "test"}
+    names = {"12": "valid", "13": "valid", "11": "test", "14": "test"}
     for audio in sorted((folder / "wav").glob("*.wav")):
         if match := re.fullmatch(r"(\d\d)[ab]\d\d([WLEAFTN])[a-z]", audio.stem):
             speaker, emotion = match.groups()

@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", choices=["librispeech", *CORPORA])
     parser.add_argument("folder", type=Path, help="the corpus, unpacked")
-    parser.add_argument("out", type=Path, help="folder to write the manifests to; librispeech needs none")
+    parser.add_argument("out", type=Path, help="folder to write the manifests to; of librispeech none are written")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if args.corpus == "librispeech":  # read as it is
