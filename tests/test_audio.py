@@ -138,9 +138,9 @@ def test_of_the_rest_of_the_file_nothing_is_decoded(monkeypatch):
     longest = Longest(2.0, "--ctx_len 40 leaves")
     assert len(load_audio(data, segment=Segment(30.0, 1.5), longest=longest)) == 1.5 * RATE
     assert sum(frames) == 1.5 * RATE
-    for read in (load_audio, duration):
+    for ask in (load_audio, duration):
         with pytest.raises(TooLongError, match=r"lasts 3 s, more than the 2 s that --ctx_len 40"):
-            read(data, segment=Segment(30.0, 3.0), longest=longest)
+            ask(data, segment=Segment(30.0, 3.0), longest=longest)
 
 
 @pytest.mark.parametrize("container", ["FLAC", "MP3", "AU"])
