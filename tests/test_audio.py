@@ -19,6 +19,7 @@ from rwkv_speech.speech import decoders
 from rwkv_speech.speech.audio import (
     AudioError,
     Longest,
+    Segment,
     TooLongError,
     audio_blocks,
     check_waveform,
@@ -90,6 +91,76 @@ def test_resampling_in_blocks_is_that_of_the_whole(rate, monkeypatch):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * rate + 7).astype(np.float32)
     monkeypatch.setattr(decoders, "_BLOCK", 1_000)
     assert torch.equal(load_audio(encode(samples, rate, width="FLOAT")), to_mono_16k(samples, rate))
+
+
+# Segments
+
+SEGMENTS = [(0.0, 0.5), (1.25, 0.7505), (2.3, None), (0.9, 2.1), (2.75, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("container", "width", "tolerance"),
+    [
+        ("FLAC", "PCM_16", 0),
+        ("FLAC", "PCM_24", 0),
+        ("WAV", "PCM_16", 0),
+        ("WAV", "FLOAT", 0),
+        ("OGG", "VORBIS", 1e-6),
+        ("MP3", None, 1e-6),
+        ("OGG", "OPUS", 2e-3),  # whose decoder settles within a fraction of a second
+    ],
+)
+def test_a_segment_is_a_slice_of_the_whole(container, width, tolerance, monkeypatch):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (3 * RATE, 2))
+    data = encode(noise, RATE, container, width)
+    whole = soundfile.read(io.BytesIO(data), dtype="float32")[0].mean(axis=1)
+    monkeypatch.setattr(decoders, "_BLOCK", 10_000)
+    for offset, length in SEGMENTS:
+        expected = whole[round(offset * RATE) :][: length and round(length * RATE)]
+        segment = Segment(offset, length)
+        loaded = load_audio(data, segment=segment).numpy()
+        assert loaded.shape == expected.shape
+        assert np.abs(loaded - expected).max() <= tolerance
+        assert duration(data, segment=segment) == pytest.approx(len(expected) / RATE, abs=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+def test_a_segment_is_resampled_as_a_file_of_its_own(rate):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 2 * rate).astype(np.float32)
+    loaded = load_audio(encode(samples, rate, width="FLOAT"), segment=Segment(0.5, 0.3))
+    assert torch.equal(loaded, to_mono_16k(samples[rate // 2 : round(0.8 * rate)], rate))
+
+
+def test_of_the_rest_of_the_file_nothing_is_decoded(monkeypatch):
+    data = encode(np.zeros(60 * RATE), RATE, "FLAC")
+    frames, read = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda file, n, **how: frames.append(n) or read(file, n, **how))
+    longest = Longest(2.0, "--ctx_len 40 leaves")
+    assert len(load_audio(data, segment=Segment(30.0, 1.5), longest=longest)) == 1.5 * RATE
+    assert sum(frames) == 1.5 * RATE
+    for ask in (load_audio, duration):
+        with pytest.raises(TooLongError, match=r"lasts 3 s, more than the 2 s that --ctx_len 40"):
+            ask(data, segment=Segment(30.0, 3.0), longest=longest)
+
+
+@pytest.mark.parametrize("container", ["FLAC", "MP3", "AU"])
+def test_what_reaches_past_the_end_of_the_file(container, tmp_path, stand_in):
+    stand_in("/bin/cat audio.au")
+    path = tmp_path / "a.m4a"
+    path.write_bytes(bytes(100) if container == "AU" else encode(sine(0.5, RATE), RATE, container))
+    assert len(load_audio(path, segment=Segment(0.3, 0.29))) == 0.2 * RATE, "times are rounded"
+    for segment in (Segment(0.3, 0.4), Segment(0.6, 0.1), Segment(0.6), Segment(9.0, 1.0)):
+        with pytest.raises(AudioError, match=r"^a part: reaches past the end of its file, which lasts 0\.50 s$"):
+            load_audio(path, name="a part", segment=segment)
+
+
+def test_non_finite_samples_of_a_segment_are_located_in_its_file():
+    samples = sine(1.0, RATE)
+    samples[[100, 12_000]] = np.nan
+    data = encode(samples, RATE, width="FLOAT")
+    assert len(load_audio(data, segment=Segment(0.1, 0.5))) == 8_000
+    with pytest.raises(AudioError, match=r"the first at 0\.750 s"):
+        load_audio(data, segment=Segment(0.5, 0.5))
 
 
 def test_non_finite_samples_of_later_blocks_are_located(monkeypatch):
@@ -248,6 +319,19 @@ def test_other_formats_go_through_ffmpeg(tmp_path, stand_in, as_bytes):
     assert {"mov", "matroska", "aac", "asf"} <= set(allowed)
     assert not {"hls", "concat", "concatf", "dash", "sdp", "rtsp", "image2", "lavfi", "vapoursynth"} & set(allowed)
     assert duration(odd) == pytest.approx(0.5)
+
+
+def test_ffmpeg_decodes_a_file_once_for_all_its_segments(tmp_path, stand_in):
+    stand_in("echo >> runs; /bin/cat audio.au")
+    path = tmp_path / "a.m4a"
+    path.write_bytes(bytes(100))
+    whole = load_audio(path)
+    for offset in (0.3, 0.1, 0.2):
+        assert torch.equal(load_audio(path, segment=Segment(offset, 0.15)), whole[round(offset * RATE) :][:2400])
+    assert len((tmp_path / "runs").read_text()) == 2, "once for the whole, once for its segments"
+    (tmp_path / "audio.au").write_bytes(encode(sine(0.5, RATE, hz=300), RATE, "AU", "FLOAT"))
+    path.write_bytes(bytes(101))
+    assert torch.equal(load_audio(path, segment=Segment(0.3, 0.15)), load_audio(path)[4800:7200])
 
 
 @pytest.mark.parametrize("before", ["", "[mov,mp4,m4a @ 0x55$$ef] ", "$9: "], ids=["", "address", "copy"])

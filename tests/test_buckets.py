@@ -363,14 +363,15 @@ def test_headers_are_read_once(tmp_path, read, caplog):
         Row("told", "x", Recording(tmp_path / "absent.wav", duration=2.5)),
         Row("a", "x", Recording(wav(tmp_path / "a.wav", 1.5))),
         Row("b", "x", Recording(wav(tmp_path / "b.flac", 0.25, rate=22050))),
+        Row("end of a", "x", Recording(tmp_path / "a.wav", offset=1.0)),
         Row("no audio", "x", Recording(tmp_path / "no.wav")),
         Row("absent", "x", Recording(tmp_path / "absent.wav")),
     ]
     cache = tmp_path / "project" / "durations.json"
-    expected = [2.5, 1.5, pytest.approx(0.25, abs=1e-4), 0, 0]
+    expected = [2.5, 1.5, pytest.approx(0.25, abs=1e-4), 0.5, 0, 0]
     assert read_durations(rows, cache).tolist() == expected
-    assert sorted(read) == ["a.wav", "absent.wav", "b.flac", "no.wav"]
-    assert "2 of 5 recordings" in caplog.text
+    assert sorted(read) == ["a.wav", "a.wav [from 1.0 s]", "absent.wav", "b.flac", "no.wav"]
+    assert "2 of 6 recordings" in caplog.text
     assert [path.name for path in cache.parent.iterdir()] == ["durations.json"]
 
     read.clear()

@@ -19,7 +19,7 @@ from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.hub import DatasetRow
 from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.manifest import read_manifest
-from rwkv_speech.data.sample import BadSample, Row
+from rwkv_speech.data.sample import BadSample, Row, fingerprint, one_round
 from rwkv_speech.data.sources import load_split, split_names
 from rwkv_speech.errors import UserError
 from rwkv_speech.speech import identity
@@ -277,8 +277,9 @@ def test_manifest_fields_and_paths(tmp_path):
         ('{"audio": "a.wav", "text": "x", "duration": NaN}', "'duration' is nan, not a number"),
         ('{"audio": "a.wav", "text": "x", "duration": true}', "'duration' is True, not a number"),
         ('{"audio": "a.wav", "audio_filepath": "b.wav", "text": "x"}', "both 'audio' and 'audio_filepath'"),
-        ('{"audio": "a.wav", "text": "x", "offset": 0.5, "duration": 2}', "'offset' 0.5 isn't supported"),
-        ('{"audio": "a.wav", "text": "x", "offset": "0"}', "'offset' '0' isn't supported"),
+        ('{"audio": "a.wav", "text": "x", "offset": -0.5}', "'offset' is -0.5, not a number of seconds"),
+        ('{"audio": "a.wav", "text": "x", "offset": true}', "'offset' is True, not a number of seconds"),
+        ('{"audio": "a.wav", "text": "x", "offset": 0.5, "duration": 0}', "'duration' is 0, of a segment"),
     ],
 )
 def test_manifest_names_the_malformed_line(tmp_path, line, problem):
@@ -316,6 +317,30 @@ def test_manifest_of_others(tmp_path, entry, columns, row):
     }.items():
         (tmp_path / name).write_bytes(content.encode())
         assert load_split(str(tmp_path / name), **columns) == [expected, expected]
+
+
+def test_segments_are_told_apart(tmp_path, monkeypatch):
+    """As NeMo writes them: the first one has an offset of 0, as has a row that is a whole file."""
+    soundfile.write(tmp_path / "talk.wav", tone(300, 1.0), 16000)
+    segments = [(0.0, 0.25), (0.25, 0.5), (0.25, 0.75), (0.5, None)]
+    lines = [{"audio_filepath": "talk.wav", "text": "x", "offset": o, "duration": d} for o, d in segments]
+    lines += [{"audio_filepath": "talk.wav", "text": "x", "duration": 9}]
+    lines += [{"audio_filepath": "other.wav", "text": "x", "offset": 0.0, "duration": 2.5}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    *cut, whole, other = rows = load_split(str(tmp_path / "a.jsonl"))
+    assert [row.audio.waveform().shape[0] for row in cut] == [4000, 8000, 12000, 8000]
+    assert (whole.id, whole.audio) == ("talk.wav", Recording(tmp_path / "talk.wav", 9.0))
+    assert (other.id, other.audio) == ("other.wav", Recording(tmp_path / "other.wav", 2.5))
+    assert [row.id for row in cut[1::2]] == ["talk.wav [0.5 s from 0.25 s]", "talk.wav [from 0.5 s]"]
+    assert str(cut[1].audio) == f"{tmp_path}/talk.wav [0.5 s from 0.25 s]"
+    assert cut[3].audio.seconds() == 0.5
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
+    known = [
+        {row.id for row in rows},
+        {row.audio.stamp() for row in rows[:-1]},
+        {fingerprint([row], lambda row: one_round("x", [row.audio], "x")) for row in rows},
+    ]
+    assert [len(names) for names in known] == [6, 5, 6]
 
 
 @pytest.mark.parametrize(

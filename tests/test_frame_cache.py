@@ -215,6 +215,31 @@ def test_changed_file_is_noticed(world, recordings, monkeypatch, settled):
     torch.testing.assert_close(after, exact(world, recordings[3]), rtol=1e-3, atol=1e-3)
 
 
+def test_segments_have_frames_of_their_own(world, recordings, loads):
+    whole = recordings[0]
+    segments = [replace(whole, offset=offset, duration=0.25) for offset in (0.0, 0.2, 0.25)]
+    bad = replace(whole, offset=0.25, duration=5.0)
+    refused = []
+    cache = filled(world, [whole, *segments, bad], on_bad=lambda recording, error: refused.append(str(recording)))
+    assert refused == [f"{whole} [5.0 s from 0.25 s]"]
+    time.sleep(0.02)
+    whole.source.touch()  # no stamp holds any longer
+    encoder = SpeechEncoder.from_pretrained(str(world / "encoder"))
+    for again in (False, True):
+        for recording, first, last in (
+            (whole, 0, None),
+            *zip(segments, (0, 3200, 4000), (4000, 7200, 8000), strict=True),
+        ):
+            frames, samples = cache.read(recording)
+            expected = encoder([whole.waveform()[first:last]])[0][0]
+            assert samples == len(whole.waveform()[first:last])
+            torch.testing.assert_close(frames.float(), expected, rtol=1e-3, atol=1e-3)
+        if not again:
+            loads.clear()
+            cache = filled(world, [whole, *segments])
+    assert loads == [], "what was only touched is not encoded again"
+
+
 def test_touched_and_moved_files_keep_their_frames(world, recordings, loads):
     filled(world, recordings)
     os.utime(recordings[0].source)

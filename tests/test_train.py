@@ -506,6 +506,27 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     assert lengths == [2.5, 3.0], "the longest so far, over the interruptions"
 
 
+@pytest.mark.parametrize("cache", [False, True], ids=["", "frames-cached"])
+def test_segments_of_one_file_are_learnt_and_evaluated_as_files_of_their_own(world, tmp_path, cache):
+    lines = [json.loads(line) for line in (world.folder / "train.jsonl").read_text().splitlines()][:10]
+    waveforms = [soundfile.read(world.folder / line["audio"], dtype="int16")[0] for line in lines]
+    soundfile.write(tmp_path / "talk.flac", np.concatenate(waveforms), 16000)
+    offsets = np.cumsum([0, *(len(x) / 16000 for x in waveforms)])
+    cut = [line | {"audio": "talk.flac", "offset": offset} for line, offset in zip(lines, offsets, strict=False)]
+    of_its_own = [line | {"audio": str(world.folder / line["audio"])} for line in lines]
+    written = {}
+    for name, entries in (("cut", cut), ("files", of_its_own)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        flags = [f"--data={tmp_path / name}.jsonl", "--epoch_count=1", "--max_new_tokens=5"]
+        project = tmp_path / f"out {name}"
+        assert do("train", world, project, *flags, *[f"--cache_features={project / 'cache'}"] * cache) == 0
+        assert do("eval", world, project, *flags) == 0
+        records = [json.loads(line) for line in (project / "eval/all.jsonl").read_text().splitlines()]
+        written[name] = last(project), [[r[key] for key in ("id", "hypothesis", "score", "seconds")] for r in records]
+    assert equal(written["cut"][0], written["files"][0])
+    assert written["cut"][1] == written["files"][1]
+
+
 # --- bad samples -----------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +541,7 @@ def flawed(world, tmp_path):
         {"audio": "missing.wav", "text": "abc"},
         {"audio": "long.wav", "text": "abc"},
         {"audio": str(world.utterances[8][0]), "text": "  ", "id": "wordless"},
+        {"audio": str(world.utterances[8][0]), "text": "abc", "offset": 0.5, "duration": 60, "id": "overrun"},
     ]
     (tmp_path / "loop.wav").symlink_to("loop.wav")
     bad += [{"audio": name, "text": "abc"} for name in ("loop.wav", "nul\0.wav", "caf\udce9.wav")]
@@ -529,6 +551,7 @@ def flawed(world, tmp_path):
 
 
 REASONS = {"empty.wav": "empty", "missing.wav": "no such file", "long.wav": "--ctx_len 40", "wordless": "no tokens"}
+REASONS["overrun"] = "8.wav [60.0 s from 0.5 s]: "
 REASONS |= dict.fromkeys(("loop.wav", r"nul\x00.wav", r"caf\udce9.wav"), "")  # whatever the system says
 
 
@@ -558,8 +581,8 @@ def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path
     found = {line["id"]: line["reason"] for line in lines}
     for name, reason in REASONS.items():
         assert reason in found[name]
-    assert caplog.records[-1].getMessage().startswith("7 bad samples skipped, listed in ")
-    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 30, "a step of none is a step"
+    assert caplog.records[-1].getMessage().startswith("8 bad samples skipped, listed in ")
+    assert max(info["step"] for _, info in missions(tmp_path / "out").values()) == 32, "a step of none is a step"
     for x in last(tmp_path / "out").values():
         assert x.isfinite().all()
 

@@ -6,6 +6,7 @@ import functools
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ PAIR = ("source", "target")  # audio and text, where none of those is there
 OPTIONAL = {
     "id": ("id", "utterance_id", "key"),
     "duration": ("duration",),  # s
+    "offset": ("offset",),  # s, of a segment of a longer file
     "speaker": ("speaker_id", "speaker", "client_id"),
     "language": ("language", "locale"),
     "mission": ("mission",),
@@ -94,7 +96,13 @@ def read_entries(
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         count = f"{len(problems)} malformed line{'s' * (len(problems) > 1)}"
         raise UserError(f"{path}: {count} ({'; '.join(problems[:3])}{more}); {expected}")
-    return rows
+    cut = {row.audio.source for row in rows if row.audio.offset}
+    return [_uncut(row) if row.audio.offset == 0 and row.audio.source not in cut else row for row in rows]
+
+
+def _uncut(row: Row) -> Row:
+    """Of a file that no other row cuts: an offset of 0, as NeMo writes it everywhere, makes no segment of it."""
+    return replace(row, id=row.id.removesuffix(row.audio.place), audio=replace(row.audio, offset=None))
 
 
 def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row:
@@ -110,10 +118,14 @@ def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row
         text = answers[0]
     else:
         raise ValueError("neither 'text' nor 'answers'")
+    duration, offset = _seconds(given, "duration"), _seconds(given, "offset")
+    if offset and duration == 0:
+        raise ValueError("'duration' is 0, of a segment")
+    recording = Recording(folder / audio, duration, offset if offset or duration else None)
     return Row(
-        _name(given, "id") or printable(audio),
+        _name(given, "id") or printable(audio) + recording.place,
         text,
-        Recording(folder / audio, duration=_seconds(given, "duration")),
+        recording,
         speaker=_name(given, "speaker"),
         language=_name(given, "language"),
         mission=_name(given, "mission"),

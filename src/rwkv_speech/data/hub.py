@@ -185,6 +185,8 @@ def _utterances(rows: datasets.Dataset, *, name: str, audio_column: str | None, 
     logger.info("%s: audio from column %s, text from column %s", name, audio_column, text_column)
     optional = {}
     for field, known in OPTIONAL.items():
+        if field == "offset":  # where what the row holds was cut from
+            continue
         if (column := _first(known, rows.features)) not in (None, text_column):
             optional[field] = column
     rows = rows.with_format(None)

@@ -1,10 +1,12 @@
 """Manifests: JSON lines, one utterance each, `{"audio": path, "text": string}`, or one array of such objects.
 
-Paths are relative to the manifest. Optional: `id`, `duration` (s), `speaker`, `language`, `mission`, `prompt`,
-`target_language` and `transcript` of what is translated, and `answers`: a list of texts, all of them right; `text` may
-then be left out, and is the first of them. What else the keys may be called stands in `columns`, among it NeMo's
-`audio_filepath`. Other keys are ignored, but for `offset`: segments of longer files aren't supported, and reading the
-whole file instead would train on wrong pairs.
+Paths are relative to the manifest. Optional: `id`, `duration` (s), `offset` (s), `speaker`, `language`, `mission`,
+`prompt`, `target_language` and `transcript` of what is translated, and `answers`: a list of texts, all of them right;
+`text` may then be left out, and is the first of them. What else the keys may be called stands in `columns`, among it
+NeMo's `audio_filepath`. Other keys are ignored.
+
+An `offset` above 0 makes the row a segment of its file: from there on for the `duration`, or to the end. Rows of the
+same file with an offset of 0 and a duration are then segments, too; else they are the whole file, as are rows without.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,6 @@ def _checked(entry: Any) -> dict[str, Any]:
     """The entry, if it is one that can be read; raises ValueError, with what is wrong as its message."""
     if not isinstance(entry, dict):
         raise ValueError(f"a JSON {type(entry).__name__}, not an object")
-    if (offset := entry.get("offset")) not in (None, 0) or isinstance(offset, bool):
-        raise ValueError(f"'offset' {reprlib.repr(offset)} isn't supported, cut the segments into files of their own")
     return entry
 
 

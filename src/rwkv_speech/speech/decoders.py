@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -75,15 +76,20 @@ class Decoded:
     """What is inside of encoded audio.
 
     rate: in Hz, within RATES.
+    first: the place of the first frame in its file.
     frames: as the header has it; None where it has no number, or a guess.
     estimate: the same, or the guess.
     blocks: (frames, channels) float32 each, at least one frame.
+    blocks_from: in place of `blocks`: those from a frame on, no more than so many frames each; None where there is no
+        way but from the beginning.
     """
 
     rate: int
     frames: int | None
     estimate: int | None
     blocks: Iterator[np.ndarray]
+    blocks_from: Callable[[int, int | None], Iterator[np.ndarray]] | None = None
+    first: int = 0
 
 
 def describe(source: str | Path | Encoded) -> str:
@@ -190,7 +196,8 @@ def _by_libsndfile(source: str | Path | Encoded, name: str, stack: ExitStack) ->
         raise AudioError(f"{name}: claims {frames / max(rate, 1) / 3600:,.1f} hours, which its {size} bytes can't hold")
     if place is not None or any(int(stated) >= _OPEN for stated, _ in _SHORT_CHUNK.findall(sound.extra_info)):
         log.warning("%s: its header was never closed; going on with the %.2f s there are", name, frames / max(rate, 1))
-    return Decoded(rate, None if sound.format in _STREAMS else frames, frames, _sound_blocks(sound, name))
+    stated = None if sound.format in _STREAMS else frames
+    return Decoded(rate, stated, frames, _sound_blocks(sound, name), partial(_sound_blocks, sound, name))
 
 
 def _unset_size(file: BinaryIO) -> int | None:
@@ -216,16 +223,20 @@ def _chunk(file: BinaryIO, place: int) -> tuple[bytes, int]:
     return file.read(4), int.from_bytes(file.read(4), "little")
 
 
-def _sound_blocks(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
-    """AudioError where there are fewer frames than the header promises."""
+def _sound_blocks(
+    file: soundfile.SoundFile, name: str, first: int = 0, most: int | None = None
+) -> Iterator[np.ndarray]:
+    """From the first frame on, at most so many at a time. AudioError where there are fewer than the header promises."""
     promised = file.frames
     for stated, found in _SHORT_CHUNK.findall(file.extra_info):
         if int(found) < int(stated) < _OPEN:
             promised = max(promised, round(file.frames * int(stated) / max(int(found), 1)))
-    decoded = 0
+    decoded, size = first, min(most or _BLOCK, _block_frames(file.samplerate, file.channels))
     try:
+        if first:
+            file.seek(first)
         # Not file.blocks(): that one makes up for missing frames with whatever its buffer holds.
-        while len(block := file.read(_block_frames(file.samplerate, file.channels), dtype="float32", always_2d=True)):
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
             decoded += len(block)
             yield block
     except soundfile.LibsndfileError:

@@ -5,8 +5,8 @@
 
 - The identity of an encoder is the hash of its weights, configuration, feature extractor and type of computation. It is
   computed whenever the encoder is loaded; only where its files are untouched since, it needn't be.
-- A recording is known by the hash of its encoded bytes. Its file's stamp saves reading it; a file that was touched
-  is read, and if its content is the same its frames stay.
+- A recording is known by the hash of its encoded bytes, a segment of one by its place and the hash of its samples. Its
+  file's stamp saves reading it; a file that was touched is read, and if its content is the same its frames stay.
 - With a full cache the encoder isn't loaded: an `AbsentEncoder` stands in for it.
 """
 
@@ -169,10 +169,10 @@ class FrameCache:
         """
         record = self._find_stamp(recording.stamp())
         if record is None:
-            content, _ = recording.read()
-            record = self._shards.find(_key("audio", content))
+            key, _, content = _read(recording, longest)
+            record = self._shards.find(key)
             if record is None:
-                load_audio(content, name=str(recording), longest=longest)  # says what is wrong with it
+                _decode(content, recording, longest)  # says what is wrong with it
                 raise AudioError(f"{recording}: changed since its frames were cached; start again to renew them")
         try:
             return self._shards.read(record), int(record["samples"])
@@ -189,10 +189,10 @@ class FrameCache:
         if self._find_stamp(recording.stamp()) is not None:
             return True
         try:
-            content, stamp = recording.read()
+            key, stamp, _ = _read(recording)
         except AudioError:
             return False  # the error is reported where its frames are computed
-        record = self._shards.find(_key("audio", content))
+        record = self._shards.find(key)
         if record is not None and stamp is not None:
             writer.link(_key("stamp", stamp.encode()), record)
         return record is not None
@@ -318,10 +318,23 @@ def _key(kind: str, content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16, person=kind.encode()).digest()
 
 
+def _read(recording: Recording, longest: Longest | None = None) -> tuple[bytes, str | None, bytes | Tensor]:
+    """The key of a recording's content, its stamp, and the content: encoded, or the samples of a segment."""
+    if recording.segment is None:
+        content, stamp = recording.read()
+        return _key("audio", content), stamp, content
+    stamp, waveform = recording.stamp(), recording.waveform(longest)
+    return _key("segment", recording.place.encode() + waveform.numpy().tobytes()), stamp, waveform
+
+
+def _decode(content: bytes | Tensor, recording: Recording, longest: Longest | None) -> Tensor:
+    return load_audio(content, name=str(recording), longest=longest) if isinstance(content, bytes) else content
+
+
 def _read_audio(recording: Recording, *, longest: Longest | None) -> _AudioFile | AudioError:
     try:
-        content, stamp = recording.read()
-        return _AudioFile(_key("audio", content), stamp, load_audio(content, name=str(recording), longest=longest))
+        key, stamp, content = _read(recording, longest)
+        return _AudioFile(key, stamp, _decode(content, recording, longest))
     except AudioError as error:
         return error
 

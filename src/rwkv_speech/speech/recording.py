@@ -1,4 +1,4 @@
-"""A recording, wherever it lies: read when it is asked for, and known again by a stamp."""
+"""A recording, wherever it lies, or a segment of one: read when it is asked for, and known again by a stamp."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rwkv_speech.files import printable
-from rwkv_speech.speech.audio import AudioError, Longest, audio_blocks, duration, load_audio
+from rwkv_speech.speech.audio import AudioError, Longest, Segment, audio_blocks, duration, load_audio
 from rwkv_speech.speech.decoders import open_file
 from rwkv_speech.speech.identity import file_stamp
 
@@ -32,13 +32,27 @@ class Recording:
 
     source: a file, or what fetches encoded audio.
     duration: length in seconds, where the data source gives it.
+    offset: of a segment, where it begins in its file, in seconds; it lasts `duration`, or as far as the file goes. None
+        for all of the file, whatever `duration` says.
     """
 
     source: Path | EncodedAudio
     duration: float | None = None
+    offset: float | None = None
 
     def __str__(self) -> str:
-        return printable(str(self.source))
+        return printable(str(self.source)) + self.place
+
+    @property
+    def segment(self) -> Segment | None:
+        return None if self.offset is None else Segment(self.offset, self.duration)
+
+    @property
+    def place(self) -> str:
+        """Of a segment, what its name has behind that of its file; else nothing."""
+        if self.offset is None:
+            return ""
+        return f" [{'' if self.duration is None else f'{self.duration} s '}from {self.offset} s]"
 
     def waveform(self, longest: Longest | None = None) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
@@ -47,11 +61,11 @@ class Recording:
             AudioError: the recording is missing or can't be decoded.
             TooLongError: it is longer than `longest`; no more of it has been decoded.
         """
-        return load_audio(self._encoded(), name=str(self), longest=longest)
+        return load_audio(self._encoded(), name=str(self), longest=longest, segment=self.segment)
 
     def blocks(self, longest: Longest | None = None) -> Iterator[Tensor]:
         """The same block by block, see `audio_blocks`."""
-        yield from audio_blocks(self._encoded(), name=str(self), longest=longest)
+        yield from audio_blocks(self._encoded(), name=str(self), longest=longest, segment=self.segment)
 
     def seconds(self, longest: Longest | None = None) -> float:
         """Length in seconds, from the data source where it gives one, else from the recording's header.
@@ -62,19 +76,19 @@ class Recording:
         """
         if self.duration is not None and not (longest and self.duration > longest.seconds):
             return self.duration
-        return duration(self._encoded(), name=str(self), longest=longest)
+        return duration(self._encoded(), name=str(self), longest=longest, segment=self.segment)
 
     def stamp(self, *, strict: bool = True) -> str | None:
         """Stands for the recording's content until that changes; None where only reading it can show a change.
 
         strict: as in `file_stamp`.
         """
-        if isinstance(self.source, Path):
-            return file_stamp(self.source, strict=strict)
-        return self.source.stamp(strict=strict)
+        is_file = isinstance(self.source, Path)
+        stamp = file_stamp(self.source, strict=strict) if is_file else self.source.stamp(strict=strict)
+        return stamp and stamp + self.place
 
     def read(self) -> tuple[bytes, str | None]:
-        """The recording as it is encoded, and a stamp that stood for it before it was read, or None.
+        """The file as it is encoded, all of it, and a stamp that stood for the recording before it was read, or None.
 
         Raises:
             AudioError: it can't be read.
