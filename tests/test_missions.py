@@ -391,7 +391,9 @@ def test_mistakes_about_records_and_labels_are_one_line(world, tmp_path):
         Options.parse(["--op=eval", "--load_model=x", "--records=x"])
     with pytest.raises(UserError, match="expected names joined by commas, each once"):
         Options.parse(["--load_model=x", "--labels=a,,b"])
-    with pytest.raises(UserError, match="--labels goes with a mission that chooses among them, such as label, not tra"):
+    with pytest.raises(
+        UserError, match="--labels goes with one mission that chooses among them, such as label, not tra"
+    ):
         do("train", world, tmp_path, "--labels=a,b")
     with pytest.raises(UserError, match=r"the data has the label '.*', which is not among --labels a,b"):
         do("train", world, tmp_path, "--mission=label", "--labels=a,b")

@@ -378,7 +378,11 @@ def test_scores_on_other_samples_are_not_compared(world, tmp_path, cut_power, mo
     def share(self, module):
         errors = round(10 * next(rates["hard" if self.batches.dataset.rows[0].id == "u3" else "easy"]))
         words = " ".join(["x"] * errors + ["y"] * (10 - errors))
-        return 1.0, 1, [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0)]
+        return (
+            1.0,
+            1,
+            [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0, mission="transcribe")],
+        )
 
     monkeypatch.setattr(Validation, "_share", share)
     flags = ["--epoch_count=2", "--valid_steps=4", "--save_steps=5", "--early_stop=3"]
@@ -390,7 +394,7 @@ def test_scores_on_other_samples_are_not_compared(world, tmp_path, cut_power, mo
     files = missions(tmp_path)
     assert files["rwkv-adapter-12.pth"][1]["wer"] == 0.8
     point = torch.load(*tmp_path.glob("checkpoints/run-1/*.ckpt"), weights_only=True)
-    (state,) = [state for name, state in point["callbacks"].items() if name == "MissionFiles"]
+    (state,) = [state for name, state in point["callbacks"].items() if name == "MissionFiles transcribe"]
     assert state["best"] == (0.9, "rwkv-adapter-8.pth")
 
 
@@ -483,21 +487,25 @@ def test_a_finished_run_is_not_continued_nor_overwritten(world, tmp_path):
 
 
 def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
-    module = SimpleNamespace(model=SimpleNamespace(trainable_state_dict=lambda: {"x": torch.zeros(1)}))
+    module = SimpleNamespace(
+        model=SimpleNamespace(trainable_state_dict=lambda task: {"x": torch.zeros(1)}, trained_tensors=dict)
+    )
     foreign = ["rwkv-adapter-2.pth", "rwkv-adapter-2.json", "rwkv-adapter-9.pth", "other.pth"]
     for name in foreign:
         (tmp_path / name).write_text("of another run")
-    callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), {}, epoch_save=1, save_steps=1)
+    callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), "transcribe", {}, epoch_save=1, save_steps=1)
     kept = []
     for step, loss in enumerate([3.0, 2.0, 4.0, 2.5, 1.0, 1.5], start=1):
         outputs = {"stats": SimpleNamespace(loss_sum=loss * 10, tokens=10)}
         trainer = SimpleNamespace(global_step=step, current_epoch=0, is_global_zero=True, strategy=None)
-        callback.on_train_batch_end(trainer, module, outputs, SimpleNamespace(samples=[8_000 * step, 40_000]), step)
+        names, samples = ["transcribe", "transcribe", "label"], [8_000 * step, 40_000, 90_000]
+        batch = SimpleNamespace(samples=samples, owners=[0, 1, 2], missions=names)
+        callback.on_train_batch_end(trainer, module, outputs, batch, step)
         files = {path.name for path in tmp_path.iterdir()} - set(foreign)
         assert {name.replace(".json", ".pth") for name in files} == {name for name in files if "pth" in name}
         kept.append(sorted(name.removeprefix("rwkv-adapter-") for name in files if "pth" in name))
         state = json.loads(json.dumps(callback.state_dict()))  # as after an interruption
-        callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), {}, epoch_save=1, save_steps=1)
+        callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), "transcribe", {}, epoch_save=1, save_steps=1)
         callback.load_state_dict(state)
     best = "2-run5.pth"  # its name was taken
     assert kept == [["1.pth"], [best], [best, "3.pth"], [best, "4.pth"], ["5.pth"], ["5.pth", "6.pth"]]

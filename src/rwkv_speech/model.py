@@ -88,7 +88,7 @@ class SpeechRWKV(nn.Module):
         Raises:
             UserError: the model has no such task.
         """
-        if name is None:
+        if not name:
             return next(iter(self.tasks.values()))
         if name not in self.tasks:
             raise UserError(f"the model has not learnt the mission {name!r}, but: {', '.join(self.tasks)}")
@@ -187,8 +187,8 @@ class SpeechRWKV(nn.Module):
         frames = self.encode(batch)
         if len(self.adapters) == 1:
             return self.adapter(frames, batch.frame_lengths)
-        places = [*self.tasks]
-        of = torch.tensor([places.index(batch.missions[owner]) for owner in batch.owners], device=self.device)
+        of_sample = self._places(batch)
+        of = torch.tensor([of_sample[owner] for owner in batch.owners], device=self.device)
         parts = {}
         for place in sorted(set(of.tolist())):
             rows = (of == place).nonzero()[:, 0]
@@ -207,8 +207,12 @@ class SpeechRWKV(nn.Module):
         """Which initial state each sample of a batch starts from, where there are several."""
         if len(self.tasks) == 1:
             return None
+        return torch.tensor(self._places(batch), device=self.device)
+
+    def _places(self, batch: Batch) -> list[int]:
+        """The place of each sample's task."""
         places = {name: place for place, name in enumerate(self.tasks)}
-        return torch.tensor([places[name] for name in batch.missions], device=self.device)
+        return [places[self.task(name).name] for name in batch.missions]
 
     # What is made of them
 
@@ -282,14 +286,14 @@ class SpeechRWKV(nn.Module):
         """
         groups: dict[str | None, list[int]] = {}
         for place, name in enumerate(batch.missions):
-            task = self.tasks[name]
+            task = self.task(name)
             if task.mission.chooses and not task.labels:
-                raise UserError(f"the mission {name} chooses among labels: name them by --labels")
-            groups.setdefault(name if task.mission.chooses else None, []).append(place)
+                raise UserError(f"the mission {task.name} chooses among labels: name them by --labels")
+            groups.setdefault(task.name if task.mission.chooses else None, []).append(place)
         return groups
 
     def _most_tokens(self, batch: Batch, place: int, options: DecodingOptions) -> int:
-        mission = self.tasks[batch.missions[place]].mission
+        mission = self.task(batch.missions[place]).mission
         return options.max_new_tokens or mission.max_new_tokens(batch.seconds[place])
 
     def text(self, result: DecodingResult) -> str:

@@ -113,7 +113,8 @@ class TrainingModule(pl.LightningModule):
         if self.options.ctc_align:
             if len(batch.group_counts) != len(batch):
                 raise UserError("--ctc_align aligns one recording with its text: a sample here has none or several")
-            rows = [i for i, name in enumerate(batch.missions) if name in self.model.aligned]
+            aligned = self.model.aligned
+            rows = [i for i, name in enumerate(batch.missions) if self.model.task(name).name in aligned]
             groups = torch.tensor(batch.group_counts)
             answers = batch.answers
             if len(rows) < len(batch):

@@ -71,7 +71,8 @@ def _evaluate(options: Options, machine: Machine) -> int:
         model = model or load_model(options.model, files, fabric.device, machine)
         max_audio_s = longest_pieces(model, options)
         if fabric.is_global_zero:
-            settings = _settings(options, files, model, machine) | {"max_audio_s": max_audio_s}
+            bounds = max_audio_s if len(max_audio_s) > 1 else max_audio_s[model.task().name]
+            settings = _settings(options, files, model, machine) | {"max_audio_s": bounds}
             open_eval_run(folder, settings, resume=options.resume)
         for split, perturbation in product(splits, (None, *(ROBUSTNESS if options.perturb else ()))):
             by_mission = _by_mission(splits[split], model.task().name)
@@ -125,7 +126,8 @@ def _settings(options: Options, files: Iterable[MissionFile], model: SpeechRWKV,
     flat = options.flat()
     return {
         **{name: flat[name] for name in EVAL_SETTINGS},
-        **{"adapter": adapters, "mission": [*model.tasks], "labels": [task.labels for task in model.tasks.values()]},
+        **{"adapter": " + ".join(adapters), "mission": " + ".join(model.tasks)},
+        "labels": [task.labels for task in model.tasks.values()],
         "precision": machine.precision,
         **frozen_parts(model),
     }
