@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,14 +27,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="takes everything that is made, and keeps it")
     args = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         trial = try_all(Path(folder), count=args.count, seed=args.seed, every_operation=True)
     print(*trial.problems, sep="\n", end="\n" if trial.problems else "", file=sys.stderr)
     found = {
         "cases": trial.cases,
         "runs": trial.runs,
+        "used": trial.used,
+        "named": trial.named,
+        "refused": trial.refused,
         "problems": len(trial.problems),
         "slowest_s": round(trial.slowest, 1),
         "memory_gb": round(trial.peak / 1e9, 2),
