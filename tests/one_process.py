@@ -88,7 +88,8 @@ class OneProcess:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "tests.one_process", str(self.limit_s), *map(str, self._printed)]
         child = subprocess.Popen(command, cwd=ROOT, **pipes)
-        child.stdout.readline()  # it has imported everything
+        if not child.stdout.readline():  # by then it has imported everything
+            raise RuntimeError("it does not start")
         return child
 
 

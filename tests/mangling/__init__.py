@@ -4,8 +4,11 @@ Nothing may hang, die, print a traceback or take much memory; and what is mangle
 """
 
 import json
+import os
 import random
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import printable
@@ -27,6 +31,7 @@ from tests.tiny import write_world
 # Of 100 cases; audio comes in manifests of some.
 SHARES = {"audio": 40, "table": 36, "model": 10, "mission": 8, "encoder": 6}
 TOGETHER = 8  # recordings in a manifest of mangled ones
+BAD = "bad_audio.jsonl"  # where all that can't be used is named, one by one
 SECONDS, BYTES = 20.0, 2.5e9  # that a run may take
 
 
@@ -49,6 +54,11 @@ class Trial:
     problems: list[str] = field(default_factory=list)
     slowest: float = 0.0
     peak: int = 0
+
+    def note(self, where: str, problems: Sequence[str]) -> None:
+        for problem in problems:
+            self.problems.append(f"{where}: {problem}")
+            print(self.problems[-1], file=sys.stderr, flush=True)  # a trial takes long
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def try_all(folder: Path, *, count: int, seed: int, every_operation: bool) -> Tr
             # What an operation makes of a recording: whether it is used, or why not.
             found = [operation(case) for operation in (operations if every_operation else [rng.choice(operations)])]
             trial.cases += case.size
-            trial.problems += [f"{case.what}: {line}" for line in disagreements(found)]
+            trial.note(f"all operations, {case.what}", disagreements(found))
     runs.process.close()
     return trial
 
@@ -104,10 +114,12 @@ def _cases(kind: str, folder: Path, runs: "_Runs", rng: random.Random, count: in
             lines = [{"audio": path, "text": "ab"} for path in [*runs.good, *some]]
             manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
             what = f"audio {printable(some[0])} to {printable(some[-1])}"
-            yield Case(what, (), {"data": str(manifest)}, (*runs.good, *some), len(some), partly=True)
+            # A folder, for prediction, is the recordings in it, and one without any is refused before all work.
+            files = [path for path in (*runs.good, *some) if not os.path.isdir(path)]
+            yield Case(what, (), {"data": str(manifest)}, files, len(some), partly=True)
     elif kind == "table":
         for number, (what, path) in enumerate(mangled_tables(folder, rng, count)):
-            yield Case(f"{what} {path}", (f"case-{number}",), {"data": str(path)})
+            yield Case(f"{what} {path}", (f"case-{number}", BAD), {"data": str(path)})
     else:
         mangle, flag, whole = {
             "model": (mangled_models, "load_model", runs.flags["load_model"]),
@@ -116,7 +128,7 @@ def _cases(kind: str, folder: Path, runs: "_Runs", rng: random.Random, count: in
         }[kind]
         folder.mkdir()
         for path, what in mangle(Path(whole), folder, np.random.default_rng(rng.randrange(2**32)), count):
-            yield Case(f"{what} {path}", (path.stem,), {flag: str(path)}, runs.good[:1], marker=folder / SPRUNG)
+            yield Case(f"{what} {path}", (path.stem, BAD), {flag: str(path)}, runs.good[:1], marker=folder / SPRUNG)
 
 
 # --- runs ---
@@ -169,16 +181,17 @@ class _Runs:
 
     def _found(self, case: Case, name: str, outcome: Outcome, project: Path, used: Sequence[str]) -> Found:
         """What a run over rows of data says of each."""
-        if outcome.status:
+        if outcome.status != 0 and BAD not in _last(outcome):
             return {}
-        listed = project / "bad_audio.jsonl"
+        listed = project / BAD
         bad = [json.loads(line) for line in listed.open()] if listed.exists() else []
-        rows = [row.id for row in load_split(None, data=case.flags.get("data", self.flags["data"]), bad_audio=None)]
-        found, problems = accounted(rows, used, {entry["id"]: entry["reason"] for entry in bad})
+        unpaired = BadSamples("skip", self.folder / "unpaired.jsonl")  # recordings without a text, which are no rows
+        rows = load_split(None, data=case.flags.get("data", self.flags["data"]), bad_audio=unpaired)
+        found, problems = accounted([row.id for row in rows], used, {entry["id"]: entry["reason"] for entry in bad})
         return self._noted(case, name, found, problems)
 
     def _noted(self, case: Case, name: str, found: Found, problems: Sequence[str]) -> Found:
-        self.trial.problems += [f"{name}, {case.what}: {problem}" for problem in problems]
+        self.trial.note(f"{name}, {case.what}", problems)
         self.trial.used += sum(why is None for why in found.values())
         self.trial.named += sum(why is not None for why in found.values())
         return found
@@ -216,7 +229,7 @@ class _Runs:
 def misbehaviour(outcome: Outcome, allowed: set[int], names: Sequence[str]) -> list[str]:
     """allowed: exit statuses; names: of which the line that goes with status 2 says one."""
     said = outcome.stdout + outcome.stderr
-    last = (outcome.stderr.strip().splitlines() or [""])[-1]
+    last = _last(outcome)
     problems = []
     if outcome.status is None:
         problems.append(f"{outcome.end}; {last}")
@@ -273,10 +286,16 @@ def cached_frames(folder: Path, encoder: str, found: Found) -> list[str]:
 
 
 def disagreements(found: Sequence[Found]) -> list[str]:
-    """Recordings that one operation uses and another one refuses, for any other reason than their length."""
+    """Recordings that one operation uses and another one refuses, for any other reason than those of training."""
     reasons: dict[str, list[str | None]] = {}
     for one in found:
         for name, why in one.items():
             reasons.setdefault(name, []).append(why)
-    refused = {name: [why for why in all if why and "more than" not in why] for name, all in reasons.items()}
-    return [f"{name} is used, and refused: {refused[name][0]}" for name, all in reasons.items() if None in all and refused[name]]
+    of_training = re.compile("more than|text with no tokens")
+    refused = {name: [why for why in all if why and not of_training.search(why)] for name, all in reasons.items()}
+    return [f"{name} is used, and refused: {refused[name][0]}" for name in refused if None in reasons[name] and refused[name]]
+
+
+def _last(outcome: Outcome) -> str:
+    """The last line on standard error."""
+    return (outcome.stderr.strip().splitlines() or [""])[-1]

@@ -10,6 +10,7 @@ run in seconds and the largest memory in GB.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -29,10 +30,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="takes everything that is made, and keeps it")
     args = parser.parse_args()
+    logging.disable(logging.WARNING)  # of this process, which reads some of the same
     began = time.monotonic()
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         trial = try_all(Path(folder), count=args.count, seed=args.seed, every_operation=True)
-    print(*trial.problems, sep="\n", end="\n" if trial.problems else "", file=sys.stderr)
     found = {
         "cases": trial.cases,
         "runs": trial.runs,
