@@ -139,6 +139,14 @@ def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
 # --- ends of other kinds ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_foreground():
+    """Ctrl-C reaches this process: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [
@@ -148,7 +156,7 @@ def test_fp16_on_several_gpus_is_not_given_to_deepspeed(monkeypatch):
     ],
 )
 def test_a_notice_saves_and_stops_and_the_same_command_goes_on(
-    world, single, tmp_path, monkeypatch, caplog, number, status
+    world, single, tmp_path, monkeypatch, caplog, in_foreground, number, status
 ):
     caplog.set_level("INFO", "rwkv_speech")
     plain = TrainingModule.training_step
@@ -195,7 +203,7 @@ def test_ctrl_c_reaches_all_processes_and_they_save_together(world, tmp_path):
     assert not list(tmp_path.glob(".*.lock"))
 
 
-def test_ctrl_c_before_training_or_twice_is_one_line(world, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_before_training_or_twice_is_one_line(world, tmp_path, monkeypatch, capsys, in_foreground):
     plain, steps = TrainingModule.training_step, []
 
     def step(self, batch, index):

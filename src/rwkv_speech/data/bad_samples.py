@@ -14,7 +14,7 @@ from typing import Literal
 
 from rwkv_speech.data.sample import BadSample
 from rwkv_speech.errors import UserError
-from rwkv_speech.files import json_line
+from rwkv_speech.files import json_line, printable
 
 logger = logging.getLogger("rwkv_speech")
 
@@ -70,7 +70,7 @@ class BadSamples:
 
     @staticmethod
     def _describe(sample: BadSample) -> str:
-        return sample.reason if sample.audio in sample.reason else f"{sample.audio}: {sample.reason}"
+        return printable(sample.reason if sample.audio in sample.reason else f"{sample.audio}: {sample.reason}")
 
     def _list(self, samples: list[BadSample]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

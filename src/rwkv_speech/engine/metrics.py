@@ -177,14 +177,6 @@ class _Shown(Callback):
         super().__init__()
         self.metrics = metrics
 
-    def init_train_tqdm(self) -> Tqdm:
-        with contextlib.redirect_stdout(sys.stderr):  # where a reader that goes away does not end the training
-            return super().init_train_tqdm()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.close()  # ends its line, before what went wrong is said
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.begun, self.first_step = time.perf_counter(), trainer.global_step
@@ -200,6 +192,14 @@ class _Shown(Callback):
 
 class Bar(_Shown, TQDMProgressBar):
     """In a terminal: one line, which changes."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        with contextlib.redirect_stdout(sys.stderr):  # where a reader that goes away does not end the training
+            return super().init_train_tqdm()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()  # ends its line, before what went wrong is said
 
 
 class Lines(_Shown):
