@@ -76,7 +76,9 @@ class OneProcess:
             end = end or f"dies, status {status}"
         stdout, stderr = (path.read_bytes().decode(errors="replace") for path in self._printed)
         found = {"status": None, "peak": 0, "learnt": ()} if end else json.loads(answer)
-        return Outcome(stdout=stdout, stderr=stderr, seconds=seconds, end=end, **found | {"peak": max(peak, found["peak"])})
+        return Outcome(
+            stdout=stdout, stderr=stderr, seconds=seconds, end=end, **found | {"peak": max(peak, found["peak"])}
+        )
 
     def close(self) -> None:
         if self._child:

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -293,7 +293,11 @@ def disagreements(found: Sequence[Found]) -> list[str]:
             reasons.setdefault(name, []).append(why)
     of_training = re.compile("more than|text with no tokens")
     refused = {name: [why for why in all if why and not of_training.search(why)] for name, all in reasons.items()}
-    return [f"{name} is used, and refused: {refused[name][0]}" for name in refused if None in reasons[name] and refused[name]]
+    return [
+        f"{name} is used, and refused: {refused[name][0]}"
+        for name in refused
+        if None in reasons[name] and refused[name]
+    ]
 
 
 def _last(outcome: Outcome) -> str:
