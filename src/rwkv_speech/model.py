@@ -25,7 +25,7 @@ from rwkv_speech.decoding import DecodingResult, choose, decode
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.tokenizer import Tokenizer
-from rwkv_speech.missions import get_mission
+from rwkv_speech.missions import MISSIONS, get_mission
 from rwkv_speech.options import DecodingOptions
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, duration
@@ -36,6 +36,7 @@ from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_digest
 from rwkv_speech.trained import (
     MissionFile,
+    MissionFileError,
     TrainedTensor,
     check_fit,
     chosen_encoder,
@@ -117,6 +118,9 @@ class SpeechRWKV(nn.Module):
         """
         file = adapter if isinstance(adapter, MissionFile | None) else read_mission_file(adapter)
         info = file.info if file else {}
+        mission = mission or info.get("mission") or "transcribe"
+        if mission not in MISSIONS and mission == info.get("mission"):
+            raise MissionFileError(f"mission file {file.path} names the mission {mission!r}, which is not known here")
         encoder = (chosen_encoder(file, encoder) if file else encoder) or DEFAULT_ENCODER
         encoder_folder(encoder)  # a wrong one is named at once, not when a large model has been read
         language_model = lm.load(load_model, device=device, dtype=dtype)
@@ -131,7 +135,6 @@ class SpeechRWKV(nn.Module):
             downsample_k=downsample_k or DOWNSAMPLE_K,
             hidden=adapter_hidden or ADAPTER_HIDDEN,
         )
-        mission = mission or info.get("mission") or "transcribe"
         model = cls(language_model, speech_encoder, new_adapter.to(device), mission=mission)
         if file:
             model.load_trained(file.tensors)

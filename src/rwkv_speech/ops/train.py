@@ -155,6 +155,8 @@ def _train(options: Options, machine: Machine) -> int:
         if training.average:
             mission_files.write_mean()
         run.finish()
+        if not module.utterances and not run.resume_point:
+            raise UserError(f"nothing was learnt: no sample could be used; {bad_samples.path} says why of each")
         _check_steps(trainer.global_step, module, nonfinite)
     path, which = best_mission_file(options.project)
     log.info("%s; the mission file %s is %s", bad_samples.report(), path, which)
