@@ -230,6 +230,9 @@ def test_a_long_recording_without_speech_or_with_damage(flags, long, tmp_path):
     assert (record["hypothesis"], record["score"], record["details"]) == ("", None, {"pieces": 0, "empty_pieces": 0})
     summary = json.loads((tmp_path / "skip/eval/summary.json").read_text())
     assert summary["splits"]["all"]["left_out"] == 1
+    manifest.write_text(json.dumps(lines[1]))
+    with pytest.raises(UserError, match=r"all: none of its 1 samples can be used; .*/bad_audio\.jsonl says why"):
+        here(flags, tmp_path / "none", "--on_bad_audio=skip")
 
 
 @pytest.mark.parametrize("seconds", ["1.3", -1, 0, True])
@@ -475,7 +478,7 @@ def test_perturbed_rows_resume_where_they_stopped(flags, tmp_path, cut_power):
 def test_mistakes_are_told_before_any_work(world, flags, tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"audio": "a.wav", "text": "a", "id": "x"}\n{"audio": "b.wav", "text": "b", "id": "x"}\n')
-    with pytest.raises(UserError, match="'x' occurs 2 times"):
+    with pytest.raises(UserError, match=r"'x' occurs twice in a split, of .*/a\.wav and .*/b\.wav;"):
         here(flags, tmp_path, f"--data={twice}")
     (tmp_path / "other").mkdir()
     for folder in (tmp_path, tmp_path / "other"):

@@ -595,6 +595,13 @@ def test_skipped_samples_are_counted_listed_and_reported(world, flawed, tmp_path
         assert x.isfinite().all()
 
 
+def test_a_run_of_bad_samples_alone_is_no_success(world, flawed, tmp_path):
+    flawed.write_text("\n".join(flawed.read_text().splitlines()[8:10]))
+    with pytest.raises(UserError, match=r"nothing was learnt: no sample could be used; .*/bad_audio\.jsonl says why"):
+        do("train", world, tmp_path / "out", f"--data={flawed}", "--on_bad_audio=skip", "--epoch_count=1")
+    assert len((tmp_path / "out/bad_audio.jsonl").read_text().splitlines()) == 2
+
+
 def test_what_a_folder_lacks_stops_the_run_or_is_left_out(trained, world, librispeech, tmp_path, capsys):
     shutil.copytree(librispeech / "test-clean", tmp_path / "part")
     chapter = tmp_path / "part" / "2" / "7"

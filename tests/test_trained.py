@@ -186,10 +186,19 @@ def test_no_file_an_empty_one_a_truncated_one_and_a_bad_json(tmp_path):
         "[]",
         '{"encoder": 3}',
         '{"downsample_k": "5"}',
-        '{"answers": [1]}',
+        '{"labels": [1]}',
     ):
         path.with_suffix(".json").write_text(info)
         assert "rwkv-adapter-7.json" in refusal(read_mission_file, path)
+
+
+def test_a_mission_that_is_not_known_is_named_with_its_file(world, tmp_path):
+    path = tmp_path / "rwkv-adapter-7.pth"
+    model = world.speech_rwkv(adapter=None)
+    write_mission_file(path, model.trainable_state_dict(), {"mission": "sing"})
+    with pytest.raises(UserError, match=r"rwkv-adapter-7\.pth names the mission 'sing', which is not known here"):
+        world.speech_rwkv(adapter=path)
+    assert world.speech_rwkv(adapter=path, mission="answer").mission.name == "answer"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

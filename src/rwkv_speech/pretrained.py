@@ -10,11 +10,13 @@ from rwkv_speech import lm
 from rwkv_speech.errors import UserError
 from rwkv_speech.mission_file import (
     MissionFile,
+    MissionFileError,
     check_fit,
     chosen_encoder,
     read_mission_file,
     read_states,
 )
+from rwkv_speech.missions import MISSIONS
 from rwkv_speech.missions.task import Task
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
@@ -72,6 +74,9 @@ def load(
     asked = [mission] if isinstance(mission, str) else list(mission or ())
     names = asked or [file.mission for file in files] or ["transcribe"]
     of_mission = {file.mission: file for file in files}
+    for name, file in of_mission.items():
+        if name in names and name.partition("/")[0] not in MISSIONS:
+            raise MissionFileError(f"mission file {file.path} names the mission {name!r}, which is not known here")
     if len(of_mission) < len(files) or len(set(names)) < len(names):
         raise UserError(f"of {', '.join(str(file.path) for file in files)}, two are of one mission: leave one out")
     for file in files:

@@ -139,7 +139,11 @@ def _special(folder: Path, name: str, rng: np.random.Generator) -> Path:
         lambda: path.write_bytes(b""),
         lambda: _bind(path),
     ]
-    odd = [folder / f"{name}\0.wav", folder / ("x" * 300 + ".wav"), Path(os.fsdecode(os.fsencode(path) + b"\xff"))]
+    odd = [
+        folder / f"{name}\0.wav",
+        folder / (name + "x" * 300 + ".wav"),
+        Path(os.fsdecode(os.fsencode(path) + b"\xff")),
+    ]
     choice = int(rng.integers(len(make) + len(odd)))
     if choice >= len(make):
         return odd[choice - len(make)]

@@ -230,7 +230,7 @@ def mangled_models(whole: Path, folder: Path, rng: np.random.Generator, count: i
 def mangled_missions(whole: Path, folder: Path, rng: np.random.Generator, count: int) -> Made:
     """Mission files, each with its JSON; a tenth are states alone."""
     tensors = torch.load(whole, weights_only=True)
-    info = json.loads(whole.with_suffix(".json").read_text())
+    info = json.loads(whole.with_suffix(".json").read_text()) | {"labels": ["a", "b"]}
     for i in range(count):
         path = folder / f"mission-{i}.pth"
         beside = path.with_suffix(".json")
@@ -243,7 +243,7 @@ def mangled_missions(whole: Path, folder: Path, rng: np.random.Generator, count:
         elif what < 0.6:
             kind = _mangled(path, tensors, folder / SPRUNG, rng)
         elif what < 0.8:
-            kind = _odd_value(info, beside, rng)
+            kind = _odd_value(info | {"mission": ("transcribe", "label")[rng.integers(2)]}, beside, rng)
         else:
             how = (cut, flip, insert, noise)[rng.integers(4)]
             how(beside, rng)

@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,7 +63,8 @@ def evaluate_split(
         in the others.
 
     Raises:
-        UserError: a bad sample, as `bad_samples` says, or somebody else changed what this evaluation has written.
+        UserError: a bad sample, as `bad_samples` says, nothing but such, or somebody else changed what this evaluation
+            has written.
     """
     folder = options.project / "eval"
     parts = folder / UNFINISHED / name
@@ -134,6 +134,8 @@ def evaluate_split(
             samples = len(batch) + len(batch.bad) + len(batch.long)
             progress.advance(fabric.world_size * samples, partial(_score, task.mission, records))
     bad = set().union(*gather(bad))  # when all have come to here
+    if len(bad) == len(rows):
+        raise UserError(f"{name}: none of its {len(rows)} samples can be used; {bad_samples.path} says why of each")
     if not fabric.is_global_zero:
         return [], len(bad)
     found = done | _records(parts.glob("*.jsonl"), heard)
@@ -221,10 +223,11 @@ def open_eval_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> No
 
 def check_ids(rows: Iterable[Row]) -> None:
     """Raises a UserError where two rows have one id: records would be taken for each other."""
-    counts = Counter(row.id for row in rows)
-    id, times = counts.most_common(1)[0]
-    if times > 1:
-        raise UserError(f"utterance id {id!r} occurs {times} times in a split; ids must be unique")
+    first: dict[str, Row] = {}
+    for row in rows:
+        if (before := first.setdefault(row.id, row)) is not row:
+            both = f"{before.audio} and {row.audio}"
+            raise UserError(f"utterance id {row.id!r} occurs twice in a split, of {both}; ids must be unique")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ class TrainingModule(pl.LightningModule):
     stop: whether this process has been asked to stop.
     on_nonfinite: called by all processes together where a loss is NaN or infinite, with the number of the step and the
         names of the samples of the batches that gave it.
+
+    utterances: that all processes have learnt from since this one started.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TrainingModule(pl.LightningModule):
         self.total_steps = total_steps
         self.stop = stop or StopRequest()
         self.on_nonfinite = on_nonfinite
+        self.utterances = 0.0
         self.strict_loading = False  # a resume point holds what is trained, not the frozen parts
 
     def training_step(self, batch: Batch, _: int) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class TrainingModule(pl.LightningModule):
         )
         everywhere = torch.tensor(here, dtype=torch.float64, device=self.device)
         stats = StepStats(*self.trainer.strategy.reduce(everywhere, reduce_op="sum").tolist())
+        self.utterances += stats.utterances
         if stats.nonfinite:
             self.on_nonfinite(self.trainer.global_step + 1, [] if finite else batch.names)
             stats = stats._replace(loss_sum=0.0, tokens=0.0, ctc_sum=0.0, ctc_tokens=0.0)

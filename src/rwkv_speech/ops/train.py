@@ -169,6 +169,8 @@ def _train(options: Options, machine: Machine) -> int:
         for files in mission_files.values() if training.average else ():
             files.write_mean()
         run.finish()
+        if not module.utterances and not run.resume_point:
+            raise UserError(f"nothing was learnt: no sample could be used; {bad_samples.path} says why of each")
         _check_steps(trainer.global_step, module, nonfinite)
     found = (f"the mission file {path} is {which}" for path, which in best_mission_files(options.project))
     log.info("%s; %s", bad_samples.report(), "; ".join(found))

@@ -337,13 +337,18 @@ def _load(name: str, device: str | torch.device, dtype: torch.dtype) -> SpeechEn
     try:
         encoder = family(name, model, extractor)
         features = encoder.extract(torch.zeros(SAMPLE_RATE))
-        if not encoder.window:  # of half a minute, and as much work
-            encoder.encode([features], [SAMPLE_RATE])
+        # A window is of half a minute, and as much work.
+        frames = None if encoder.window else encoder.encode([features], [SAMPLE_RATE])[0]
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"speech encoder {name}: its feature extractor, configuration and network do not go together "
             f"({reason(error)}); expected those of one checkpoint: fetch it again"
         ) from error
+    if frames is not None and not frames.isfinite().all():
+        raise UserError(
+            f"speech encoder {name}: what it makes of silence is not finite: its weights are spoilt, or leave the "
+            "range of the precision; fetch it again, or try --precision bf16 or fp32"
+        )
     return encoder
 
 
