@@ -187,15 +187,18 @@ class SpeechRWKV(nn.Module):
         frames = self.encode(batch)
         if len(self.adapters) == 1:
             return self.adapter(frames, batch.frame_lengths)
-        of_sample = self._places(batch)
-        of = torch.tensor([of_sample[owner] for owner in batch.owners], device=self.device)
-        parts = {}
-        for place in sorted(set(of.tolist())):
-            rows = (of == place).nonzero()[:, 0]
-            embeds, valid = self.adapters[place](frames[rows], batch.frame_lengths[rows])
-            parts[place] = rows, embeds, valid
-        order = torch.cat([rows for rows, _, _ in parts.values()]).argsort()
-        return tuple(torch.cat([part[i] for part in parts.values()])[order] for i in (1, 2))
+        places = self._places(batch)
+        parts, order = [], []
+        # All of them, also on no recording: processes must come by their gradients in one order, or ZeRO adds up
+        # those of different adapters.
+        for place, adapter in enumerate(self.adapters):
+            own = [recording for recording, owner in enumerate(batch.owners) if places[owner] == place]
+            rows = self._on_device(own)
+            parts.append(adapter(frames[rows], batch.frame_lengths[rows]))
+            order += own
+        back = self._on_device(sorted(range(len(order)), key=order.__getitem__))
+        embeds, valid = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        return embeds, valid
 
     def embed(self, batch: Batch, audio_embeds: Tensor) -> Tensor:
         """The sequences of a batch as embeddings (B, T, n_embd): those of its tokens, and of audio in its slots."""
@@ -207,7 +210,11 @@ class SpeechRWKV(nn.Module):
         """Which initial state each sample of a batch starts from, where there are several."""
         if len(self.tasks) == 1:
             return None
-        return torch.tensor(self._places(batch), device=self.device)
+        return self._on_device(self._places(batch))
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        # Not torch.tensor(..., device=...), which waits for all that a GPU has to do.
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
 
     def _places(self, batch: Batch) -> list[int]:
         """The place of each sample's task."""
@@ -227,6 +234,18 @@ class SpeechRWKV(nn.Module):
         # Logits only where something is asked.
         logits = self.language_model.logits(hidden.flatten(0, 1).index_select(0, batch.label_slots)).float()
         return F.cross_entropy(logits, batch.labels, reduction="sum")
+
+    def no_loss(self, batch: Batch) -> Tensor:
+        """Zero, from the same path as `loss_sum` of a batch that has samples: for one that has none, on the device.
+
+        Without it, processes would come by their gradients in different orders, and ZeRO would add up those of
+        different tensors.
+        """
+        audio_embeds, _ = self.embed_audio(batch)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        which = None if len(self.tasks) == 1 else one[0]
+        hidden, _ = self.language_model(self.language_model.embed(one) + audio_embeds.sum(), which=which)
+        return hidden.sum() * 0.0
 
     def loss(self, waveforms: Sequence[Tensor], texts: Sequence[str], *, mission: str | None = None) -> Tensor:
         """Cross-entropy averaged over answer tokens and ends of text, differentiable in adapter and state.
@@ -262,7 +281,7 @@ class SpeechRWKV(nn.Module):
             hidden = last(hidden, batch.prompt_lengths)
         results: dict[int, DecodingResult] = {}  # by the sample's place
         for task, places in self._groups(batch).items():
-            rows = torch.tensor(places, device=self.device)
+            rows = self._on_device(places)
             some = len(places) < len(batch)
             start = (hidden[rows], state.select(rows)) if some else (hidden, state)
             if task:

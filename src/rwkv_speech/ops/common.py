@@ -87,7 +87,9 @@ def named_mission_files(options: ModelOptions) -> list[MissionFile]:
     Raises:
         UserError: one can't be read.
     """
-    return [read_mission_file(name) for name in split_names(options.adapter)] if options.adapter else []
+    return (
+        [read_mission_file(name) for name in split_names(options.adapter, what="--adapter")] if options.adapter else []
+    )
 
 
 def load_model(
@@ -114,7 +116,7 @@ def load_model(
         encoder=options.encoder,
         adapter=files,
         load_state=options.load_state,
-        mission=options.mission or missions,
+        mission=missions or options.mission,
         share_adapter=share_adapter,
         device=device,
         dtype=machine.dtype,
@@ -149,14 +151,21 @@ def longest_pieces(model: SpeechRWKV, options: Options) -> dict[str, float]:
 
 
 def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
-    """What stands for the weights of the frozen parts, by name; the language model's are sampled."""
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled.
+
+    What could learn and doesn't, as the adapter beside which a state is trained, is one of them.
+    """
     encoder = model.speech_encoder
     weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
     found = hashlib.blake2b(digest_size=8)
     hash_tensors(found, {name: x.reshape(-1)[:: max(1, x.numel() // 64)] for name, x in weights.items()})
+    still = {name: x.parameter for name, x in model.trained_tensors().items() if not x.parameter.requires_grad}
+    adapter = hashlib.blake2b(digest_size=8)
+    hash_tensors(adapter, {name: x.detach() for name, x in still.items()})
     return {
         "load_model_weights": found.hexdigest(),
         "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
+        **({"weights_that_stay": adapter.hexdigest()} if still else {}),
     }
 
 
