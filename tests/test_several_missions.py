@@ -309,7 +309,7 @@ def test_what_would_be_taken_for_each_other_in_evaluation_is_refused(world, mani
     mixed.write_text("".join(path.read_text() for path in manifests.values()))
     other = tmp_path / "test-label-first.jsonl"
     other.write_text(manifests["label/first"].read_text())
-    with pytest.raises(UserError, match=r"two lines would go to eval/test-label-first\.jsonl"):
+    with pytest.raises(UserError, match=r"two of the splits would go to eval/test-label-first\.jsonl"):
         do("eval", world, trained, f"--eval_split={mixed}+{other}")
     twice = tmp_path / "twice.jsonl"
     line = json.loads(manifests["transcribe"].read_text().splitlines()[0])

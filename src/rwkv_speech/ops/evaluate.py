@@ -60,7 +60,9 @@ def _evaluate(options: Options, machine: Machine) -> int:
     for line in lines:
         check_ids(line.rows)
         if [other.name for other in lines].count(line.name) > 1:
-            raise UserError(f"--eval_split: two lines would go to eval/{line.name}.jsonl: give each split a --proj_dir")
+            raise UserError(
+                f"--eval_split: two of the splits would go to eval/{line.name}.jsonl: give each split a --proj_dir"
+            )
     model = load_model(options.model, files, fabric.device, machine) if files else None
     if model:
         check_missions(chain(*splits.values()), model)
