@@ -113,7 +113,7 @@ class TrainingModule(pl.LightningModule):
         audio_embeds, _ = self.model.embed_audio(batch)
         text = ctc = None
         if not self.options.ctc_align or self.trainer.global_step >= self.options.ctc_align_steps:
-            text = self.model.loss_sum(batch, audio_embeds)
+            text = self.model.loss_sum(batch, audio_embeds, longest=self.options.ctx_len)
         if self.options.ctc_align:
             if len(batch.group_counts) != len(batch):
                 raise UserError("--ctc_align aligns one recording with its text: a sample here has none or several")
