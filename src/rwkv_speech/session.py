@@ -206,7 +206,8 @@ class Conversation:
         """What a file holds."""
         now = self._now
         counts = torch.tensor([now.rounds, now.begun, now.samples])
-        return {name: x.cpu().contiguous() for name, x in now.state.state_dict().items()} | {"counts": counts}
+        copies = now.state.map(lambda x: x.to("cpu", copy=True).contiguous())  # safetensors takes no shared memory
+        return copies.state_dict() | {"counts": counts}
 
     def _made_by(self) -> dict[str, Any]:
         """The model that a state is of; another can't read it."""

@@ -23,6 +23,7 @@ COMMANDS = {
     "/new": "begins anew",
     "/save FILE": "writes where the conversation stands, as .safetensors",
     "/load FILE": "goes on from there",
+    "/help": "says all this",
     "/quit": "ends, as Ctrl-D does",
 }
 MICROPHONE = {"/mic": "says what the microphone hears, until Enter"}
@@ -89,8 +90,7 @@ class _Chat:
         name, _, argument = line.partition(" ")
         form = next((form for form in self.commands if form.split()[0] == name), None)
         if form is None or bool(argument) != (form != name):
-            known = "; ".join(f"{form}: {what}" for form, what in self.commands.items())
-            raise UserError(f"{line!r} is none of the commands {known}")
+            raise UserError(f"{line!r} is none of the commands {', '.join(self.commands)}")
         path = Path(argument.strip()).expanduser()
         match name:
             case "/audio":
@@ -108,6 +108,9 @@ class _Chat:
                 self.talk.save(path)
             case "/load":
                 self.talk = self.talk.load(path)
+            case "/help":
+                for form, what in self.commands.items():
+                    log.info("%s %s", form, what)
         if name in ("/undo", "/new", "/load"):
             log.info("%d rounds so far", self.talk.rounds)
         return name != "/quit"
