@@ -1,4 +1,4 @@
-"""Conversations: against one pass over all that was said, kept and continued, learnt, scored by round, in a terminal."""
+"""Conversations: against one pass over all that was said; on disk, in training and evaluation, in a terminal."""
 
 import json
 import os
@@ -142,8 +142,6 @@ def test_undo_and_fork_are_exact(model):
         other.listen(b)
         assert "".join(other.reply("why", max_new_tokens=MOST)) == second
         assert same(other, after)
-    after.undo()
-    after.undo() if after._before else None
     chat.listen(a)
     chat.undo()  # what was listened to, and not the round before
     assert chat.rounds == 2
@@ -189,6 +187,30 @@ def test_pieces_are_whole_characters_and_the_answer_without_space_around_it():
         assert not any("\ufffd" in piece for piece in pieces)
     stream = StrippedStream(tokenizer.stream())
     assert [stream.feed(byte + 1) for byte in "é".encode()[:1]] + [stream.flush()] == ["", "\ufffd"]
+
+
+def test_round_20_reads_what_round_2_reads(model):
+    chat, positions = model.conversation(), []
+    hook = model.language_model.register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[1]))
+    read_by_round = []
+    for _ in range(20):
+        positions.clear()
+        "".join(chat.reply("and now?", max_new_tokens=4))
+        read_by_round.append(positions.copy())
+    hook.remove()
+    assert all(first == len("\0and now?#") and {*steps} <= {1} for first, *steps in read_by_round[1:])
+
+
+def test_a_talk_begins_with_the_state_of_its_mission(world):
+    model = world.speech_rwkv(mission=["transcribe", "converse"], adapter_hidden=16, share_adapter=False)
+    with torch.no_grad():
+        for state in model.language_model.time_states:
+            state.normal_()
+    for place, name in enumerate(model.tasks):
+        chat = model.conversation(mission=name)
+        for layer, state in enumerate(model.language_model.time_states):
+            assert torch.equal(state_of(chat)[f"{layer}.wkv"][0], state[place])
+    assert list(chat.reply("typed", max_new_tokens=2))
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -399,6 +421,7 @@ def trained(world, tmp_path_factory) -> Path:
         if i % 2:
             messages += [user(audio=os.path.relpath(b, project), text="this"), answer("new")]
         lines.append(line(*messages, id=f"t{i}"))
+    lines += [line(user(text="typed"), answer("read"), id=id) for id in ("t4", "t5")]  # a batch without any audio
     (project / "talks.jsonl").write_text("".join(lines))
     flags = [f"--data={project / 'talks.jsonl'}", "--max_new_tokens=4"]
     train = [*flags, "--epoch_count=1", "--micro_bsz=2", "--ctx_len=20", f"--valid_split={project / 'talks.jsonl'}"]
@@ -409,11 +432,14 @@ def trained(world, tmp_path_factory) -> Path:
 
 def test_conversations_are_learnt_and_scored_by_round(trained, world, capsys):
     ((tensors, info),) = missions(trained).values()
-    assert (info["mission"], info["step"]) == ("converse", 2)
+    assert (info["mission"], info["step"]) == ("converse", 3)
     assert 0 <= info["exact_match"] <= 1
     assert all(bool(x.any()) for name, x in tensors.items() if "time_state" in name), "the first state has learnt"
     found = read_records(trained / "eval/all.jsonl")
-    assert [[x["round"] for x in record.details["rounds"]] for record in found] == [[1, 2], [1, 2, 3]] * 2
+    assert [[x["round"] for x in record.details["rounds"]] for record in found] == [
+        *([[1, 2], [1, 2, 3]] * 2),
+        *([[1]] * 2),
+    ]
     model = world.speech_rwkv(adapter=next(trained.glob("*.pth")))
     (row, *_), search = read_manifest(trained / "talks.jsonl"), {"max_new_tokens": 4}
     chat = model.conversation()
@@ -422,7 +448,7 @@ def test_conversations_are_learnt_and_scored_by_round(trained, world, capsys):
         assert "".join(chat.reply(*said, **search)) == x["hypothesis"]
     assert found[0].details["rounds"][0]["with_references"] == found[0].details["rounds"][0]["hypothesis"]
     summary = json.loads((trained / "eval/summary.json").read_text())["splits"]["all"]
-    assert [(x["round"], x["conversations"]) for x in summary["rounds"]] == [(1, 4), (2, 4), (3, 2)]
+    assert [(x["round"], x["conversations"]) for x in summary["rounds"]] == [(1, 6), (2, 4), (3, 2)]
     assert "With references" in (trained / "eval/report.html").read_text()
     assert do("score", world, trained, f"--records={trained / 'eval/all.jsonl'}", f"--output_dir={trained / 's'}") == 0
     assert json.loads((trained / "s/summary.json").read_text())["splits"]["all"]["rounds"] == summary["rounds"]
@@ -435,7 +461,7 @@ def test_a_bad_recording_in_a_conversation_is_named(trained, world, tmp_path):
     with pytest.raises(UserError, match=r"bad sample x: a conversation: .*gone\.wav"):
         do("eval", world, trained, f"--data={manifest}", f"--proj_dir={trained}")
     manifest.write_text(line(user(text="a"), answer(), id="x", mission="transcribe"))
-    with pytest.raises(UserError, match="bad sample x: .*a row of the mission converse"):
+    with pytest.raises(UserError, match=r"bad sample x: .*a row of the mission converse"):
         do("train", world, tmp_path, f"--data={manifest}", "--mission=transcribe")
 
 

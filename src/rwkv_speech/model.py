@@ -229,26 +229,22 @@ class SpeechRWKV(nn.Module):
             piece.
         """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
-        x, which = self.embed(batch, audio_embeds), self.which(batch)
-        T = x.shape[1]
+        x, T = self.embed(batch, audio_embeds), batch.ids.shape[1]
+        state = self.language_model.initial_state(len(batch), self.which(batch))
         if longest is None or longest >= T:
-            return self._read(x, None, which, batch.label_slots, batch.labels)[0]
+            return self._read(x, state, batch.label_slots, batch.labels)[0]
         rows, positions = batch.label_slots // T, batch.label_slots % T
-        total, state = torch.zeros((), device=self.device), None
+        total = torch.zeros((), device=self.device)
         for start, piece in zip(range(0, T, longest), x.split(longest, dim=1), strict=True):
             inside = (positions >= start) & (positions < start + longest)
             slots = rows[inside] * piece.shape[1] + positions[inside] - start
-            loss, state = checkpoint(
-                *(self._read, piece, state, which, slots, batch.labels[inside]), use_reentrant=False
-            )
+            loss, state = checkpoint(self._read, piece, state, slots, batch.labels[inside], use_reentrant=False)
             total = total + loss
         return total
 
-    def _read(
-        self, x: Tensor, state: State | None, which: Tensor | None, label_slots: Tensor, labels: Tensor
-    ) -> tuple[Tensor, State]:
+    def _read(self, x: Tensor, state: State, label_slots: Tensor, labels: Tensor) -> tuple[Tensor, State]:
         """The summed cross-entropy of sequences x (B, T, C) that go on from a state, and the state after them."""
-        hidden, state = self.language_model(x, state, which=which)
+        hidden, state = self.language_model(x, state)
         # Logits only where something is asked.
         logits = self.language_model.logits(hidden.flatten(0, 1).index_select(0, label_slots)).float()
         return F.cross_entropy(logits, labels, reduction="sum"), state
