@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from rwkv_speech import SpeechRWKV
+from rwkv_speech import SpeechRWKV, session
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.sample import Message, Sample
@@ -199,6 +199,24 @@ def test_round_20_reads_what_round_2_reads(model):
         read_by_round.append(positions.copy())
     hook.remove()
     assert all(first == len("\0and now?#") and {*steps} <= {1} for first, *steps in read_by_round[1:])
+
+
+def test_an_answer_may_get_as_long_as_what_was_listened_to_allows(world, tmp_path, monkeypatch):
+    """Of transcripts 50 tokens a second, 100 at least; also where a file lies between listening and answering."""
+    limits = []
+    plain = session.generate
+    monkeypatch.setattr(
+        *(session, "generate"),
+        lambda *given, max_new_tokens, **how: plain(*given, max_new_tokens=limits.append(max_new_tokens) or [1], **how),
+    )
+    chat = world.speech_rwkv(adapter_hidden=16).conversation()
+    chat.listen(torch.zeros(24_000))
+    chat.listen(torch.zeros(24_000))
+    chat.save(tmp_path / "x.safetensors")
+    for talk in (chat, chat.load(tmp_path / "x.safetensors")):
+        list(talk.reply())
+        list(talk.reply("typed"))
+    assert limits == [[150], [100]] * 2
 
 
 def test_a_talk_begins_with_the_state_of_its_mission(world):

@@ -10,6 +10,7 @@ from rwkv_speech.files import printable
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import check_model_file, load_model, longest_pieces, only_mission_file
 from rwkv_speech.options import DecodingOptions, Options
+from rwkv_speech.scoring.formats import counted
 from rwkv_speech.session import Said
 from rwkv_speech.speech.microphone import has_microphone, record
 from rwkv_speech.terminal import say
@@ -112,7 +113,7 @@ class _Chat:
                 for form, what in self.commands.items():
                     log.info("%s %s", form, what)
         if name in ("/undo", "/new", "/load"):
-            log.info("%d rounds so far", self.talk.rounds)
+            log.info("%s so far", counted(self.talk.rounds, "round"))
         return name != "/quit"
 
     def _begin(self) -> None:
