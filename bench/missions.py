@@ -23,6 +23,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.trained import learning
 
+TOLERANCE = 1e-4
 BOUND = 1.1  # asked of the mix over one mission
 
 
@@ -51,6 +52,11 @@ def main() -> None:
         "shared_adapter": random_speech_model(**sizes, missions=args.missions),
         "own_adapters": random_speech_model(**sizes, missions=args.missions, adapters=args.missions),
     }
+    for adapter in models["own_adapters"].adapters:
+        adapter.load_state_dict(models["one"].adapter.state_dict())
+    losses = [float(model.loss_sum(batch_of(model, *random_batch(model))).detach()) for model in models.values()]
+    if max(losses) - min(losses) > TOLERANCE * max(losses):
+        raise SystemExit(f"states and adapters are equal, the losses are not: {losses}; nothing was timed")
     t = seconds({name: step_of(model) for name, model in models.items()}, rounds=args.rounds)
     line = {
         "bench": "missions",

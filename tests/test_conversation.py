@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech import SpeechRWKV, session
+from rwkv_speech.answering import answer_rounds
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.sample import Message, Sample
@@ -21,7 +22,6 @@ from rwkv_speech.files import printable
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.options import DecodingOptions
-from rwkv_speech.rounds import answer_rounds
 from rwkv_speech.scoring import ConversationScores, EvalRecord, read_records
 from rwkv_speech.session import StrippedStream
 from rwkv_speech.speech import microphone

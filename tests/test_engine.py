@@ -400,7 +400,8 @@ def test_a_run_of_skipped_steps_alone_has_not_succeeded(world, tmp_path):
 
 
 def test_spoilt_weights_cannot_be_skipped(tmp_path):
-    model = SimpleNamespace(trainable_state_dict=lambda: {"x": torch.tensor([1.0, math.inf])})
+    spoilt = torch.nn.Parameter(torch.tensor([1.0, math.inf]))
+    model = SimpleNamespace(trained_tensors=lambda: {"x": TrainedTensor(spoilt, "state", decay=False)})
     with pytest.raises(UserError, match="weights are spoilt"):
         NonFiniteLosses("skip", tmp_path / "nonfinite.jsonl", model)(7, [])
     assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"
@@ -495,7 +496,11 @@ def test_training_ends_after_validations_without_improvement(world, tmp_path, mo
     def share(self, module):
         errors = round(10 * next(rates))
         words = " ".join(["x"] * errors + ["y"] * (10 - errors))
-        return 1.0, 1, [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0)]
+        return (
+            1.0,
+            1,
+            [EvalRecord(id="u", reference=" ".join("y" * 10), hypothesis=words, seconds=1.0, mission="transcribe")],
+        )
 
     monkeypatch.setattr(Validation, "_share", share)
     flags = ["--epoch_count=5", "--early_stop=2", "--valid_steps=2", f"--valid_split={world.folder / 'train.jsonl'}"]
@@ -512,7 +517,11 @@ def test_characters_decide_where_words_are_not_spaced(world, tmp_path, monkeypat
     from rwkv_speech.engine.validation import Validation
 
     def share(self, module):
-        return 1.0, 1, [EvalRecord(id="u", reference="今天天气好", hypothesis=next(said), seconds=1.0)]
+        return (
+            1.0,
+            1,
+            [EvalRecord(id="u", reference="今天天气好", hypothesis=next(said), seconds=1.0, mission="transcribe")],
+        )
 
     monkeypatch.setattr(Validation, "_share", share)
     valid = tmp_path / "valid.jsonl"
@@ -697,8 +706,8 @@ def test_the_table_of_metrics_goes_on_where_the_run_does(tmp_path):
 
 def test_the_picture_shows_what_was_measured(tmp_path):
     measured = [{"step": s, "loss": 5 / s, "lr": 1e-4, "state_lr": 1e-3, "audio_s_per_s": 9.0} for s in range(1, 9)]
-    (tmp_path / "without.png").write_bytes(draw(measured, WER))
-    (tmp_path / "with.png").write_bytes(draw([*measured, {"step": 8, "valid_wer": 0.2, "valid_loss": 1.0}], WER))
+    (tmp_path / "without.png").write_bytes(draw(measured, {"": WER}))
+    (tmp_path / "with.png").write_bytes(draw([*measured, {"step": 8, "valid_wer": 0.2, "valid_loss": 1.0}], {"": WER}))
     without, scored = (imread(tmp_path / f"{name}.png") for name in ("without", "with"))
     different = (without != scored).any(axis=-1)
     assert different[350:, :550].any(), "the panel of the word error rate"

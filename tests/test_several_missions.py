@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.data.mixing import Mix
-from rwkv_speech.data.sample import Row
+from rwkv_speech.data.sample import Row, fingerprint
 from rwkv_speech.data.sources import split_weights
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.errors import UserError
@@ -125,6 +125,28 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(request, world, tmp_pat
         torch.testing.assert_close(adapter.layers[2].weight.grad, grad, rtol=1e-4, atol=1e-5)
 
 
+def test_processes_come_by_their_gradients_in_one_order(world, files):
+    """Whatever is in their batches: ZeRO adds up what comes first, and second, and so on."""
+    model, rows = world.speech_rwkv(adapter=files), rows_of(world)
+    orders, found = [], []
+    for name, x in model.trained_tensors().items():
+        x.parameter.register_post_accumulate_grad_hook(lambda _, name=name: found.append(name))
+    for some in (rows, rows[:1], rows[1:2], rows[2:4], []):
+        batch = model.prepare([model.sample(row) for row in some])
+        (model.loss_sum(batch) if some else model.no_loss(batch)).backward()
+        orders.append([*found])
+        found.clear()
+    assert len(orders[0]) == 2 + 4 * 4
+    assert orders == [orders[0]] * 5
+
+
+def test_which_state_must_be_said_where_there_are_several(world, files):
+    several, one = world.speech_rwkv(adapter=files).language_model, world.speech_rwkv().language_model
+    for model, which in ((several, None), (one, torch.zeros(4, dtype=torch.int64))):
+        with pytest.raises(ValueError, match="which initial states"):
+            model(torch.zeros(4, 1, dtype=torch.int64), which=which)
+
+
 def test_files_of_several_missions_that_do_not_go_together_are_refused(world, files, tmp_path):
     with pytest.raises(UserError, match="two are of one mission"):
         world.speech_rwkv(adapter=[files[0], files[0]])
@@ -232,6 +254,8 @@ def test_a_state_learns_beside_an_adapter_that_stays_as_it_is(world, manifests, 
             assert torch.equal(before[name], after.tensors[name]) != learns, name
     with pytest.raises(UserError, match="--train_type state trains beside an adapter that stays as it is"):
         do("train", world, tmp_path / "new", *flags[:-1], "--train_type=state")
+    with pytest.raises(UserError, match="--ctc_align 1.0 teaches the adapter, which --train_type state leaves"):
+        do("train", world, tmp_path / "new", *flags, "--train_type=state", "--ctc_align=1")
 
 
 def test_evaluation_of_several_missions_has_a_line_for_each(world, manifests, trained, tmp_path, capsys):
@@ -261,6 +285,42 @@ def test_evaluation_of_several_missions_has_a_line_for_each(world, manifests, tr
         assert f"{mixed}, {mission}" in json.dumps(summary)
 
 
+def test_rows_that_name_no_mission(world, manifests, tmp_path):
+    """Are transcripts, whatever the others are, unless it is said; of several missions in evaluation none is theirs."""
+    data = tmp_path / "some.jsonl"
+    lines = [json.loads(line) for line in manifests["label/first"].read_text().splitlines()]
+    unnamed = [{"audio": x["audio"], "text": "ab", "id": f"t{x['id']}"} for x in lines]
+    data.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *unnamed]))
+    flags = [f"--train_split={data}", "--epoch_count=1", "--micro_bsz=12"]
+    for more, expected in (([], "transcribe"), (["--mission=translate"], "translate")):
+        project = tmp_path / expected
+        do("train", world, project, *flags, *more)
+        files = {file.mission: file for file in map(read_mission_file, project.glob("**/rwkv-adapter-*.pth"))}
+        assert files.keys() == {expected, "label/first"}
+        assert files["label/first"].info["labels"] == sorted({x["text"] for x in lines})
+    with pytest.raises(UserError, match="rows name no mission, and there are mission files of label/first, transcribe"):
+        do("eval", world, tmp_path / "transcribe", f"--eval_split={data}")
+    with pytest.raises(UserError, match="its mission is 'label/first', but this run is of 'answer'"):
+        do("train", world, tmp_path / "no", f"--train_split={manifests['label/first']}", "--mission=answer")
+
+
+def test_what_would_be_taken_for_each_other_in_evaluation_is_refused(world, manifests, trained, tmp_path):
+    mixed = tmp_path / "test.jsonl"
+    mixed.write_text("".join(path.read_text() for path in manifests.values()))
+    other = tmp_path / "test-label-first.jsonl"
+    other.write_text(manifests["label/first"].read_text())
+    with pytest.raises(UserError, match=r"two lines would go to eval/test-label-first\.jsonl"):
+        do("eval", world, trained, f"--eval_split={mixed}+{other}")
+    twice = tmp_path / "twice.jsonl"
+    line = json.loads(manifests["transcribe"].read_text().splitlines()[0])
+    twice.write_text("".join(json.dumps(line | change) + "\n" for change in ({}, {"mission": None})))
+    with pytest.raises(UserError, match="occurs"):
+        do("eval", world, trained, f"--eval_split={twice}", "--mission=transcribe")
+    row = Row("a", "b", torch.zeros(10), mission="label/a")
+    model = world.speech_rwkv(mission=["label/a", "label/b"])
+    assert fingerprint([row], model.sample) != fingerprint([replace(row, mission="label/b")], model.sample)
+
+
 def test_prediction_takes_one_of_several(world, trained, capsys):
     path, _ = world.utterances[0]
     flags = ["--num_workers=0", "--max_new_tokens=3", "--file_path", str(path)]
@@ -286,6 +346,7 @@ def test_a_pass_takes_rows_as_often_as_their_split_weighs():
         assert sorted(counts[4:14].tolist()) == [0] * 5 + [1] * 5
         seen |= {i for i in range(4, 14) if counts[i]}
     assert seen == set(range(4, 14)), "the second epoch takes the other half"
+    assert mix.copies.tolist() == [0] * 4 + [1] * 4 + [0] * 5 + [0] * 3
     seconds = np.arange(17.0)
     for epoch in range(4):
         assert (np.sort(seconds[mix(epoch)]) <= np.sort(mix.longest(seconds))).all()

@@ -198,7 +198,7 @@ def test_a_mission_that_is_not_known_is_named_with_its_file(world, tmp_path):
     write_mission_file(path, model.trainable_state_dict(), {"mission": "sing"})
     with pytest.raises(UserError, match=r"rwkv-adapter-7\.pth names the mission 'sing', which is not known here"):
         world.speech_rwkv(adapter=path)
-    assert world.speech_rwkv(adapter=path, mission="answer").mission.name == "answer"
+    assert world.speech_rwkv(adapter=path, mission="answer").task().name == "answer"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

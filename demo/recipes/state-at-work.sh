@@ -8,7 +8,7 @@
 # alone, with all states zero. Prints a table: each mission's test recordings with each state. Interrupted, the same
 # command goes on. Every other setting of train.py can be given in the environment, too.
 
-data_dir="${data_dir:-}"                     # the repository's folder, or recordings/ of it, or manifests of it
+data_dir="${data_dir:-}"                     # the repository's folder, or recordings/ of it
 encoder="${encoder:-openai/whisper-tiny.en}" # Hugging Face name or folder
 load_model="${load_model:-}"                 # RWKV weights; empty: demo/tiny/rwkv6-tiny-listening.pth
 proj_dir="${proj_dir:-}"                     # where everything lands; empty: output/state-at-work/ of this project
@@ -38,12 +38,12 @@ train() { # folder, manifest, and settings
     split=$data/$2.jsonl
     shift 2
     [ -e "$folder/trained" ] || {
-        env "$@" OP=train data_dir='' proj_dir="$folder" train_split="$split" sh "$root/demo/demo-state-tuning.sh"
+        env mission= labels= share_adapter=1 valid_split= load_state= "$@" OP=train data_dir='' proj_dir="$folder" train_split="$split" sh "$root/demo/demo-state-tuning.sh"
         : >"$folder/trained"
     }
 }
 train four train adapter=
 train zero train adapter= train_type=adapter
-train fifth train-german train_type=state lr_init=1e-2 \
-    adapter="$("$python" "$script" newest "$proj_dir/four/label/english")"
+adapter=$("$python" "$script" newest "$proj_dir/four/label/english")
+train fifth train-german train_type=state lr_init=1e-2 adapter="$adapter"
 "$python" "$script" table "$proj_dir" --load_model "$load_model"

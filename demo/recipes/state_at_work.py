@@ -27,6 +27,8 @@ FIFTH = "german"
 
 def recordings(folder: Path) -> Iterator[tuple[str, Path, int, str]]:
     """Split, file, digit and speaker: of `<digit>_<speaker>_<number>.wav`, the official test is number < 5."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder}: no such folder")
     folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
     for path in sorted(folder.iterdir()):
         digit, _, rest = path.stem.partition("_")

@@ -257,7 +257,12 @@ def best_mission_files(project: Path) -> list[tuple[Path, str]]:
     Raises:
         MissionFileError: the project holds none.
     """
-    folders = {path.parent for kind in MISSIONS for path in project.glob(f"{kind}/**/rwkv-adapter-*.pth")}
+    folders = {
+        path.parent
+        for kind in MISSIONS
+        for path in (*project.glob(f"{kind}/rwkv-adapter-*.pth"), *project.glob(f"{kind}/*/rwkv-adapter-*.pth"))
+        if _info_beside(path).get("mission") == path.parent.relative_to(project).as_posix()
+    }
     if not folders:
         return [best_mission_file(project)]
     newest = {folder: newest_mission_file(folder) for folder in (project, *sorted(folders)) if _holds_any(folder)}

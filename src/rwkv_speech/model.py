@@ -20,10 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_speech import pretrained
+from rwkv_speech.answering import answers
 from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
-from rwkv_speech.decoding import DecodingResult, choose, complete
+from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.language_model import LanguageModel, last
 from rwkv_speech.lm.state import State
@@ -188,17 +189,20 @@ class SpeechRWKV(nn.Module):
         """A batch on the model's device -> what the adapter makes of its recordings: embeddings (A, G, n_embd), and
         the valid positions (A,) of each."""
         frames = self.encode(batch)
-        if len(self.adapters) == 1 or not len(frames):
+        if len(self.adapters) == 1:
             return self.adapter(frames, batch.frame_lengths)
-        of_sample = self._places(batch)
-        of = torch.tensor([of_sample[owner] for owner in batch.owners], device=self.device)
-        parts = {}
-        for place in sorted(set(of.tolist())):
-            rows = (of == place).nonzero()[:, 0]
-            embeds, valid = self.adapters[place](frames[rows], batch.frame_lengths[rows])
-            parts[place] = rows, embeds, valid
-        order = torch.cat([rows for rows, _, _ in parts.values()]).argsort()
-        return tuple(torch.cat([part[i] for part in parts.values()])[order] for i in (1, 2))
+        places = self._places(batch)
+        parts, order = [], []
+        # All of them, also on no recording: processes must come by their gradients in one order, or ZeRO adds up
+        # those of different adapters.
+        for place, adapter in enumerate(self.adapters):
+            own = [recording for recording, owner in enumerate(batch.owners) if places[owner] == place]
+            rows = self._on_device(own)
+            parts.append(adapter(frames[rows], batch.frame_lengths[rows]))
+            order += own
+        back = self._on_device(sorted(range(len(order)), key=order.__getitem__))
+        embeds, valid = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        return embeds, valid
 
     def embed(self, batch: Batch, audio_embeds: Tensor) -> Tensor:
         """The sequences of a batch as embeddings (B, T, n_embd): those of its tokens, and of audio in its slots."""
@@ -210,7 +214,11 @@ class SpeechRWKV(nn.Module):
         """Which initial state each sample of a batch starts from, where there are several."""
         if len(self.tasks) == 1:
             return None
-        return torch.tensor(self._places(batch), device=self.device)
+        return self._on_device(self._places(batch))
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        # Not torch.tensor(..., device=...), which waits for all that a GPU has to do.
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
 
     def _places(self, batch: Batch) -> list[int]:
         """The place of each sample's task."""
@@ -249,6 +257,18 @@ class SpeechRWKV(nn.Module):
         logits = self.language_model.logits(hidden.flatten(0, 1).index_select(0, label_slots)).float()
         return F.cross_entropy(logits, labels, reduction="sum"), state
 
+    def no_loss(self, batch: Batch) -> Tensor:
+        """Zero, from the same path as `loss_sum` of a batch that has samples: for one that has none, on the device.
+
+        Without it, processes would come by their gradients in different orders, and ZeRO would add up those of
+        different tensors.
+        """
+        audio_embeds, _ = self.embed_audio(batch)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        which = None if len(self.tasks) == 1 else one[0]
+        hidden, _ = self.language_model(self.language_model.embed(one) + audio_embeds.sum(), which=which)
+        return hidden.sum() * 0.0
+
     def loss(self, waveforms: Sequence[Tensor], texts: Sequence[str], *, mission: str | None = None) -> Tensor:
         """Cross-entropy averaged over answer tokens and ends of text, differentiable in adapter and state.
 
@@ -281,66 +301,7 @@ class SpeechRWKV(nn.Module):
         with torch.inference_mode():
             hidden, state = self.language_model(x, None, batch.prompt_lengths, self.which(batch))
             hidden = last(hidden, batch.prompt_lengths)
-        return self.answers(batch, range(len(batch)), hidden, state, options)
-
-    def answers(
-        self,
-        batch: Batch,
-        places: Sequence[int],
-        hidden: Tensor,
-        state: State,
-        options: DecodingOptions,
-        *,
-        name: str = "{}",
-        keep_state: bool = False,
-    ) -> list[DecodingResult]:
-        """The answers to some samples of a batch, from where the language model has read what they ask.
-
-        Args:
-            places: of the samples in the batch.
-            hidden: (len(places), C), the model's output there, and
-            state: its state.
-            name: what a sample is called, made of its name; draws at random depend on it.
-            keep_state: gives the final state of each result that wasn't chosen from a set.
-        """
-        results: dict[int, DecodingResult] = {}  # by the row of `hidden`
-        for task, rows in self._groups([batch.missions[place] for place in places]).items():
-            index = torch.tensor(rows, device=self.device)
-            some = len(rows) < len(places)
-            start = (hidden[index], state.select(index)) if some else (hidden, state)
-            if task:
-                labels = [*map(self.tokenizer.encode, self.tasks[task].labels)]
-                found = choose(self.language_model, *start, labels)
-            else:
-                found = complete(
-                    *(self.language_model, *start),
-                    max_new_tokens=[self._most_tokens(batch, places[row], options) for row in rows],
-                    options=options,
-                    names=[name.format(batch.names[places[row]]) for row in rows],
-                    keep_state=keep_state,
-                )
-            results |= zip(rows, found, strict=True)
-        return [results[row] for row in range(len(places))]
-
-    def _groups(self, missions: Sequence[str]) -> dict[str | None, list[int]]:
-        """The places of samples whose answers are found together: by the task of those that choose, and None.
-
-        missions: of the samples.
-
-        Raises:
-            UserError: a task chooses among labels, and there are none.
-        """
-        groups: dict[str | None, list[int]] = {}
-        for place, name in enumerate(missions):
-            task = self.task(name)
-            if task.mission.chooses and not task.labels:
-                raise UserError(f"the mission {task.name} chooses among labels: name them by --labels")
-            groups.setdefault(task.name if task.mission.chooses else None, []).append(place)
-        return groups
-
-    def _most_tokens(self, batch: Batch, place: int, options: DecodingOptions) -> int:
-        mission = self.task(batch.missions[place]).mission
-        return options.max_new_tokens or mission.max_new_tokens(batch.seconds[place])
+        return answers(self, batch, range(len(batch)), hidden, state, options)
 
     def text(self, result: DecodingResult) -> str:
         """The text of an answer."""

@@ -179,7 +179,10 @@ class TrainingOptions:
     save_steps: int = flag(1000, "optimiser steps between mission files, within an epoch; 0: none", type=count)
     valid_steps: int = flag(1000, "steps between validations, with valid_split", type=positive, resume_ignored=True)
     early_stop: int = flag(
-        0, "end training after so many validations without a better score; 0: never", type=count, resume_ignored=True
+        0,
+        "end training after so many validations in which no mission's score got better; 0: never",
+        type=count,
+        resume_ignored=True,
     )
     average: int = flag(
         0,
@@ -222,6 +225,10 @@ class TrainingOptions:
                 raise UserError(f"--{name} {rate} must be positive")
         if not 0 <= self.ctc_align < math.inf:
             raise UserError(f"--ctc_align {self.ctc_align} is a weight: expected 0 or more")
+        if self.ctc_align and "adapter" not in self.train_type:
+            raise UserError(
+                f"--ctc_align {self.ctc_align} teaches the adapter, which --train_type state leaves as it is"
+            )
         if self.ctc_align_steps and not self.ctc_align:
             raise UserError(f"--ctc_align_steps {self.ctc_align_steps} needs --ctc_align: the weight of that loss")
         if self.noise_snr and not self.noise_dir:

@@ -74,10 +74,12 @@ def load(
     asked = [mission] if isinstance(mission, str) else list(mission or ())
     names = asked or [file.mission for file in files] or ["transcribe"]
     of_mission = {file.mission: file for file in files}
+    if len(set(asked)) < len(asked):
+        raise UserError(f"of the missions {', '.join(asked)}, two are the same")
     for name, file in of_mission.items():
         if name in names and name.partition("/")[0] not in MISSIONS:
             raise MissionFileError(f"mission file {file.path} names the mission {name!r}, which is not known here")
-    if len(of_mission) < len(files) or len(set(names)) < len(names):
+    if len(of_mission) < len(files):
         raise UserError(f"of {', '.join(str(file.path) for file in files)}, two are of one mission: leave one out")
     for file in files:
         encoder = chosen_encoder(file, encoder)

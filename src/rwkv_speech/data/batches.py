@@ -196,7 +196,8 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         mix: Mix | None = None,
     ) -> None:
         self.rows = rows
-        self.mix, self.mixed = mix, (-1, np.zeros(0, int))
+        self.mix, self.mixed = mix, (-1, np.zeros(0, int))  # the rows of an epoch, kept with its number
+        self.copies = None if mix is None else mix.copies
         self.sample_of = sample_of
         self.renderer = renderer
         self.extract, self.cache = extract, cache
@@ -210,20 +211,21 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         return len(self.rows if self.mix is None else self.mix)
 
     def __getitem__(self, index: int) -> Item | BadSample | LongRow:
+        copy = 0
         if self.mix is not None:
             if self.mixed[0] != self.epoch:
                 self.mixed = self.epoch, self.mix(self.epoch)
-            index = int(self.mixed[1][index])
+            index, copy = int(self.mixed[1][index]), int(self.copies[index])
         row = self.rows[index]
         try:
-            return self.read(self.sample_of(row), index)
+            return self.read(self.sample_of(row), index, copy)
         except (AudioError, SampleError) as error:
             if self.set_apart and isinstance(error, TooLongError):
                 return LongRow(index)
             return BadSample(row.id, row.place, str(error))
 
-    def read(self, sample: Sample, index: int) -> Item:
-        """Reads and renders one sample.
+    def read(self, sample: Sample, index: int, copy: int = 0) -> Item:
+        """Reads and renders one sample; copy: how often its row was taken before in this epoch.
 
         Raises:
             AudioError: its audio can't be used.
@@ -231,6 +233,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         """
         if self.needs_answer and not sample.reference.strip():
             raise SampleError("text with no tokens")
+        drawn = copy_id(sample.id, copy)
         if self.cache is not None:
             cached = [self.cache.read(x, self.longest) for x in sample.audio]
             audio, samples = [x for x, _ in cached], [n for _, n in cached]
@@ -240,13 +243,13 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
             samples = [len(x) for x in waveforms]
             rendered = self._rendered(sample, samples)
             if self.transform is not None:
-                waveforms = [self.transform(_draw(sample, i), x, self.epoch) for i, x in enumerate(waveforms)]
+                waveforms = [self.transform(_draw(drawn, i), x, self.epoch) for i, x in enumerate(waveforms)]
                 if samples != (samples := [len(x) for x in waveforms]):
                     rendered = self.renderer(sample, samples)
             audio = [self.extract(x) for x in waveforms]
         masks = []
         if self.spec_augment is not None:
-            masks = [self.spec_augment(_draw(sample, i), n, self.epoch) for i, n in enumerate(rendered.frames)]
+            masks = [self.spec_augment(_draw(drawn, i), n, self.epoch) for i, n in enumerate(rendered.frames)]
         return Item(sample.id, sample.mission, index, sample.reference, rendered, samples, audio, masks)
 
     def _rendered(self, sample: Sample, samples: Sequence[int]) -> Rendered:
@@ -256,9 +259,14 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         return rendered
 
 
-def _draw(sample: Sample, recording: int) -> str:
-    """What random draws for one of a sample's recordings depend on."""
-    return f"{sample.id} {recording}" if recording else sample.id
+def copy_id(id: str, copy: int) -> str:
+    """What random draws for a row depend on, by how often it was taken before."""
+    return f"{id} again {copy}" if copy else id
+
+
+def _draw(id: str, recording: int) -> str:
+    """The same for one of its recordings."""
+    return f"{id} {recording}" if recording else id
 
 
 class Collate:

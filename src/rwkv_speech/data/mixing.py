@@ -22,6 +22,14 @@ class Mix:
         parts = (round(weight % 1 * size) for weight, size in zip(weights, sizes, strict=True))
         self.parts = [part or int(not whole) for part, whole in zip(parts, self.whole, strict=True)]
 
+    @property
+    def copies(self) -> np.ndarray:
+        """(len(mix),): how often a pass has taken the row before. Augmentation draws for each of them."""
+        found = []
+        for rows, n, part in zip(self.splits, self.whole, self.parts, strict=True):
+            found += [np.full(len(rows), copy) for copy in range(n)] + [np.full(part, n)]
+        return np.concatenate(found)
+
     def __len__(self) -> int:
         return sum(n * len(rows) + part for rows, n, part in zip(self.splits, self.whole, self.parts, strict=True))
 

@@ -126,7 +126,9 @@ def fingerprint(rows: Iterable[Row], sample_of: Callable[[Row], Sample], *more: 
     for row in rows:
         found.update(repr((row.id, row.text)).encode())
         with suppress(SampleError):  # which its reader will report
-            for message in sample_of(row).messages:
+            sample = sample_of(row)
+            found.update(sample.mission.encode())
+            for message in sample.messages:
                 found.update(repr((message.role, *map(_traits, message.parts))).encode())
     return found.hexdigest()
 

@@ -77,7 +77,7 @@ def load_split(
     return utterances
 
 
-def split_names(asked: str, within: str = "") -> list[str]:
+def split_names(asked: str, within: str = "", what: str = "split") -> list[str]:
     """The names that are joined by "+" in what was asked for.
 
     A "+" may also be part of a name: what is there by the name as it stands, as a path or in the folder `within`, is
@@ -94,7 +94,7 @@ def split_names(asked: str, within: str = "") -> list[str]:
         names.append(name if _is_there(name, within, weighted=True) else name.strip())
     if not all(names):
         raise UserError(
-            f"split {asked!r} has an empty name; expected one name, or several joined by '+'; "
+            f"{what} {asked!r} has an empty name; expected one name, or several joined by '+'; "
             "one that has a '+' in it must be there"
         )
     return names

@@ -13,6 +13,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from rwkv_speech.answering import answer_rounds
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import SpeechDataset
 from rwkv_speech.data.loading import loader
@@ -26,7 +27,6 @@ from rwkv_speech.missions.task import Task
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
 from rwkv_speech.progress import Progress
-from rwkv_speech.rounds import answer_rounds
 from rwkv_speech.scoring import EvalRecord, RecordWriter, read_records
 from rwkv_speech.speech.audio import AudioError, Longest
 from rwkv_speech.speech.augmentation import Perturbation

@@ -37,6 +37,7 @@ class MissionFiles(Callback):
     epoch_save: epochs between files.
     save_steps: optimiser steps between files, 0 for none within an epoch.
     leading: the score that validation decides by; None without validation.
+    by_loss: whether the training loss decides then, which is that of all missions of the run; else none is best.
     judged_by: what stands for the samples of validation: scores on others are not compared.
     average: how many of the latest to keep, for `write_mean`; 0 and 1: the latest.
     """
@@ -51,13 +52,14 @@ class MissionFiles(Callback):
         epoch_save: int,
         save_steps: int,
         leading: MetricKind | None = None,
+        by_loss: bool = True,
         judged_by: str = "",
         average: int = 0,
     ) -> None:
         self.folder, self.run, self.task = folder, run, task
         self.info = info | {"run": run.id, "run_began": run.began}
         self.epoch_save, self.save_steps, self.leading, self.average = epoch_save, save_steps, leading, average
-        self.judged_by = judged_by
+        self.by_loss, self.judged_by = by_loss, judged_by
         self.written: list[str] = []  # names of the files that are there, oldest first
         self.best: tuple[float, str] | None = None
         self.loss_sum, self.tokens = 0.0, 0.0  # since the latest
@@ -118,7 +120,8 @@ class MissionFiles(Callback):
         with finite_weights(trainer, pl_module):
             if trainer.is_global_zero:
                 tensors = pl_module.model.trainable_state_dict(self.task)
-                self._write(str(step), tensors, info, scores.get(self.leading.name) if self.leading else self.loss)
+                score = scores.get(self.leading.name) if self.leading else self.loss if self.by_loss else None
+                self._write(str(step), tensors, info, score)
 
     def write_mean(self) -> None:
         """Writes the mean of the latest files as one of its own, `rwkv-adapter-<step>-avg<N>.pth`."""

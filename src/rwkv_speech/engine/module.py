@@ -99,8 +99,7 @@ class TrainingModule(pl.LightningModule):
         if ctc is not None:
             # A mean, like the other, but over the labels of the answers that it can align.
             total = total + self.options.ctc_align * ctc * (stats.step_tokens / max(1.0, stats.step_aligned))
-        # The other processes and the optimiser expect all gradients, also of missions that this batch has nothing of.
-        if text is None or len(self.model.adapters) > 1:
+        if text is None:  # in all processes; the optimiser still expects all gradients
             total = total + sum(p.sum() for p in learning(self.model.trained_tensors())) * 0.0
         # Lightning divides by the accumulated micro-batches, the strategy by the processes: both are undone here.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -108,11 +107,13 @@ class TrainingModule(pl.LightningModule):
 
     def _losses(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Summed cross-entropy and summed CTC loss of a batch; None for what this step doesn't compute."""
+        both = not self.options.ctc_align or self.trainer.global_step >= self.options.ctc_align_steps
         if not len(batch):
-            return None, None
+            nothing = self.model.no_loss(batch)
+            return nothing if both else None, nothing if self.options.ctc_align else None
         audio_embeds, _ = self.model.embed_audio(batch)
         text = ctc = None
-        if not self.options.ctc_align or self.trainer.global_step >= self.options.ctc_align_steps:
+        if both:
             text = self.model.loss_sum(batch, audio_embeds, longest=self.options.ctx_len)
         if self.options.ctc_align:
             if len(batch.group_counts) != len(batch):
@@ -123,6 +124,7 @@ class TrainingModule(pl.LightningModule):
             answers = batch.answers
             if len(rows) < len(batch):
                 audio_embeds, groups, answers = audio_embeds[rows], groups[rows], [answers[i] for i in rows]
+            ctc = audio_embeds.sum() * 0.0  # where it has no rows, by the same path as where it has some
             if rows:
                 ctc = alignment_loss_sum(audio_embeds, groups, answers, self.model.language_model.emb.weight)
         return text, ctc

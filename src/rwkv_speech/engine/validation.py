@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from rwkv_speech.answering import answer_rounds
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.evaluation import record_of
@@ -19,7 +20,6 @@ from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.errors import UserError
 from rwkv_speech.options import DecodingOptions, TrainingOptions
 from rwkv_speech.progress import Progress
-from rwkv_speech.rounds import answer_rounds
 from rwkv_speech.scoring import EvalRecord
 
 log = logging.getLogger("rwkv_speech")

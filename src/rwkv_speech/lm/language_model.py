@@ -174,6 +174,8 @@ class LanguageModel(nn.Module):
 
         which: (B,) integers, where there are several: that of each sample.
         """
+        if (which is None) != (self.time_states[0].dim() == 3):
+            raise ValueError("which initial states: to be said where there are several, and only there")
         zero = self.emb.weight.new_zeros(batch_size, self.sizes.n_embd)
         states = self.time_states if which is None else [state[which] for state in self.time_states]
         return State(tuple(LayerState(state, zero, zero) for state in states))

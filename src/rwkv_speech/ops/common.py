@@ -1,5 +1,6 @@
 """What the operations share: opening the model and the data."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.hub import encoder_folder
-from rwkv_speech.speech.identity import encoder_identity, hash_sampled
+from rwkv_speech.speech.identity import encoder_identity, hash_sampled, hash_tensors
 
 log = logging.getLogger("rwkv_speech")
 
@@ -99,7 +100,9 @@ def named_mission_files(options: ModelOptions) -> list[MissionFile]:
     Raises:
         UserError: one can't be read.
     """
-    return [read_mission_file(name) for name in split_names(options.adapter)] if options.adapter else []
+    return (
+        [read_mission_file(name) for name in split_names(options.adapter, what="--adapter")] if options.adapter else []
+    )
 
 
 def load_model(
@@ -126,7 +129,7 @@ def load_model(
         encoder=options.encoder,
         adapter=files,
         load_state=options.load_state,
-        mission=options.mission or missions,
+        mission=missions or options.mission,
         share_adapter=share_adapter,
         device=device,
         dtype=machine.dtype,
@@ -161,12 +164,19 @@ def longest_pieces(model: SpeechRWKV, options: Options) -> dict[str, float]:
 
 
 def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
-    """What stands for the weights of the frozen parts, by name; the language model's are sampled."""
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled.
+
+    What could learn and doesn't, as the adapter beside which a state is trained, is one of them.
+    """
     encoder = model.speech_encoder
     weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
+    still = {name: x.parameter for name, x in model.trained_tensors().items() if not x.parameter.requires_grad}
+    adapter = hashlib.blake2b(digest_size=8)
+    hash_tensors(adapter, {name: x.detach() for name, x in still.items()})
     return {
         "load_model_weights": hash_sampled(weights),
         "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
+        **({"weights_that_stay": adapter.hexdigest()} if still else {}),
     }
 
 

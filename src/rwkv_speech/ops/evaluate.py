@@ -2,10 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -28,10 +28,11 @@ from rwkv_speech.ops.common import (
     load_model,
     load_splits,
     longest_pieces,
+    missions_of,
 )
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
-from rwkv_speech.speech.augmentation import ROBUSTNESS
+from rwkv_speech.speech.augmentation import ROBUSTNESS, Perturbation
 from rwkv_speech.speech.identity import hash_tensors
 from rwkv_speech.terminal import say
 
@@ -55,15 +56,17 @@ def _evaluate(options: Options, machine: Machine) -> int:
     bad_samples = BadSamples(options.data.on_bad_audio, options.project / "bad_audio.jsonl")
     splits = load_splits(options.data, options.data.eval_split, librispeech.EVAL_SPLITS, bad_samples=bad_samples)
     without_rows = bad_samples.count  # audio without a transcript
-    names = {split: _file_name(split) for split in splits}
-    for split, name in names.items():
-        if [*names.values()].count(name) > 1:
-            raise UserError(f"--eval_split: two of the splits would go to eval/{name}.jsonl: give each a --proj_dir")
-        for rows in _by_mission(splits[split]).values():
-            check_ids(rows)
+    lines = _lines(splits, options)
+    for line in lines:
+        check_ids(line.rows)
+        if [other.name for other in lines].count(line.name) > 1:
+            raise UserError(f"--eval_split: two lines would go to eval/{line.name}.jsonl: give each split a --proj_dir")
     model = load_model(options.model, files, fabric.device, machine) if files else None
     if model:
         check_missions(chain(*splits.values()), model)
+        if len(model.tasks) > 1 and any(row.mission is None for row in chain(*splits.values())):
+            missions = ", ".join(model.tasks)
+            raise UserError(f"rows name no mission, and there are mission files of {missions}: name one by --mission")
     folder = options.project / "eval"
     results: dict[str, SplitResult] = {}
     with launched(fabric), reading(), writing(folder):
@@ -74,25 +77,22 @@ def _evaluate(options: Options, machine: Machine) -> int:
             bounds = max_audio_s if len(max_audio_s) > 1 else max_audio_s[model.task().name]
             settings = _settings(options, files, model, machine) | {"max_audio_s": bounds}
             open_eval_run(folder, settings, resume=options.resume)
-        for split, perturbation in product(splits, (None, *(ROBUSTNESS if options.perturb else ()))):
-            by_mission = _by_mission(splits[split], model.task().name)
-            for mission, rows in by_mission.items():
-                more = [mission] * (len(by_mission) > 1) + ([perturbation.name] if perturbation else [])
-                records, left_out = evaluate_split(
-                    model,
-                    rows,
-                    name="-".join([names[split], *more]).replace(" ", "-").replace("/", "-"),
-                    task=model.task(mission),
-                    perturbation=perturbation,
-                    max_audio_s=max_audio_s[mission],
-                    options=options,
-                    fabric=fabric,
-                    bad_samples=bad_samples,
-                )
-                if fabric.is_global_zero:
-                    results[", ".join([split, *more])] = model.task(mission).mission.result(
-                        records, left_out=left_out, peak_memory=peak_memory(fabric.device)
-                    )
+        for line in lines:
+            task = model.task(line.mission)
+            records, left_out = evaluate_split(
+                model,
+                line.rows,
+                name=line.name,
+                task=task,
+                perturbation=line.perturbation,
+                max_audio_s=max_audio_s[task.name],
+                options=options,
+                fabric=fabric,
+                bad_samples=bad_samples,
+            )
+            if fabric.is_global_zero:
+                memory = peak_memory(fabric.device)
+                results[line.title] = task.mission.result(records, left_out=left_out, peak_memory=memory)
     if not fabric.is_global_zero:
         return 0
     write_json(folder / "summary.json", {"adapter": "+".join(str(file.path) for file in files)} | summary(results))
@@ -108,12 +108,29 @@ def _evaluate(options: Options, machine: Machine) -> int:
     return 0
 
 
-def _by_mission(rows: Iterable[Row], default: str = "") -> dict[str, list[Row]]:
-    """The rows of each mission; `default` is that of rows which name none."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.mission or default, []).append(row)
-    return found
+class _Line(NamedTuple):
+    """A line of the report: its title, and the name of its records' file."""
+
+    title: str
+    name: str
+    rows: list[Row]
+    mission: str | None
+    """None: that of the model, which has one."""
+    perturbation: Perturbation | None
+
+
+def _lines(splits: Mapping[str, list[Row]], options: Options) -> list[_Line]:
+    """Each split, or each mission of one that has several, and each of these with every perturbation asked for."""
+    lines = []
+    for split, perturbation in product(splits, (None, *(ROBUSTNESS if options.perturb else ()))):
+        missions = missions_of(splits[split])
+        named = [mission for mission in missions if mission]
+        for mission in missions if len(named) > 1 else (named or [None]):
+            rows = [row for row in splits[split] if len(named) < 2 or row.mission == mission]
+            more = [str(mission)] * (len(named) > 1) + ([perturbation.name] if perturbation else [])
+            name = "-".join([_file_name(split), *more]).replace(" ", "-").replace("/", "-")
+            lines.append(_Line(", ".join([split, *more]), name, rows, mission, perturbation))
+    return lines
 
 
 def _settings(options: Options, files: Iterable[MissionFile], model: SpeechRWKV, machine: Machine) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from rwkv_speech.alignment import fits
 from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import Batch, SpeechDataset
+from rwkv_speech.data.batches import Batch, SpeechDataset, copy_id
 from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.listing import audio_files
@@ -104,6 +104,7 @@ def _train(options: Options, machine: Machine) -> int:
             epoch_save=training.epoch_save,
             save_steps=training.save_steps,
             leading=leading[name] if judged[name] else None,
+            by_loss=not several,
             judged_by=judged_by,
             average=training.average,
         )
@@ -166,8 +167,8 @@ def _train(options: Options, machine: Machine) -> int:
     if not fit(trainer, module, batches, run):
         return stop.exit_status if trainer.is_global_zero else 0
     if trainer.is_global_zero:
-        for files in mission_files.values() if training.average else ():
-            files.write_mean()
+        for kept in mission_files.values() if training.average else ():
+            kept.write_mean()
         run.finish()
         if not module.utterances and not run.resume_point:
             raise UserError(f"nothing was learnt: no sample could be used; {bad_samples.path} says why of each")
@@ -191,12 +192,21 @@ def _training_rows(options: Options, bad_samples: BadSamples) -> tuple[list[Row]
 
 
 def _missions(rows: Sequence[Row], asked: str | None, files: Sequence[MissionFile]) -> list[str]:
-    """The missions of a run, that of rows which name none first: the one asked for, or the only one that rows name,
-    or that of the only file, or "transcribe"."""
-    named = [name for name in missions_of(rows) if name]
-    default = asked or (named[0] if len(named) == 1 else files[0].mission if len(files) == 1 else "transcribe")
-    unnamed = asked or not named or any(row.mission is None for row in rows)
-    return list(dict.fromkeys([default] * bool(unnamed) + named))
+    """The missions of a run. That of rows which name none comes first: the one asked for, or of the mission file, or
+    "transcribe".
+
+    Raises:
+        UserError: there are several files, and nothing says of which mission such rows are.
+    """
+    found = missions_of(rows)
+    named = [name for name in found if name]
+    if None not in found:
+        return [asked] if asked and asked not in named else named  # which no row names: the first one will be refused
+    if not asked and len(files) > 1:
+        raise UserError(
+            "there are several mission files, and rows that name no mission: say by --mission what they are"
+        )
+    return list(dict.fromkeys([asked or (files[0].mission if files else "transcribe"), *named]))
 
 
 def _set_learning(model: SpeechRWKV, options: Options) -> None:
@@ -300,8 +310,11 @@ def _training_batches(
     slowest = min(augmentation.speeds)
 
     def lengths(epoch: int) -> np.ndarray:
-        found = augmentation.lengths([row.id for row in rows], seconds, epoch)
-        return found if mix is None else found[mix(epoch)]
+        if mix is None:
+            return augmentation.lengths([row.id for row in rows], seconds, epoch)
+        taken = mix(epoch)
+        ids = [copy_id(rows[i].id, copy) for i, copy in zip(taken, mix.copies, strict=True)]
+        return augmentation.lengths(ids, seconds[taken], epoch)
 
     dataset = _dataset(
         model,
@@ -328,8 +341,8 @@ def _training_batches(
     )
     log.info(
         "training on %d utterances, %.1f h, in %d batches to a pass; %.1f %% of them is padding",
-        len(rows),
-        seconds.sum() / 3600,
+        len(dataset),
+        lengths(0).sum() / 3600,
         len(batches),
         100 * padding_waste(batches.batch_sampler, lengths(0)),
     )

@@ -1,4 +1,4 @@
-"""Answers to samples of several rounds, one round after the other from the state of the one before."""
+"""Answers to the samples of a batch, each as its mission has it: to what is asked last, or to round after round."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,13 +8,72 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rwkv_speech.data.batches import Batch
-from rwkv_speech.decoding import DecodingResult
+from rwkv_speech.decoding import DecodingResult, choose, complete
+from rwkv_speech.errors import UserError
 from rwkv_speech.lm.language_model import last
 from rwkv_speech.lm.state import State
 from rwkv_speech.options import DecodingOptions
 
 if TYPE_CHECKING:
     from rwkv_speech.model import SpeechRWKV
+
+
+def answers(
+    model: "SpeechRWKV",
+    batch: Batch,
+    places: Sequence[int],
+    hidden: Tensor,
+    state: State,
+    options: DecodingOptions,
+    *,
+    name: str = "{}",
+    keep_state: bool = False,
+) -> list[DecodingResult]:
+    """The answers to some samples of a batch, from where the language model has read what they ask.
+
+    Args:
+        model: the model.
+        batch: that the samples are in.
+        places: where.
+        hidden: (len(places), C), the language model's output there, and
+        state: its state.
+        options: as for `SpeechRWKV.decode`.
+        name: what a sample is called, made of its name; draws at random depend on it.
+        keep_state: gives the final state of each result that wasn't chosen from a set.
+
+    Raises:
+        UserError: a mission chooses among labels, and there are none.
+    """
+    groups: dict[
+        str | None, list[int]
+    ] = {}  # rows of `hidden` whose answers are found together: by the task, if it chooses
+    for row, place in enumerate(places):
+        task = model.task(batch.missions[place])
+        if task.mission.chooses and not task.labels:
+            raise UserError(f"the mission {task.name} chooses among labels: name them by --labels")
+        groups.setdefault(task.name if task.mission.chooses else None, []).append(row)
+    results: dict[int, DecodingResult] = {}
+    for chooses, rows in groups.items():
+        index = torch.tensor(rows, device=hidden.device)
+        start = (hidden[index], state.select(index)) if len(rows) < len(places) else (hidden, state)
+        if chooses:
+            labels = [*map(model.tokenizer.encode, model.tasks[chooses].labels)]
+            found = choose(model.language_model, *start, labels)
+        else:
+            found = complete(
+                *(model.language_model, *start),
+                max_new_tokens=[_most_tokens(model, batch, places[row], options) for row in rows],
+                options=options,
+                names=[name.format(batch.names[places[row]]) for row in rows],
+                keep_state=keep_state,
+            )
+        results |= zip(rows, found, strict=True)
+    return [results[row] for row in range(len(places))]
+
+
+def _most_tokens(model: "SpeechRWKV", batch: Batch, place: int, options: DecodingOptions) -> int:
+    mission = model.task(batch.missions[place]).mission
+    return options.max_new_tokens or mission.max_new_tokens(batch.seconds[place])
 
 
 @torch.no_grad()
@@ -48,7 +107,7 @@ def answer_rounds(
             hidden, state = model.language_model(pad_sequence(parts, batch_first=True), state, lengths, which)
             hidden, which = last(hidden, lengths), None
         name = f"{{}} {number}" if number else "{}"
-        results = model.answers(batch, places, hidden, state, options, name=name, keep_state=not references)
+        results = answers(model, batch, places, hidden, state, options, name=name, keep_state=not references)
         for place, result in zip(places, results, strict=True):
             found[place].append(result)
     return found
