@@ -265,7 +265,8 @@ def test_a_file_that_does_not_fit_is_one_line(model, world, tmp_path):
         other.adapter.layers[0].weight += 1
     with pytest.raises(UserError, match="of another model: mission file was"):
         other.conversation(tmp_path / "other.safetensors")
-    for name in ("talk.pth", "none.safetensors", "cut.safetensors", "plain.safetensors"):
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("talk.pth", "none.safetensors", "folder.safetensors", "cut.safetensors", "plain.safetensors"):
         broken = tmp_path / name
         if name == "cut.safetensors":
             broken.write_bytes(path.read_bytes()[:-100])
@@ -459,7 +460,10 @@ def test_conversations_are_learnt_and_scored_by_round(trained, world, capsys):
         *([[1]] * 2),
     ]
     model = world.speech_rwkv(adapter=next(trained.glob("*.pth")))
-    (row, *_), search = read_manifest(trained / "talks.jsonl"), {"max_new_tokens": 4}
+    rows = read_manifest(trained / "talks.jsonl")
+    lengths = model.prepare([*map(model.sample, rows)]).lengths
+    assert lengths.min() < 20 < lengths.max(), "void: some must have been longer than ctx_len"
+    row, search = rows[0], {"max_new_tokens": 4}
     chat = model.conversation()
     for asked, x in zip(row.messages[::2], found[0].details["rounds"], strict=True):
         said = [part if isinstance(part, str) else part.waveform() for part in asked.parts]

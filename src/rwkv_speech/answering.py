@@ -44,9 +44,7 @@ def answers(
     Raises:
         UserError: a mission chooses among labels, and there are none.
     """
-    groups: dict[
-        str | None, list[int]
-    ] = {}  # rows of `hidden` whose answers are found together: by the task, if it chooses
+    groups: dict[str | None, list[int]] = {}  # rows of `hidden`: of a task that chooses, and all others together
     for row, place in enumerate(places):
         task = model.task(batch.missions[place])
         if task.mission.chooses and not task.labels:
@@ -88,9 +86,9 @@ def answer_rounds(
     """The answers to all rounds of each sample of a batch; batch and audio_embeds as for `SpeechRWKV.loss_sum`.
 
     references: earlier rounds have left in the state what their references are; else what the model itself answered,
-        and an answer that was cut counts as if it had ended there.
+        and one that was cut counts as if it had ended there (with `loop_guard`, after the loop).
     """
-    if all(len(answers) == 1 for answers in batch.rounds):
+    if all(len(rounds) == 1 for rounds in batch.rounds):
         return [[result] for result in model.decode(batch, options, audio_embeds)]
     audio_embeds = model.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
     x = model.embed(batch, audio_embeds)

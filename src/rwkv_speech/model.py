@@ -313,8 +313,8 @@ class SpeechRWKV(nn.Module):
         """A conversation from its beginning, or the one in a file that `Conversation.save` wrote.
 
         Args:
-            path: the file.
-            mission: which of several; None is the first, or the file's.
+            path: the file; the mission is then its own.
+            mission: which of several; None is the first.
             max_audio_s: longer recordings are refused; None: see `longest_piece`.
 
         Raises:

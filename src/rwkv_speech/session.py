@@ -110,7 +110,7 @@ class Conversation:
             UserError: there is nothing to take back.
         """
         if self._before is None:
-            raise UserError("there is no round to take back: only the last one can be, where it began here")
+            raise UserError("there is no round to take back: that is the last one, once, if it began since loading")
         self._now, self._before = self._before, None
 
     def fork(self) -> "Conversation":
@@ -118,11 +118,15 @@ class Conversation:
         return copy(self)  # states are never changed in place
 
     def save(self, path: str | Path) -> None:
-        """Writes where the conversation stands to a file, `.safetensors`: of one size however long the talk was."""
+        """Writes where the conversation stands to a file, `.safetensors`: of one size however long the talk was.
+
+        Raises:
+            UserError: another kind of name, or no room on the disk.
+        """
         write_whole(_named(path), save(self._tensors(), {"conversation": json.dumps(self._made_by())}))
 
     def load(self, path: str | Path) -> "Conversation":
-        """The conversation that `save` wrote to a file, with this one's model.
+        """The conversation that `save` wrote to a file, with this one's model; this one stays as it is.
 
         Raises:
             UserError: the file can't be read, or is of another model.
@@ -133,7 +137,8 @@ class Conversation:
                 made_by = dict(json.loads(file.metadata()["conversation"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror or 'no such file'}; expected a saved conversation") from None
+            what = "is a folder" if path.is_dir() else error.strerror or "does not exist"
+            raise UserError(f"{path}: {what}; expected a saved conversation") from None
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: is damaged, or no saved conversation ({reason(error)})") from None
         loaded = Conversation(self.model, mission=made_by.get("mission"), max_audio_s=self._longest.seconds)

@@ -174,7 +174,7 @@ def record_of(
     record = task.record(row, model.text(answers[-1]), **measured)
     if not task.mission.rounds:
         return record
-    references = [message.parts[0] for message in model.sample(row).messages if message.role == "assistant"]
+    references = ["".join(message.parts) for message in model.sample(row).messages if message.role == "assistant"]
     rounds = [
         {"round": number, "reference": reference, "hypothesis": model.text(answer)}
         for number, (reference, answer) in enumerate(zip(references, answers, strict=True), start=1)

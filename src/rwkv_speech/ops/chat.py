@@ -49,7 +49,7 @@ def chat(options: Options) -> int:
         try:
             if not talk.do(line.strip()):
                 break
-        except UserError as error:
+        except (UserError, OSError) as error:  # such as a place that can't be written to
             log.error("%s", error)
             failed = True
         except KeyboardInterrupt:
