@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from rwkv_speech.scoring import ConversationScores, EvalRecord, read_records
 from rwkv_speech.session import StrippedStream
 from rwkv_speech.speech import microphone
 from rwkv_speech.speech.audio import AudioError
-from tests.tiny import at_door, do, missions
+from tests.tiny import at_door, do, losses, missions
 
 MOST = 6  # tokens of an answer
 
@@ -335,6 +336,21 @@ def test_rounds_are_answered_after_own_answers_or_after_the_references(model, re
             said.append(reference.parts[0] if references else answer)
 
 
+def test_rounds_beside_samples_of_other_missions(world):
+    """As validation has them in one batch: each as by itself."""
+    torch.manual_seed(3)
+    model = world.speech_rwkv(mission=["converse", "label", "transcribe"], adapter_hidden=16)
+    model.task("label").labels = ["cat", "dog"]
+    missions = ["converse", "label", "transcribe", "converse"]
+    samples = [replace(x, mission=name) for x, name in zip(talks(3, 1, 1, 2), missions, strict=True)]
+    options = DecodingOptions(max_new_tokens=MOST)
+    together = answer_rounds(model, model.prepare(samples), options)
+    alone = [answer_rounds(model, model.prepare([sample]), options)[0] for sample in samples]
+    assert [[x.tokens for x in rounds] for rounds in together] == [[x.tokens for x in rounds] for rounds in alone]
+    assert [len(rounds) for rounds in together] == [3, 1, 1, 2]
+    assert spelt(model, together[1][0].tokens) in ("cat", "dog")
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +491,24 @@ def test_conversations_are_learnt_and_scored_by_round(trained, world, capsys):
     assert do("score", world, trained, f"--records={trained / 'eval/all.jsonl'}", f"--output_dir={trained / 's'}") == 0
     assert json.loads((trained / "s/summary.json").read_text())["splits"]["all"]["rounds"] == summary["rounds"]
     assert "Round" in capsys.readouterr().out
+
+
+def test_conversations_are_learnt_from_cached_frames(trained, world, tmp_path):
+    flags = [f"--data={trained / 'talks.jsonl'}", "--epoch_count=1", "--micro_bsz=2", "--ctx_len=20"]
+    assert do("train", world, tmp_path, *flags, f"--cache_features={tmp_path / 'frames'}") == 0
+    assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-3)
+
+
+def test_transcripts_are_aligned_beside_conversations(trained, world, tmp_path):
+    """By CTC, which has nothing to say to these; where there is nothing else, that is an error."""
+    spoken = tmp_path / "spoken.jsonl"
+    lines = [{"audio": str(path), "text": text, "mission": "transcribe"} for path, text in world.utterances[:4]]
+    spoken.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    flags = ["--epoch_count=1", "--micro_bsz=5", "--ctc_align=0.5", "--downsample_k=2"]
+    assert do("train", world, tmp_path, f"--train_split={trained / 'talks.jsonl'}+{spoken}", *flags) == 0
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()
+    with pytest.raises(UserError, match="a sample here has none or several"):
+        do("train", world, tmp_path / "x", f"--data={trained / 'talks.jsonl'}", *flags)
 
 
 def test_a_bad_recording_in_a_conversation_is_named(trained, world, tmp_path):
