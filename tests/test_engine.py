@@ -44,6 +44,7 @@ from rwkv_speech.ops import OPS
 from rwkv_speech.options import MachineOptions, Options
 from rwkv_speech.progress import Progress, hours
 from rwkv_speech.scoring import EvalRecord
+from rwkv_speech.trained import TrainedTensor
 
 pytestmark = pytest.mark.usefixtures("voiced")
 

@@ -254,7 +254,7 @@ def test_a_state_learns_beside_an_adapter_that_stays_as_it_is(world, manifests, 
             assert torch.equal(before[name], after.tensors[name]) != learns, name
     with pytest.raises(UserError, match="--train_type state trains beside an adapter that stays as it is"):
         do("train", world, tmp_path / "new", *flags[:-1], "--train_type=state")
-    with pytest.raises(UserError, match="--ctc_align 1.0 teaches the adapter, which --train_type state leaves"):
+    with pytest.raises(UserError, match=r"--ctc_align 1\.0 teaches the adapter, which --train_type state leaves"):
         do("train", world, tmp_path / "new", *flags, "--train_type=state", "--ctc_align=1")
 
 

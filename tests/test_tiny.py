@@ -15,7 +15,9 @@ from rwkv_speech.lm.tokenizer import Tokenizer
 TINY = Path(__file__).parents[1] / "demo" / "tiny"
 
 
-@pytest.mark.parametrize("file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth"])
+@pytest.mark.parametrize(
+    "file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth", "rwkv7-tiny-listening.pth"]
+)
 @pytest.mark.parametrize("said", ["only don't blame me", "it is an actual matter of fact", "choose what you will"])
 def test_it_copies_reserved_sentences(said, file):
     model = load(TINY / file, dtype=torch.float32)

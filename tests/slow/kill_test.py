@@ -12,7 +12,8 @@ after a random share of the work, a few per cent of the whole, and some millisec
   had written is decoded again.
 - cache: fills a cache of frames in batches of 4 s. Equal are the frames, bit for bit.
 
-Last results:
+Last results, all equal to the undisturbed run, bit for bit where that is asked: 20 kills each of training (498 steps),
+evaluation (300 utterances, none decoded again) and caching (600 recordings), 12 of training with an RWKV-7 (300 steps).
 """
 
 import argparse

@@ -5,6 +5,7 @@ generation)
 """
 
 import csv
+import json
 import os
 import signal
 import socket
@@ -50,8 +51,9 @@ def weights(project):
     return torch.load(project / "rwkv-adapter-24.pth", weights_only=True)
 
 
-def agree(project, single):
-    one, two = losses(single), losses(project)
+def agree(project, single, *runs):
+    """The last mission files of two folders, and the losses of their runs, which are there, too, or in `runs`."""
+    two, one = map(losses, runs or (project, single))
     assert sorted(two) == sorted(one) == list(range(1, 25))
     assert max(abs(one[step] - two[step]) for step in range(1, 21)) < 1e-5
     for name, x in weights(single).items():
@@ -120,3 +122,40 @@ def test_slurm(world, single, tmp_path):
     arguments = [sys.executable, *command(world, tmp_path, "--micro_bsz=1", "--devices=2", "--strategy=ddp")]
     finish(*[run(arguments, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **job) for rank in range(2)])
     agree(tmp_path, single)
+
+
+@pytest.fixture(scope="module")
+def missions(world, tmp_path_factory):
+    """The same recordings, by turns of two missions: with two processes, a step often has one mission in each."""
+    place = tmp_path_factory.mktemp("missions") / "train.jsonl"
+    lines = [json.loads(line) for line in (world.folder / "train.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"audio": str(world.folder / line["audio"])}
+        line |= {"mission": "label/first", "text": line["text"][0]} if i % 2 else {"mission": "transcribe"}
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+@pytest.fixture(scope="module")
+def single_of_missions(world, missions, tmp_path_factory):
+    project = tmp_path_factory.mktemp("single-of-missions")
+    flags = [f"--data={missions}", "--share_adapter=0", "--micro_bsz=2"]
+    finish(run([sys.executable, *command(world, project, *flags)]))
+    return project
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *STAGES])
+def test_missions_with_adapters_of_their_own(world, missions, single_of_missions, tmp_path, strategy):
+    flags = [f"--data={missions}", "--share_adapter=0", "--micro_bsz=1", "--devices=2", f"--strategy={strategy}"]
+    finish(run([sys.executable, *command(world, tmp_path, *flags)]))
+    for mission in ("transcribe", "label/first"):
+        agree(tmp_path / mission, single_of_missions / mission, tmp_path, single_of_missions)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_3"])
+def test_a_state_alone(world, single, tmp_path, strategy):
+    flags = ["--train_type=state", f"--adapter={single / 'rwkv-adapter-24.pth'}"]
+    finish(run([sys.executable, *command(world, tmp_path / "one", *flags, "--micro_bsz=2")]))
+    flags += ["--micro_bsz=1", "--devices=2", f"--strategy={strategy}"]
+    finish(run([sys.executable, *command(world, tmp_path / "two", *flags)]))
+    agree(tmp_path / "two", tmp_path / "one")
