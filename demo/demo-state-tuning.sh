@@ -13,7 +13,7 @@ OP="${OP:-train}" # train, eval
 
 # --- models ---
 load_model="${load_model:-}"                 # RWKV-7 or RWKV-6 weights, .pth or .safetensors: you must give this
-mission="${mission:-}"                       # translate, answer, label, describe; empty: what rows or mission file name, else transcribe
+mission="${mission:-}"                       # translate, answer, label, describe, converse; empty: what rows or mission file name, else transcribe
 encoder="${encoder:-}"                       # Hugging Face name or folder; empty: the mission file's, else microsoft/wavlm-large
 adapter="${adapter:-}"                       # mission file to train on from, or to evaluate; empty: none, or the best
 proj_dir="${proj_dir:-}"                     # where mission files, checkpoints and scores land; empty: output/

@@ -301,6 +301,7 @@ ROWS = {
     "answer": {"answers": ["Paris", "paris, france"], "prompt": "Where?"},
     "label": {"text": "a hen"},
     "describe": {"text": "A hen clucks.", "answers": ["A hen clucks.", "a clucking hen"]},
+    "converse": {"text": "A hen."},
 }
 
 

@@ -19,7 +19,7 @@ launch() {
         ;;
     esac
     proj_dir=${proj_dir:-$root/output}
-    python=$(sh "$root/demo/setup.sh") || exit
+    python=$(sh "$root/demo/setup.sh" </dev/null) || exit
     PATH=$(dirname -- "$python"):$PATH # as activating the environment would
     exec "$python" "$root/train.py" --from_environment "--op=$operation" "$@"
 }

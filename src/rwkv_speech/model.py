@@ -17,17 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_speech import pretrained
+from rwkv_speech.answering import answers
 from rwkv_speech.data.batches import Batch, Collate, SpeechDataset
 from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
-from rwkv_speech.decoding import DecodingResult, choose, complete
+from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.language_model import LanguageModel, last
+from rwkv_speech.lm.state import State
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions.task import Task
 from rwkv_speech.options import DecodingOptions
+from rwkv_speech.session import Conversation
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, duration
 from rwkv_speech.speech.augmentation import apply_masks
@@ -206,7 +210,7 @@ class SpeechRWKV(nn.Module):
         valid = audio_embeds.flatten(0, 1).index_select(0, batch.audio_groups)
         return x.flatten(0, 1).index_copy_(0, batch.audio_slots, valid.to(x.dtype)).view_as(x)
 
-    def _which(self, batch: Batch) -> Tensor | None:
+    def which(self, batch: Batch) -> Tensor | None:
         """Which initial state each sample of a batch starts from, where there are several."""
         if len(self.tasks) == 1:
             return None
@@ -223,17 +227,35 @@ class SpeechRWKV(nn.Module):
 
     # What is made of them
 
-    def loss_sum(self, batch: Batch, audio_embeds: Tensor | None = None) -> Tensor:
+    def loss_sum(self, batch: Batch, audio_embeds: Tensor | None = None, *, longest: int | None = None) -> Tensor:
         """The cross-entropy summed over all labels of a batch, of which it has `batch.tokens`; fp32 scalar.
 
         batch: on the model's device.
         audio_embeds: where they are there already.
+        longest: positions that the language model reads in one go. Longer sequences are read piece by piece with the
+            state carried on, and again in the backward pass: the gradient is that of one pass, the memory that of a
+            piece.
         """
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
-        hidden, _ = self.language_model(self.embed(batch, audio_embeds), which=self._which(batch))
+        x, T = self.embed(batch, audio_embeds), batch.ids.shape[1]
+        state = self.language_model.initial_state(len(batch), self.which(batch))
+        if longest is None or longest >= T:
+            return self._read(x, state, batch.label_slots, batch.labels)[0]
+        rows, positions = batch.label_slots // T, batch.label_slots % T
+        total = torch.zeros((), device=self.device)
+        for start, piece in zip(range(0, T, longest), x.split(longest, dim=1), strict=True):
+            inside = (positions >= start) & (positions < start + longest)
+            slots = rows[inside] * piece.shape[1] + positions[inside] - start
+            loss, state = checkpoint(self._read, piece, state, slots, batch.labels[inside], use_reentrant=False)
+            total = total + loss
+        return total
+
+    def _read(self, x: Tensor, state: State, label_slots: Tensor, labels: Tensor) -> tuple[Tensor, State]:
+        """The summed cross-entropy of sequences x (B, T, C) that go on from a state, and the state after them."""
+        hidden, state = self.language_model(x, state)
         # Logits only where something is asked.
-        logits = self.language_model.logits(hidden.flatten(0, 1).index_select(0, batch.label_slots)).float()
-        return F.cross_entropy(logits, batch.labels, reduction="sum")
+        logits = self.language_model.logits(hidden.flatten(0, 1).index_select(0, label_slots)).float()
+        return F.cross_entropy(logits, labels, reduction="sum"), state
 
     def no_loss(self, batch: Batch) -> Tensor:
         """Zero, from the same path as `loss_sum` of a batch that has samples: for one that has none, on the device.
@@ -277,47 +299,29 @@ class SpeechRWKV(nn.Module):
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
         x = self.embed(batch, audio_embeds)[:, : int(batch.prompt_lengths.max())]
         with torch.inference_mode():
-            hidden, state = self.language_model(x, None, batch.prompt_lengths, self._which(batch))
+            hidden, state = self.language_model(x, None, batch.prompt_lengths, self.which(batch))
             hidden = last(hidden, batch.prompt_lengths)
-        results: dict[int, DecodingResult] = {}  # by the sample's place
-        for task, places in self._groups(batch).items():
-            rows = self._on_device(places)
-            some = len(places) < len(batch)
-            start = (hidden[rows], state.select(rows)) if some else (hidden, state)
-            if task:
-                labels = [*map(self.tokenizer.encode, self.tasks[task].labels)]
-                found = choose(self.language_model, *start, labels)
-            else:
-                found = complete(
-                    *(self.language_model, *start),
-                    max_new_tokens=[self._most_tokens(batch, place, options) for place in places],
-                    options=options,
-                    names=[batch.names[place] for place in places],
-                )
-            results |= zip(places, found, strict=True)
-        return [results[place] for place in range(len(batch))]
-
-    def _groups(self, batch: Batch) -> dict[str | None, list[int]]:
-        """The places of a batch's samples whose answers are found together: by the task of those that choose, and None.
-
-        Raises:
-            UserError: a task chooses among labels, and there are none.
-        """
-        groups: dict[str | None, list[int]] = {}
-        for place, name in enumerate(batch.missions):
-            task = self.task(name)
-            if task.mission.chooses and not task.labels:
-                raise UserError(f"the mission {task.name} chooses among labels: name them by --labels")
-            groups.setdefault(task.name if task.mission.chooses else None, []).append(place)
-        return groups
-
-    def _most_tokens(self, batch: Batch, place: int, options: DecodingOptions) -> int:
-        mission = self.task(batch.missions[place]).mission
-        return options.max_new_tokens or mission.max_new_tokens(batch.seconds[place])
+        return answers(self, batch, range(len(batch)), hidden, state, options)
 
     def text(self, result: DecodingResult) -> str:
         """The text of an answer."""
         return self.tokenizer.decode(result.tokens).strip()
+
+    def conversation(
+        self, path: str | Path | None = None, *, mission: str | None = None, max_audio_s: float | None = None
+    ) -> Conversation:
+        """A conversation from its beginning, or the one in a file that `Conversation.save` wrote.
+
+        Args:
+            path: the file; the mission is then its own.
+            mission: which of several; None is the first.
+            max_audio_s: longer recordings are refused; None: see `longest_piece`.
+
+        Raises:
+            UserError: the file can't be read, or is of another model.
+        """
+        begun = Conversation(self, mission=mission, max_audio_s=max_audio_s)
+        return begun if path is None else begun.load(path)
 
     def transcribe(
         self,

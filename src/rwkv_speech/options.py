@@ -94,8 +94,8 @@ class ModelOptions:
     )
     mission: str | None = flag(
         None,
-        "what is asked of the model: transcribe, translate, answer, label, describe (default: what the rows name, else "
-        "the mission file's, else transcribe)",
+        "what is asked of the model: transcribe, translate, answer, label, describe, converse (default: what the rows "
+        "name, else the mission file's, else transcribe)",
     )
     labels: list[str] | None = flag(
         None,
@@ -161,7 +161,11 @@ class TrainingOptions:
         choices=("adapter+state", "state", "adapter"),
     )
     share_adapter: int = flag(1, "1: where rows are of several missions, these have one adapter", choices=(0, 1))
-    ctx_len: int = flag(2048, "longest sample in positions; a longer one is a bad sample", type=positive)
+    ctx_len: int = flag(
+        2048,
+        "longest sample in positions; a longer one is a bad sample, but a longer conversation is learnt in pieces",
+        type=positive,
+    )
     micro_bsz: int = flag(4, "utterances per device and step, alike in length", type=positive)
     max_batch_s: float | None = flag(
         None,
@@ -318,7 +322,7 @@ class MachineOptions:
 class Options:
     """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "score"))
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "score"))
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
@@ -336,8 +340,8 @@ class Options:
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
     max_audio_s: float | None = flag(
         None,
-        "eval, predict: seconds; longer audio is cut in pauses of speech and joined again (default: the longest that "
-        "the mission file was trained on, or 30)",
+        "eval, predict, chat: seconds; longer audio is cut in pauses of speech and joined again, or refused where the "
+        "mission does not go piece by piece (default: the longest that the mission file was trained on, or 30)",
         type=float,
         resume_ignored=True,
     )

@@ -65,6 +65,7 @@ class Batch:
     ids: (B, T) int64 token ids, padded with END_OF_TEXT; see `Rendered`.
     lengths: (B,) int64, positions of each.
     prompt_lengths: (B,) int64, positions before the last answer of each.
+    rounds: of each sample, the positions of all its answers; see `Rendered`.
     label_slots: (m,) int64, those of the B * T positions at which something is asked, and
     labels: (m,) int64, what.
     audio: what the encoder's `extract` made of all recordings, or their cached frames, joined along dimension 0.
@@ -94,6 +95,7 @@ class Batch:
     ids: Tensor
     lengths: Tensor
     prompt_lengths: Tensor
+    rounds: list[list[range]]
     label_slots: Tensor
     labels: Tensor
     audio: Tensor
@@ -220,7 +222,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         except (AudioError, SampleError) as error:
             if self.set_apart and isinstance(error, TooLongError):
                 return LongRow(index)
-            return BadSample(row.id, str(row.audio) if isinstance(row.audio, Recording) else "an array", str(error))
+            return BadSample(row.id, row.place, str(error))
 
     def read(self, sample: Sample, index: int, copy: int = 0) -> Item:
         """Reads and renders one sample; copy: how often its row was taken before in this epoch.
@@ -310,6 +312,7 @@ class Collate:
             labels=labels[label_slots],
             lengths=torch.tensor([len(r) for r in rendered], dtype=torch.int64),
             prompt_lengths=torch.tensor([r.prompt_length for r in rendered], dtype=torch.int64),
+            rounds=[r.answers for r in rendered],
             audio=torch.cat(audio) if audio else torch.empty(0),
             audio_sizes=[len(x) for x in audio],
             is_frames=self.is_frames,

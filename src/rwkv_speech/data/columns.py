@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rwkv_speech.data.sample import Row
+from rwkv_speech.data.sample import Audio, Message, Row
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import printable
 from rwkv_speech.speech.recording import Recording
@@ -89,20 +90,31 @@ def read_entries(
     for where, entry in entries:
         try:
             values = parse(entry)
-            rows.append(_row(values, columns(tuple(values)), folder))
+            if "messages" in values and set(values).isdisjoint(chain(*AUDIO)):
+                rows.append(_conversation(values, folder, f"{path.name}, {where}"))
+            else:
+                rows.append(_row(values, columns(tuple(values)), folder))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         count = f"{len(problems)} malformed line{'s' * (len(problems) > 1)}"
         raise UserError(f"{path}: {count} ({'; '.join(problems[:3])}{more}); {expected}")
-    cut = {row.audio.source for row in rows if row.audio.offset}
-    return [_uncut(row) if row.audio.offset == 0 and row.audio.source not in cut else row for row in rows]
+    cut = {recording.source for row in rows for recording in row.recordings if recording.offset}
+    return [_uncut(row, cut) for row in rows]
 
 
-def _uncut(row: Row) -> Row:
-    """Of a file that no other row cuts: an offset of 0, as NeMo writes it everywhere, makes no segment of it."""
-    return replace(row, id=row.id.removesuffix(row.audio.place), audio=replace(row.audio, offset=None))
+def _uncut(row: Row, cut: Container[Path]) -> Row:
+    """Of files that nothing cuts: an offset of 0, as NeMo writes it everywhere, makes no segment of them."""
+
+    def whole(part: Audio | str) -> Audio | str:
+        uncut = isinstance(part, Recording) and part.offset == 0 and part.source not in cut
+        return replace(part, offset=None) if uncut else part
+
+    if row.messages:
+        return replace(row, messages=tuple(replace(x, parts=tuple(map(whole, x.parts))) for x in row.messages))
+    audio = whole(row.audio)
+    return row if audio is row.audio else replace(row, id=row.id.removesuffix(row.audio.place), audio=audio)
 
 
 def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row:
@@ -118,10 +130,7 @@ def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row
         text = answers[0]
     else:
         raise ValueError("neither 'text' nor 'answers'")
-    duration, offset = _seconds(given, "duration"), _seconds(given, "offset")
-    if offset and duration == 0:
-        raise ValueError("'duration' is 0, of a segment")
-    recording = Recording(folder / audio, duration, offset if offset or duration else None)
+    recording = _recording(folder / audio, given)
     return Row(
         _name(given, "id") or printable(audio) + recording.place,
         text,
@@ -134,6 +143,61 @@ def _row(entry: Mapping[str, Any], columns: dict[str, str], folder: Path) -> Row
         answers=answers,
         prompt=_text(given, "prompt"),
     )
+
+
+def _recording(path: Path, given: Mapping[str, Any]) -> Recording:
+    duration, offset = _seconds(given, "duration"), _seconds(given, "offset")
+    if offset and duration == 0:
+        raise ValueError("'duration' is 0, of a segment")
+    return Recording(path, duration, offset if offset or duration else None)
+
+
+def _conversation(entry: Mapping[str, Any], folder: Path, name: str) -> Row:
+    """The row of an entry with `messages`; raises ValueError.
+
+    name: of the row, where it has no id.
+    """
+    given = entry["messages"]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"'messages' is {reprlib.repr(given)}, not a list of messages")
+    messages = []
+    for number, message in enumerate(given, start=1):
+        try:
+            messages.append(_message(message, ("user", "assistant")[len(messages) % 2], folder))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    if len(messages) % 2:
+        raise ValueError("the last of 'messages' is the user's, not an answer")
+    return Row(
+        _name(entry, "id") or printable(name),
+        messages[-1].parts[0],
+        None,
+        speaker=_name(entry, "speaker"),
+        language=_name(entry, "language"),
+        mission=_name(entry, "mission"),
+        messages=tuple(messages),
+    )
+
+
+def _message(message: Any, role: str, folder: Path) -> Message:
+    """A message that is to be of this role: its typed text, and then its audio."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{reprlib.repr(message)}, not an object")
+    if message.get("role") != role:
+        raise ValueError(
+            f"'role' is {reprlib.repr(message.get('role'))}, not {role!r}: they take turns, the user first"
+        )
+    given = {key: value for key, value in message.items() if value not in (None, "")}
+    parts: list[Audio | str] = []
+    if "text" in given:
+        parts.append(_whole(_string(given, "text"), "text"))
+    if audio := next((key for key in AUDIO[0] if key in given), None):
+        if role == "assistant":
+            raise ValueError(f"{audio!r} of the assistant, whose answers are texts")
+        parts.append(_recording(folder / _string(given, audio), given))
+    if not any(isinstance(part, Recording) or part.strip() for part in parts):
+        raise ValueError(f"no 'text'{' and no audio' * (role == 'user')}")
+    return Message(role, tuple(parts))
 
 
 def _whole(text: str, key: str) -> str:

@@ -34,20 +34,22 @@ def read_durations(rows: Sequence[Row], cache: Path, *, log_every: float = 30.0,
     first: whether this is, of a run's processes, the one that writes the cache and shows progress.
 
     Returns:
-        (rows,) float64; 0 where the recording can't be opened. Loading it will say why, and make it a bad
-        sample.
+        (rows,) float64, of a conversation the sum; 0 where a recording can't be opened. Loading it will say why, and
+        make it a bad sample.
     """
     known: dict[str, float] = {}
     with suppress(OSError, ValueError, AttributeError):
         content = json.loads(cache.read_text(encoding="utf-8")).items()
         known = {stamp: x for stamp, x in content if isinstance(x, float) and 0 < x < math.inf}
     found: dict[str, float] = {}
-    seconds = np.zeros(len(rows))
+    seconds, unread = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
     def read(start: int) -> int:
         piece = rows[start : start + _PIECE]
         for index, row in enumerate(piece, start):
-            seconds[index] = _seconds(row.audio, known, found)
+            lengths = [_seconds(recording, known, found) for recording in row.recordings]
+            seconds[index] = sum(lengths) if all(lengths) else 0.0
+            unread[index] = not all(lengths)
         return len(piece)
 
     pool = ThreadPoolExecutor(_THREADS)
@@ -61,8 +63,8 @@ def read_durations(rows: Sequence[Row], cache: Path, *, log_every: float = 30.0,
         pool.shutdown(cancel_futures=True)
         if found and first:
             write_whole(cache, json.dumps(known | found, ensure_ascii=False, indent=0).encode())
-    if unread := int((seconds == 0).sum()):
-        logger.warning("%d of %d recordings have no readable length", unread, len(rows))
+    if unread.any():
+        logger.warning("%d of %d recordings have no readable length", unread.sum(), len(rows))
     return seconds
 
 

@@ -5,6 +5,13 @@ Paths are relative to the manifest. Optional: `id`, `duration` (s), `offset` (s)
 `text` may then be left out, and is the first of them. What else the keys may be called stands in `columns`, among it
 NeMo's `audio_filepath`. Other keys are ignored.
 
+An entry with `messages` is a conversation: the user's and the assistant's by turns, the last one an answer.
+
+    {"messages": [{"role": "user", "audio": "1.flac"}, {"role": "assistant", "text": "..."}, ...]}
+
+A message of the user's has `text`, `audio` (with `offset` and `duration`, as below), or both, and then the text comes
+first. Without an `id`, a conversation goes by its place in the file.
+
 An `offset` above 0 makes the row a segment of its file: from there on for the `duration`, or to the end. Rows of the
 same file with an offset of 0 and a duration are then segments, too; else they are the whole file, as are rows without.
 """

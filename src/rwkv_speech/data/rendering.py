@@ -28,14 +28,19 @@ class Rendered:
     labels: (T,) int64, NO_LABEL wherever nothing is asked.
     audio_slots: (n,) int64, the positions of audio embeddings, in the order of the recordings.
     frames: encoder frames of each recording.
-    prompt_length: positions up to the last "#", after which the last answer begins.
+    answers: the positions of each answer's tokens; of the last one none, where it isn't known.
     """
 
     ids: Tensor
     labels: Tensor
     audio_slots: Tensor
     frames: list[int]
-    prompt_length: int
+    answers: list[range]
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions up to the last "#", after which the last answer begins."""
+        return self.answers[-1].start
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,10 +68,11 @@ class Renderer:
         slots: list[range] = []
         frames = [self.frame_count(n) for n in samples]
         groups = (self.group_count(n) for n in frames)
-        prompt_length = 0
+        answers: list[range] = []
         for number, message in enumerate(sample.messages):
             if message.role == "assistant":
                 answer = self.tokenizer.encode("".join(message.parts))
+                answers.append(range(len(ids), len(ids) + len(answer)))
                 ids += answer
                 # A first answer has nothing before it that could be asked for its first token.
                 labels[-1:] = [*answer, END_OF_TEXT][not labels :]
@@ -82,11 +88,12 @@ class Renderer:
                     ids += [END_OF_TEXT] * len(slots[-1])
             ids.append(SEPARATOR_ID)
             labels += [NO_LABEL] * (len(ids) - len(labels))
-            prompt_length = len(ids)
+        if sample.messages[-1].role == "user":
+            answers.append(range(len(ids), len(ids)))
         return Rendered(
             ids=torch.tensor(ids),
             labels=torch.tensor(labels),
             audio_slots=torch.cat([torch.arange(slot.start, slot.stop) for slot in slots] or [torch.arange(0)]),
             frames=frames,
-            prompt_length=prompt_length,
+            answers=answers,
         )

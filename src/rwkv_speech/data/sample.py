@@ -31,11 +31,12 @@ class Row:
     target_language, transcript: where the text is a translation, its language, and what is said in the recording.
     answers: all texts that are right, where there are several; `text` is what is learnt.
     prompt: typed text that goes before the audio, where the mission has that.
+    messages: of a conversation, in the place of the audio; `text` is then that of the last answer.
     """
 
     id: str
     text: str | None
-    audio: Audio
+    audio: Audio | None
     speaker: str | None = None
     language: str | None = None
     mission: str | None = None
@@ -43,6 +44,19 @@ class Row:
     transcript: str | None = None
     answers: tuple[str, ...] | None = None
     prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+
+    @property
+    def recordings(self) -> list[Audio]:
+        """All recordings, in their order."""
+        return recordings_of(self.messages) if self.messages else [] if self.audio is None else [self.audio]
+
+    @property
+    def place(self) -> str:
+        """Where its audio lies, for messages."""
+        if self.messages:
+            return "a conversation"
+        return str(self.audio) if isinstance(self.audio, Recording) else "an array"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,10 @@ class Message:
 
     role: Role
     parts: tuple[Audio | str, ...]
+
+
+def recordings_of(messages: Iterable[Message]) -> list[Audio]:
+    return [part for message in messages for part in message.parts if not isinstance(part, str)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +88,7 @@ class Sample:
     @property
     def audio(self) -> list[Audio]:
         """All recordings, in the order in which the model reads them."""
-        return [part for message in self.messages for part in message.parts if not isinstance(part, str)]
+        return recordings_of(self.messages)
 
     @property
     def reference(self) -> str:
@@ -79,8 +97,14 @@ class Sample:
         return "".join(part for part in last.parts if isinstance(part, str)) if last.role == "assistant" else ""
 
 
-def one_round(id: str, asked: Sequence[Audio | str], answer: str | None) -> Sample:
-    """A sample of one round; without an answer it ends with what is asked."""
+def one_round(id: str, asked: Sequence[Audio | str | None], answer: str | None) -> Sample:
+    """A sample of one round; without an answer it ends with what is asked.
+
+    Raises:
+        SampleError: None is asked.
+    """
+    if any(part is None for part in asked):
+        raise SampleError("messages, but no audio of its own: it is a row of the mission converse")
     messages = [Message("user", tuple(asked))]
     if answer is not None:
         messages.append(Message("assistant", (answer,)))

@@ -53,13 +53,14 @@ class FillFrames(Callback):
         self.log_every = log_every
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        ids = {str(row.audio): row.id for row in self.rows}
+        rows = {str(recording): row for row in self.rows for recording in row.recordings}
 
         def on_bad(recording: Recording, error: Exception) -> None:
-            self.bad_samples.add([BadSample(ids[str(recording)], str(recording), str(error))])
+            row = rows[str(recording)]
+            self.bad_samples.add([BadSample(row.id, row.place, str(error))])
 
         self.cache.fill(
-            [row.audio for row in self.rows],
+            [recording for row in self.rows for recording in row.recordings],
             longest=self.longest,
             device=trainer.strategy.root_device,
             rank=trainer.global_rank,

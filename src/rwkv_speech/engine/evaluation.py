@@ -13,6 +13,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from rwkv_speech.answering import answer_rounds
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import SpeechDataset
 from rwkv_speech.data.loading import loader
@@ -106,17 +107,20 @@ def evaluate_split(
             bad_samples.add(batch.bad)
             bad.update(sample.id for sample in batch.bad)
             start = time.perf_counter()
-            results = model.decode(batch.to(model.device), options.decoding) if len(batch) else []
+            batch = batch.to(model.device)
+            answers = answer_rounds(model, batch, options.decoding) if len(batch) else []
             wall = (time.perf_counter() - start) / max(1, len(batch))
-            for index, seconds, result in zip(batch.indices, batch.seconds, results, strict=True):
-                record = task.record(
-                    left[index],
-                    model.text(result),
+            beside = [None] * len(batch)
+            if task.mission.rounds and len(batch):
+                beside = answer_rounds(model, batch, options.decoding, references=True)
+            for index, seconds, rounds, others in zip(batch.indices, batch.seconds, answers, beside, strict=True):
+                record = record_of(
+                    *(model, left[index], rounds, others),
                     heard=heard[left[index].id],
                     seconds=seconds,
-                    score=result.average_log_prob,
-                    probability=result.probability,
-                    loop=result.loop,
+                    score=sum(x.score for x in rounds) / sum(x.n_scored for x in rounds),
+                    probability=rounds[-1].probability,
+                    loop=any(x.loop for x in rounds),
                     wall_seconds=wall,
                 )
                 writer.write(record)
@@ -151,6 +155,33 @@ def evaluate_split(
     if not any(parts.parent.iterdir()):
         parts.parent.rmdir()
     return records, len(bad)
+
+
+def record_of(
+    model: SpeechRWKV,
+    row: Row,
+    answers: Sequence[DecodingResult],
+    with_references: Sequence[DecodingResult] | None = None,
+    **measured: Any,
+) -> EvalRecord:
+    """The record of a row; where its mission has several rounds, `details` hold all of them.
+
+    answers: to each round, with the model's own answers in the state, and
+    with_references: with the references to earlier rounds in the state, where that was tried.
+    measured: what else `Mission.record` takes.
+    """
+    task = model.task(row.mission)
+    record = task.record(row, model.text(answers[-1]), **measured)
+    if not task.mission.rounds:
+        return record
+    references = ["".join(message.parts) for message in model.sample(row).messages if message.role == "assistant"]
+    rounds = [
+        {"round": number, "reference": reference, "hypothesis": model.text(answer)}
+        for number, (reference, answer) in enumerate(zip(references, answers, strict=True), start=1)
+    ]
+    for found, answer in zip(rounds, with_references or (), strict=False):
+        found["with_references"] = model.text(answer)
+    return replace(record, details=record.details | {"rounds": rounds})
 
 
 def answer_in_pieces(
@@ -226,7 +257,7 @@ def check_ids(rows: Iterable[Row]) -> None:
     first: dict[str, Row] = {}
     for row in rows:
         if (before := first.setdefault(row.id, row)) is not row:
-            both = f"{before.audio} and {row.audio}"
+            both = f"{before.place} and {row.place}"
             raise UserError(f"utterance id {row.id!r} occurs twice in a split, of {both}; ids must be unique")
 
 

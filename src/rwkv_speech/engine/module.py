@@ -114,16 +114,18 @@ class TrainingModule(pl.LightningModule):
         audio_embeds, _ = self.model.embed_audio(batch)
         text = ctc = None
         if both:
-            text = self.model.loss_sum(batch, audio_embeds)
+            text = self.model.loss_sum(batch, audio_embeds, longest=self.options.ctx_len)
         if self.options.ctc_align:
-            if len(batch.group_counts) != len(batch):
-                raise UserError("--ctc_align aligns one recording with its text: a sample here has none or several")
             aligned = self.model.aligned
             rows = [i for i, name in enumerate(batch.missions) if self.model.task(name).name in aligned]
+            recordings = [i for i, row in enumerate(batch.owners) if row in rows]
+            if [batch.owners[i] for i in recordings] != rows:
+                raise UserError("--ctc_align aligns one recording with its text: a sample here has none or several")
             groups = torch.tensor(batch.group_counts)
             answers = batch.answers
             if len(rows) < len(batch):
-                audio_embeds, groups, answers = audio_embeds[rows], groups[rows], [answers[i] for i in rows]
+                answers = [answers[i] for i in rows]
+                audio_embeds, groups = audio_embeds[recordings], groups[recordings]
             ctc = audio_embeds.sum() * 0.0  # where it has no rows, by the same path as where it has some
             if rows:
                 ctc = alignment_loss_sum(audio_embeds, groups, answers, self.model.language_model.emb.weight)

@@ -10,8 +10,10 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from rwkv_speech.answering import answer_rounds
 from rwkv_speech.data.bad_samples import BadSamples
 from rwkv_speech.data.batches import Batch
+from rwkv_speech.engine.evaluation import record_of
 from rwkv_speech.engine.machine import gather
 from rwkv_speech.engine.metrics import Metrics, valid_column
 from rwkv_speech.engine.mission_files import MissionFiles
@@ -132,10 +134,9 @@ class Validation(Callback):
                     continue
                 batch = batch.to(model.device)
                 audio_embeds, _ = model.embed_audio(batch)
-                loss_sum, tokens = loss_sum + float(model.loss_sum(batch, audio_embeds)), tokens + batch.tokens
-                results = model.decode(batch, self.decoding, audio_embeds)
-                for name, index, result, seconds in zip(
-                    batch.missions, batch.indices, results, batch.seconds, strict=True
-                ):
-                    records.append(model.task(name).record(rows[index], model.text(result), seconds=seconds))
+                loss_sum += float(model.loss_sum(batch, audio_embeds, longest=self.options.ctx_len))
+                tokens += batch.tokens
+                answers = answer_rounds(model, batch, self.decoding, audio_embeds)
+                for index, rounds, seconds in zip(batch.indices, answers, batch.seconds, strict=True):
+                    records.append(record_of(model, rows[index], rounds, seconds=seconds))
         return loss_sum, tokens, records

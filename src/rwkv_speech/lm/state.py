@@ -1,6 +1,6 @@
 """What a recurrent model carries from one token to the next."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +50,12 @@ class State:
                 for layer in self.layers
             )
         )
+
+    @classmethod
+    def cat(cls, states: "Sequence[State]") -> "State":
+        """The states of several batches, none of them shared by its batch, as those of one."""
+        layers = zip(*(state.layers for state in states), strict=True)  # of all batches, layer by layer
+        return cls(tuple(LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in layers))
 
     def clone(self) -> "State":
         return self.map(torch.clone)

@@ -4,6 +4,7 @@ import re
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.missions.answer import Answer
+from rwkv_speech.missions.converse import Converse
 from rwkv_speech.missions.describe import Describe
 from rwkv_speech.missions.label import Label
 from rwkv_speech.missions.mission import Mission
@@ -18,6 +19,7 @@ MISSIONS: dict[str, Mission] = {
         Answer(),
         Label(),
         Describe(),
+        Converse(),
     )
 }  # fmt: skip
 

@@ -21,12 +21,14 @@ class Mission(ABC):
     chooses: an answer is one of a set of labels.
     cut: its audio is speech, and the answers to pieces of a recording make its answer together. Then silence has none,
         and long recordings are cut in pauses; otherwise they are refused.
+    rounds: a sample has several, each with an answer that is scored.
     """
 
     name: ClassVar[str]
     leading: ClassVar[MetricKind]
     chooses: ClassVar[bool] = False
     cut: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, records: Sequence[EvalRecord]) -> TaskScores:

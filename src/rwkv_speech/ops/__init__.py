@@ -1,11 +1,18 @@
-"""What the program does: train, eval, predict, score. Each gives the exit status."""
+"""What the program does: train, eval, predict, chat, score. Each gives the exit status."""
 
 from collections.abc import Callable
 
+from rwkv_speech.ops.chat import chat
 from rwkv_speech.ops.evaluate import evaluate
 from rwkv_speech.ops.predict import predict
 from rwkv_speech.ops.score import score
 from rwkv_speech.ops.train import train
 from rwkv_speech.options import Options
 
-OPS: dict[str, Callable[[Options], int]] = {"train": train, "eval": evaluate, "predict": predict, "score": score}
+OPS: dict[str, Callable[[Options], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "chat": chat,
+    "score": score,
+}

@@ -20,7 +20,7 @@ from rwkv_speech.options import DataOptions, ModelOptions, Options
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.hub import encoder_folder
-from rwkv_speech.speech.identity import encoder_identity, hash_tensors
+from rwkv_speech.speech.identity import encoder_identity, hash_sampled, hash_tensors
 
 log = logging.getLogger("rwkv_speech")
 
@@ -79,6 +79,19 @@ def chosen_mission_files(options: Options) -> list[MissionFile]:
     for file, which in found:
         log.info("%s %s, %s", "evaluating" if options.op == "eval" else "using", file.path, which)
     return [file for file, _ in found]
+
+
+def only_mission_file(options: Options) -> list[MissionFile]:
+    """The one mission file that is named, or the best.
+
+    Raises:
+        UserError: as `chosen_mission_files`, or there are several.
+    """
+    files = chosen_mission_files(options)
+    if len(files) > 1:
+        names = ", ".join(file.mission for file in files)
+        raise UserError(f"there are mission files of {names}: name one of these by --mission")
+    return files
 
 
 def named_mission_files(options: ModelOptions) -> list[MissionFile]:
@@ -157,13 +170,11 @@ def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
     """
     encoder = model.speech_encoder
     weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
-    found = hashlib.blake2b(digest_size=8)
-    hash_tensors(found, {name: x.reshape(-1)[:: max(1, x.numel() // 64)] for name, x in weights.items()})
     still = {name: x.parameter for name, x in model.trained_tensors().items() if not x.parameter.requires_grad}
     adapter = hashlib.blake2b(digest_size=8)
     hash_tensors(adapter, {name: x.detach() for name, x in still.items()})
     return {
-        "load_model_weights": found.hexdigest(),
+        "load_model_weights": hash_sampled(weights),
         "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
         **({"weights_that_stay": adapter.hexdigest()} if still else {}),
     }

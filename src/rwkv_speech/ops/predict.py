@@ -12,7 +12,7 @@ from rwkv_speech.data.listing import audio_files
 from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import check_folder, write_whole
-from rwkv_speech.ops.common import check_model_file, chosen_mission_files, load_model, longest_pieces
+from rwkv_speech.ops.common import check_model_file, load_model, longest_pieces, only_mission_file
 from rwkv_speech.options import Options
 from rwkv_speech.progress import Progress
 from rwkv_speech.terminal import ESCAPED, say
@@ -35,11 +35,7 @@ def predict(options: Options) -> int:
     if folder:
         check_folder(folder, "output_dir")
     machine = fit_to_machine(options.machine)
-    files = chosen_mission_files(options)
-    if len(files) > 1:
-        names = ", ".join(file.mission for file in files)
-        raise UserError(f"there are mission files of {names}: name one of these by --mission")
-    model = load_model(options.model, files, machine.first_device, machine)
+    model = load_model(options.model, only_mission_file(options), machine.first_device, machine)
     task = model.task()
     if options.prompt and task.mission.name != "answer":
         raise UserError(f"--prompt goes with the mission answer, not {task.name}")

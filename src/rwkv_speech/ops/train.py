@@ -394,7 +394,7 @@ def _too_long(training: TrainingOptions, slowest: float) -> Callable[[Rendered, 
     def reason(rendered: Rendered, samples: Sequence[int]) -> str | None:
         if limit and sum(samples) > limit * SAMPLE_RATE:
             return f"{sum(samples) / SAMPLE_RATE:.1f} s, more than the {limit:g} s that --max_batch_s leaves"
-        if len(rendered) > training.ctx_len:
+        if len(rendered) > training.ctx_len and len(rendered.answers) == 1:  # several rounds are learnt in pieces
             return f"{len(rendered)} positions, more than --ctx_len {training.ctx_len}"
         return None
 

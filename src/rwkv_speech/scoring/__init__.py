@@ -11,6 +11,7 @@ A mission brings a class of `TaskScores`; nothing here knows of missions, models
 
 from rwkv_speech.scoring.answers import AnswerScores
 from rwkv_speech.scoring.captions import CaptionScores
+from rwkv_speech.scoring.conversations import ConversationScores
 from rwkv_speech.scoring.labels import LabelScores
 from rwkv_speech.scoring.languages import spaced
 from rwkv_speech.scoring.normalise import (
@@ -42,9 +43,9 @@ from rwkv_speech.scoring.words import (
 )
 
 __all__ = [
-    "CER", "MER", "NORMALIZERS", "WER", "Aligned", "AnswerScores", "CaptionScores", "Cost", "Edits", "EvalRecord",
-    "Group", "LabelScores", "Metric", "MetricKind", "RecordWriter", "SplitResult", "TaskScores", "TextScores",
-    "TranscriptScores", "TranslationScores", "align", "bootstrap", "bootstrap_interval", "by_length", "by_speaker",
-    "leading_kind", "lower_case", "normalise_basic", "normalise_english", "normaliser_name", "normalizer_for",
-    "read_records", "score_table", "spaced", "summary", "worst", "write_report",
+    "CER", "MER", "NORMALIZERS", "WER", "Aligned", "AnswerScores", "CaptionScores", "ConversationScores", "Cost",
+    "Edits", "EvalRecord", "Group", "LabelScores", "Metric", "MetricKind", "RecordWriter", "SplitResult", "TaskScores",
+    "TextScores", "TranscriptScores", "TranslationScores", "align", "bootstrap", "bootstrap_interval", "by_length",
+    "by_speaker", "leading_kind", "lower_case", "normalise_basic", "normalise_english", "normaliser_name",
+    "normalizer_for", "read_records", "score_table", "spaced", "summary", "worst", "write_report",
 ]  # fmt: skip

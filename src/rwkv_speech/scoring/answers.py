@@ -46,12 +46,21 @@ class AnswerScores(TaskScores):
 
     @cached_property
     def leading(self) -> Metric:
-        return mean_metric(EXACT_MATCH, [hypothesis in references for references, hypothesis in self._tokens])
+        return mean_metric(EXACT_MATCH, self.exact)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        contained = [any(_within(r, hypothesis) for r in references) for references, hypothesis in self._tokens]
-        return self.leading, mean_metric(TOKEN_F1, self.f1), mean_metric(CONTAINED, contained)
+        return self.leading, mean_metric(TOKEN_F1, self.f1), mean_metric(CONTAINED, self.contained)
+
+    @property
+    def exact(self) -> list[bool]:
+        """Of each record, whether the answer is a reference."""
+        return [hypothesis in references for references, hypothesis in self._tokens]
+
+    @property
+    def contained(self) -> list[bool]:
+        """Of each record, whether the answer contains a reference."""
+        return [any(_within(r, hypothesis) for r in references) for references, hypothesis in self._tokens]
 
     @cached_property
     def f1(self) -> list[float]:

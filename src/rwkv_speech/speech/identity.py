@@ -39,6 +39,13 @@ def hash_tensors(found: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def hash_sampled(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of tensors, of which some 64 values each are looked at."""
+    found = hashlib.blake2b(digest_size=8)
+    hash_tensors(found, {name: x.reshape(-1)[:: max(1, x.numel() // 64)] for name, x in tensors.items()})
+    return found.hexdigest()
+
+
 def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
     """Without where they came from and who wrote them."""
     return {key: x for key, x in settings.items() if not key.startswith("_") and key != "transformers_version"}
