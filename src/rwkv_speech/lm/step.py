@@ -1,7 +1,7 @@
 """A block for one token of a few samples, as one call of C++: a decoding step on the CPU.
 
-The formulas are those of `rwkv6` and `rwkv7`, which serve in all other cases and as the reference in the tests. What they
-round to bf16 between their operations, this keeps in fp32.
+The formulas are those of `rwkv6` and `rwkv7`, which serve in all other cases and as the reference in the tests. What
+they round to bf16 between their operations, this keeps in fp32.
 """
 
 from operator import attrgetter
