@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_speech.lm import step
 from rwkv_speech.lm.linear import Linear
 from rwkv_speech.lm.state import LayerState, State
 from rwkv_speech.lm.weights import ModelSizes, read_weights
@@ -63,6 +64,7 @@ class Block(nn.Module):
 
     def __init__(self, sizes: ModelSizes, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
+        self.generation = sizes.generation
         self.ln1 = LayerNorm(sizes.n_embd)
         self.ln2 = LayerNorm(sizes.n_embd)
         self.att = att
@@ -78,6 +80,8 @@ class Block(nn.Module):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), what the first layer hands to all others, and the state -> the same after the block."""
+        if lengths is None and step.takes(x, wkv):
+            return step.step(self, self.generation, x, v_first, LayerState(wkv, att_shift, ffn_shift))
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, att_shift, wkv, lengths)
         x = _add(x, out)
