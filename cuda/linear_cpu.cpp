@@ -9,17 +9,17 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "packed.h"
 
 namespace {
 
-template <typename scalar_t>
-void product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& output) {
-  const int64_t O = weight.size(0), K = weight.size(1), rows = input.numel() / K;
-  const scalar_t* W = weight.data_ptr<scalar_t>();
+template <typename scalar_t, typename matrix_t>
+void product(const at::Tensor& input, const matrix_t& W, const at::Tensor& output) {
+  const int64_t O = output.size(-1), K = input.size(-1), rows = input.numel() / K;
   scalar_t* y = output.data_ptr<scalar_t>();
   std::vector<float> x(rows * K);
-  for (int64_t r = 0; r < rows; ++r) arrange<scalar_t>(input.data_ptr<scalar_t>() + r * K, K, x.data() + r * K);
-  at::parallel_for(0, O, grain<scalar_t>(K), [&](int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < rows; ++r) arrange<matrix_t>(input.data_ptr<scalar_t>() + r * K, K, x.data() + r * K);
+  at::parallel_for(0, O, grain(W.row_bytes()), [&](int64_t begin, int64_t end) {
     outputs(x.data(), W, rows, K, O, begin, end, y);
   });
 }
@@ -31,7 +31,7 @@ void products(const at::Tensor& input, const at::Tensor& matrix, const at::Tenso
   scalar_t* y = output.data_ptr<scalar_t>();
   const std::vector<float> x(in, in + G * rows * K);
   const int64_t strips = (O + COLUMNS - 1) / COLUMNS;
-  at::parallel_for(0, G * strips, grain<scalar_t>(K * COLUMNS), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, G * strips, grain(K * COLUMNS * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / strips;
       columns_from(x.data() + g * rows * K, M + g * K * O, rows, K, O, task % strips * COLUMNS, y + g * rows * O);
@@ -46,19 +46,40 @@ void check_types(const at::Tensor& x, const at::Tensor& weight) {
               weight.scalar_type());
 }
 
+at::Tensor output_of(const at::Tensor& x, int64_t width) {
+  auto shape = x.sizes().vec();
+  shape.back() = width;
+  return at::empty(shape, x.options());
+}
+
 }  // namespace
 
 at::Tensor few_rows_linear_cpu(const at::Tensor& x, const at::Tensor& weight) {
   check_types(x, weight);
   TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1), "few_rows_linear: x ", x.sizes(),
               " does not fit the weight ", weight.sizes());
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  const auto y = at::empty(shape, x.options()), rows = x.contiguous();
+  const auto y = output_of(x, weight.size(0)), rows = x.contiguous();
   if (x.scalar_type() == at::kFloat)
-    product<float>(rows, weight, y);
+    product<float>(rows, Dense<float>(weight), y);
   else
-    product<at::BFloat16>(rows, weight, y);
+    product<at::BFloat16>(rows, Dense<at::BFloat16>(weight), y);
+  return y;
+}
+
+at::Tensor few_rows_packed_cpu(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale) {
+  const int64_t K = x.size(-1), O = packed.size(0), blocks = (K + Nf4::BLOCK - 1) / Nf4::BLOCK;
+  const bool is_int8 = packed.scalar_type() == at::kChar;
+  TORCH_CHECK(packed.is_contiguous() && scale.is_contiguous() && packed.dim() == 2 &&
+                  packed.size(1) == (is_int8 ? K : blocks * Nf4::BLOCK / 2) && scale.numel() == (is_int8 ? O : O * blocks),
+              "few_rows_packed: x ", x.sizes(), " does not fit the packed weight ", packed.sizes(), ", scales ",
+              scale.sizes());
+  const auto y = output_of(x, O), rows = x.contiguous();
+  with_packed(packed, scale, [&](const auto& W) {
+    if (x.scalar_type() == at::kFloat)
+      product<float>(rows, W, y);
+    else
+      product<at::BFloat16>(rows, W, y);
+  });
   return y;
 }
 

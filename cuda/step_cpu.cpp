@@ -7,9 +7,11 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <variant>
 #include <vector>
 
 #include "few_rows.h"
+#include "packed.h"
 #include "wkv6_cpu.h"
 #include "wkv7_cpu.h"
 
@@ -27,12 +29,21 @@ class Step {
 
   Step(const at::Tensor& x, const at::Tensor& wkv, at::TensorList weights)
       : R(x.size(0)), C(x.size(1)), H(wkv.size(-3)), N(wkv.size(-1)), weights_(weights) {
-    for (const at::Tensor& w : weights)
-      TORCH_CHECK(w.is_contiguous() && w.scalar_type() == x.scalar_type(), "a step takes contiguous weights of x's type");
+    for (const at::Tensor& w : weights) TORCH_CHECK(w.is_contiguous(), "a step takes contiguous weights");
   }
 
   const scalar_t* next() { return weights_[at_++].template data_ptr<scalar_t>(); }
   int64_t size(int64_t dim) const { return weights_[at_].size(dim); }  // of the weight that comes next
+
+  using Matrix = std::variant<Dense<scalar_t>, Int8, Nf4>;
+
+  // The next weight, (O, K); of a packed one the scales follow.
+  Matrix matrix() {
+    const at::Tensor& w = weights_[at_++];
+    if (w.scalar_type() == at::kChar) return Int8(w, weights_[at_++]);
+    if (w.scalar_type() == at::kByte) return Nf4(w, weights_[at_++]);
+    return Dense<scalar_t>(w);
+  }
 
   std::vector<float> rows(int64_t width) const { return std::vector<float>(R * width); }
 
@@ -88,25 +99,31 @@ class Step {
   // Several products with the next weights, (O, K) each, shared out to the threads together.
   void multiply(std::initializer_list<Product> products) {
     struct Task {
+      Matrix W;
       std::vector<float> x;
-      const scalar_t* W;
       int64_t K, O, first;
       float* y;
     };
     std::vector<Task> tasks;
     int64_t total = 0, most = 1;
     for (const Product& product : products) {
-      const int64_t O = size(0), K = size(1);
-      std::vector<float> arranged(R * K);
-      for (int64_t r = 0; r < R; ++r) arrange<scalar_t>(&product.x[r * K], K, &arranged[r * K]);
-      tasks.push_back({std::move(arranged), next(), K, O, total, product.y});
+      const int64_t O = size(0), K = product.x.size() / R;
+      Task task{matrix(), std::vector<float>(R * K), K, O, total, product.y};
+      std::visit(
+          [&](const auto& W) {
+            for (int64_t r = 0; r < R; ++r)
+              arrange<std::decay_t<decltype(W)>>(&product.x[r * K], K, &task.x[r * K]);
+            most = std::max(most, W.row_bytes());
+          },
+          task.W);
+      tasks.push_back(std::move(task));
       total += O;
-      most = std::max(most, K);
     }
-    at::parallel_for(0, total, grain<scalar_t>(most), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, total, grain(most), [&](int64_t begin, int64_t end) {
       for (const Task& t : tasks) {
         const int64_t from = std::max(begin - t.first, int64_t{0}), to = std::min(end - t.first, t.O);
-        if (from < to) outputs(t.x.data(), t.W, R, t.K, t.O, from, to, t.y);
+        if (from < to)
+          std::visit([&](const auto& W) { outputs(t.x.data(), W, R, t.K, t.O, from, to, t.y); }, t.W);
       }
     });
   }
@@ -115,7 +132,7 @@ class Step {
   std::vector<float> times(const float* x, const scalar_t* M, int64_t K, int64_t O) const {
     auto y = rows(O);
     const int64_t strips = (O + COLUMNS - 1) / COLUMNS;
-    at::parallel_for(0, strips, grain<scalar_t>(K * COLUMNS), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, strips, grain(K * COLUMNS * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) columns_from(x, M, R, K, O, s * COLUMNS, y.data());
     });
     return y;

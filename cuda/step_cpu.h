@@ -3,7 +3,7 @@
 
 // A block of RWKV for one token of each of R samples, R small: x (R, C), the two token shifts (R, C), the states
 // (R, H, N, N) or (H, N, N), and the block's weights in the order in which lm/step.py gives them, all fp32 or all bf16
-// but for the states. What is given back is new.
+// but for the states and packed matrices (lm/quantised.py), which are two tensors each. What is given back is new.
 
 // -> x, att_shift, ffn_shift, wkv
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rwkv6_step_cpu(const at::Tensor& x,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_speech.lm import wkv
 
 # Up to so many rows our kernel, which reads the weights once, beats torch's on the CPU; measured by bench/decode.py.
-FEW_ROWS = {torch.float32: 16, torch.bfloat16: 16}
+FEW_ROWS = 16
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ def low_rank(x: Tensor, first: Tensor, second: Tensor, between: Callable[[Tensor
     return product(between(low) if between else low, second[None]).view(*x.shape[:-1], -1)
 
 
-def few(x: Tensor, row: int, *weights: Tensor) -> bool:
-    """Whether our kernel, which has no backward pass, takes x, in rows of so many numbers."""
-    small = x.device.type == "cpu" and x.numel() <= FEW_ROWS.get(x.dtype, 0) * row
+def few(x: Tensor, row: int, *weights: Tensor, most: int = FEW_ROWS) -> bool:
+    """Whether our kernel, which has no backward pass, takes x: at most so many rows of so many numbers."""
+    small = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() <= most * row
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
     traced = torch.compiler.is_compiling() or learning
     return small and not traced and wkv.backend("cpu").name == "cpu"

@@ -4,12 +4,16 @@ The formulas are those of `rwkv6` and `rwkv7`, which serve in all other cases an
 they round to bf16 between their operations, this keeps in fp32.
 """
 
+import functools
+import re
+from collections.abc import Callable
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_speech.lm.linear import few
+from rwkv_speech.lm.quantised import QuantisedLinear
 from rwkv_speech.lm.state import LayerState
 
 _NORM = ("{0}.weight", "{0}.bias")
@@ -39,8 +43,20 @@ _NAMES = {
         *("ffn.x_k", "ffn.key.weight", "ffn.value.weight"),
     ),
 }
-_WEIGHTS = {generation: attrgetter(*names) for generation, names in _NAMES.items()}
-_FIRST_OF_7 = attrgetter(*(name for name in _NAMES[7] if name not in ("att.v0", "att.v1", "att.v2")))
+_MATRIX = re.compile(r"(.*(?:receptance|key|value|gate|output))\.weight")
+
+
+@functools.cache
+def _weights(generation: int, *, first: bool, packed: bool) -> Callable[[nn.Module], tuple[Tensor, ...]]:
+    """Gives the weights of a block.
+
+    first: whether it is the first one, which in RWKV-7 has no values of an earlier one.
+    """
+    names = [name for name in _NAMES[generation] if not (first and name in ("att.v0", "att.v1", "att.v2"))]
+    if packed:
+        found = [(name, _MATRIX.fullmatch(name)) for name in names]
+        names = [own for name, m in found for own in ((f"{m[1]}.packed", f"{m[1]}.scale") if m else (name,))]
+    return attrgetter(*names)
 
 
 def takes(x: Tensor, wkv: Tensor) -> bool:
@@ -53,11 +69,11 @@ def step(
 ) -> tuple[Tensor, Tensor | None, LayerState]:
     """`Block.forward` for x (B, 1, C)."""
     wkv, att_shift, ffn_shift = state
+    packed = isinstance(block.att.key, QuantisedLinear)
+    weights = list(_weights(generation, first=v_first is None, packed=packed)(block))
     if generation == 6:
-        weights = list(_WEIGHTS[6](block))
         x, att_shift, ffn_shift, wkv = torch.ops.rwkv_speech_cpu.rwkv6_step(x[:, 0], att_shift, ffn_shift, wkv, weights)
     else:
-        weights = list((_FIRST_OF_7 if v_first is None else _WEIGHTS[7])(block))
         x, v_first, att_shift, ffn_shift, wkv = torch.ops.rwkv_speech_cpu.rwkv7_step(
             x[:, 0], v_first, att_shift, ffn_shift, wkv, weights
         )

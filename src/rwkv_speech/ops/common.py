@@ -118,6 +118,7 @@ def load_model(
         share_adapter=share_adapter,
         device=device,
         dtype=machine.dtype,
+        quant=options.quant,
         downsample_k=options.downsample_k,
         adapter_hidden=options.adapter_hidden,
         load_encoder=cache.encoder if cache else SpeechEncoder.from_pretrained,
@@ -148,13 +149,14 @@ def longest_pieces(model: SpeechRWKV, options: Options) -> dict[str, float]:
     return found
 
 
-def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
-    """What stands for the weights of the frozen parts, by name; the language model's are sampled."""
+def frozen_parts(model: SpeechRWKV) -> dict[str, str | None]:
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled, as they are kept."""
     encoder = model.speech_encoder
     weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
     found = hashlib.blake2b(digest_size=8)
     hash_tensors(found, {name: x.reshape(-1)[:: max(1, x.numel() // 64)] for name, x in weights.items()})
     return {
+        "quant": model.language_model.quant,
         "load_model_weights": found.hexdigest(),
         "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
     }
