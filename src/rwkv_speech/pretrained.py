@@ -143,9 +143,7 @@ def _chosen_quant(files: Sequence[MissionFile], asked: str | None) -> str | None
             log.info("%s was trained beside a language model with the quant %s, not %s", path, quant, asked)
     if not asked and len({*of_file.values()}) > 1:
         said = ", ".join(f"{path}: {quant}" for path, quant in of_file.items())
-        raise UserError(
-            f"the mission files were trained beside differently kept language models ({said}): name a quant"
-        )
+        raise UserError(f"the mission files were trained with different quants ({said}): name one by --quant")
     chosen = asked or next(iter(of_file.values()), "none")
     if chosen not in ("none", *QUANTS):
         raise UserError(f"quant {chosen!r}: expected none, {' or '.join(QUANTS)}")
