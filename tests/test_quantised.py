@@ -11,6 +11,8 @@ from rwkv_speech.errors import UserError
 from rwkv_speech.lm import quantised, step, wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.quantised import BLOCK, NF4, QuantisedLinear, dequantise, quantise
+from rwkv_speech.lm.weights import read_weights
+from rwkv_speech.terminal import printable
 from tests.tiny import answers, at_door, do, last, losses, missions
 
 pytestmark = pytest.mark.usefixtures("voiced")
@@ -123,7 +125,7 @@ def test_the_gradient_is_that_of_a_product_with_the_unpacked_weights(quant, rows
     for _ in range(2):  # also after an evaluation
         (got,) = torch.autograd.grad(layer(x).square().sum(), x)
         (want,) = torch.autograd.grad(F.linear(x, weight).square().sum(), x)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+        assert (got - want).norm() < 1e-6 * want.norm()
         with torch.inference_mode():
             torch.testing.assert_close(layer(x), F.linear(x, weight), rtol=1e-5, atol=1e-4)
     assert not any(p.requires_grad for p in layer.parameters())
@@ -177,7 +179,7 @@ def test_a_model_is_that_of_the_unpacked_weights(files, quant, monkeypatch):
     expected = run(plain, False)
     for checkpointing in (False, True):
         for got, want in zip(run(packed, checkpointing), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+            assert (got - want).norm() < 1e-5 * want.norm()
 
     @torch.inference_mode()
     def decode(model):
@@ -209,21 +211,24 @@ def test_loading_takes_the_memory_of_the_result_and_little_more(tmp_path, quant)
     """What torch allocates, by its own account: the file is mapped, and its matrices are packed part by part."""
     sizes = official_sizes(generation=6, n_layer=4, n_embd=512, vocab_size=4096)
     torch.save(random_weights(sizes, seed=0, dtype=torch.bfloat16), tmp_path / "model.pth")
+    sizes, tensors = read_weights(tmp_path / "model.pth")
+    whole = sum(x.nbytes for x in tensors.values())
+    file = tensors["emb.weight"]  # its end would count as memory that is given back
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model = lm.load(tmp_path / "model.pth", quant=quant)
+        model = lm.model_class(6).from_tensors(sizes, tensors, device="cpu", dtype=None, quant=quant)
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
+    assert not {file.data_ptr()} & {p.data_ptr() for p in model.parameters()}, "it holds the file, most of it unused"
     size = sum(p.nbytes for p in model.parameters())
-    whole = sum(p.nbytes for p in lm.load(tmp_path / "model.pth").parameters())
-    blocks, head, rest = 4 * 13 * 512**2, 4096 * 512, whole - 2 * (4 * 13 * 512**2 + 4096 * 512)
+    blocks, head, states = 4 * 13 * 512**2, 4096 * 512, 4 * 512 * 64 * 4
+    rest = whole - 2 * (blocks + head) + states
     scales = 4 * (4 * (5 * 512 + 512 * 3.5 + 512 + 512) + 4096) if quant == "int8" else blocks / BLOCK * 4 + 4 * 4096
     assert size == pytest.approx(blocks * (1 if quant == "int8" else 0.5) + head + rest + scales)
     assert now == pytest.approx(size, rel=0.01)
-    largest = 4 * head  # in fp32
-    assert peak < size + largest, f"{peak - size:,} bytes more than the result"
+    assert peak < size + 2 * head, f"{peak - size:,} bytes more than the result: more than the largest matrix"
 
 
 def test_no_such_quant(files):
@@ -253,8 +258,8 @@ def test_training_learns_and_the_mission_file_says_what_it_is_for(trained, world
     assert full.language_model.quant is None
     assert "rwkv-adapter-40.pth was trained beside a language model with the quant nf4, not none" in caplog.text
     waves = [normal(8000, seed=i) for i in range(2)]
-    losses_of = {kind: float(m.loss(waves, ["ab", "cd"])) for kind, m in (("nf4", model), ("none", full))}
-    assert 1e-4 < abs(losses_of["nf4"] - losses_of["none"])
+    with torch.no_grad():
+        assert abs(model.loss(waves, ["ab", "cd"]) - full.loss(waves, ["ab", "cd"])) > 1e-4
     assert "quant" not in full.describe()
 
 
@@ -264,14 +269,14 @@ def test_evaluation_and_prediction_keep_the_model_as_it_was_trained(trained, wor
     expected = answers(model, [path], max_new_tokens=20)
     flags = ["--op=predict", f"--proj_dir={trained}", "--max_new_tokens=20", *world.flags[:1], "--accelerator=cpu"]
     status, printed = at_door(monkeypatch, capsys, *flags, "--file_path", path)
-    assert (status, printed.out.split()) == (0, " ".join(expected).split())
+    assert (status, printed.out) == (0, printable(" ".join(expected[0].split())) + "\n")
     loaded = []
-    monkeypatch.setattr(
-        quantised,
-        "quantise_layers",
-        lambda *given, plain=quantised.quantise_layers: loaded.append(given[1]) or plain(*given),
-    )
-    monkeypatch.setattr("rwkv_speech.lm.language_model.quantise_layers", quantised.quantise_layers)
+
+    def quantise_layers(model, quant):
+        loaded.append(quant)
+        return quantised.quantise_layers(model, quant)
+
+    monkeypatch.setattr("rwkv_speech.lm.language_model.quantise_layers", quantise_layers)
     for asked in ([], ["--quant=int8"], ["--quant=none"]):
         assert do("eval", world, trained, "--max_new_tokens=4", "--eval_bsz=24", *asked) == 0
     assert loaded == ["nf4", "int8"]
@@ -313,7 +318,7 @@ def test_what_makes_no_sense_is_refused(trained, world, tmp_path, monkeypatch, c
     file = tmp_path / "rwkv-adapter-1.pth"
     torch.save(missions(trained)["rwkv-adapter-40.pth"][0], file)
     for said, message in (
-        ("3", "quant is 3, expected of type str"),
+        ("3", "quant is '3', expected of type str"),
         ('"int4"', "the quant 'int4', which is not known"),
     ):
         file.with_suffix(".json").write_text(f'{{"quant": {said}}}')
