@@ -9,9 +9,6 @@
 
 #include "few_rows.h"
 
-typedef int8_t bytes __attribute__((vector_size(LANES)));
-typedef uint8_t unsigned_bytes __attribute__((vector_size(LANES)));
-
 // A byte to a weight, a scale to a row.
 struct Int8 {
   static constexpr int VECS = 4, SUMS = 4;
@@ -21,18 +18,16 @@ struct Int8 {
 
   Int8(const at::Tensor& packed, const at::Tensor& scale)
       : weights(packed.data_ptr<int8_t>()), scales(scale.data_ptr<float>()), K(packed.size(1)) {}
-  static int place(int k) { return k; }
+  static int place(int k) { return k % 4 * LANES + k / 4; }
   int64_t row_bytes() const { return K; }
   const int8_t* address(int64_t o, int64_t k) const { return weights + o * K + k; }
   float at(int64_t o, int64_t k) const { return *address(o, k); }
   float scale(int64_t o) const { return scales[o]; }
 
   void load(int64_t o, int64_t k, vec* out) const {
-    for (int p = 0; p < VECS; ++p) {
-      bytes b;
-      std::memcpy(&b, address(o, k) + p * LANES, sizeof b);
-      out[p] = __builtin_convertvector(__builtin_convertvector(b, ivec), vec);
-    }
+    ivec words;  // four weights each
+    std::memcpy(&words, address(o, k), sizeof words);
+    for (int p = 0; p < VECS; ++p) out[p] = __builtin_convertvector(words << (24 - 8 * p) >> 24, vec);
   }
 };
 
@@ -62,7 +57,7 @@ struct Nf4 {
 
   Nf4(const at::Tensor& packed, const at::Tensor& scale)
       : weights(packed.data_ptr<uint8_t>()), scales(scale.data_ptr<float>()), blocks(scale.size(1)) {}
-  static int place(int k) { return k / (2 * LANES) * 2 * LANES + k % 2 * LANES + k % (2 * LANES) / 2; }
+  static int place(int k) { return k % 4 * LANES + k / 4; }
   int64_t row_bytes() const { return blocks * BLOCK / 2; }
   const uint8_t* address(int64_t o, int64_t k) const { return weights + o * row_bytes() + k / 2; }
   float scale(int64_t) const { return 1; }
@@ -74,13 +69,14 @@ struct Nf4 {
 
   void load(int64_t o, int64_t k, vec* out) const {
     const vec table = CODES * scales[o * blocks + k / BLOCK];
-    for (int half = 0; half < 2; ++half) {
-      unsigned_bytes b;
-      std::memcpy(&b, address(o, k) + half * LANES, sizeof b);
-      const ivec pairs = __builtin_convertvector(b, ivec);
-      out[2 * half] = look_up(table, pairs >> 4);
-      out[2 * half + 1] = look_up(table, pairs);
-    }
+    typedef uint16_t half_words __attribute__((vector_size(LANES * sizeof(uint16_t))));
+    half_words h;  // four weights each, the second byte's above the first's
+    std::memcpy(&h, address(o, k), sizeof h);
+    const ivec words = __builtin_convertvector(h, ivec);
+    out[0] = look_up(table, words >> 4);
+    out[1] = look_up(table, words);
+    out[2] = look_up(table, words >> 12);
+    out[3] = look_up(table, words >> 8);
   }
 
   // By the lowest four bits of each index.
