@@ -165,7 +165,7 @@ class LanguageModel(nn.Module):
         model.quant = quant
         stored = tensors["emb.weight"].dtype
         dtype = dtype or (torch.float32 if stored == torch.float64 else stored)  # nothing computes in fp64
-        packed = {}
+        packed, copy = {}, bool(quant)  # else the few that stay in the file would hold all of it
         for name, layer in layers.items():  # one after the other: of each the weights may go before the next comes
             weight = tensors.pop(f"{name}.weight")
             packed[f"{name}.packed"], packed[f"{name}.scale"] = quantise(weight, layer.quant, device)
@@ -174,10 +174,9 @@ class LanguageModel(nn.Module):
                 tensors[name] = packed[name]
             elif name.endswith("time_state"):
                 state = tensors.get(name, torch.zeros(parameter.shape))
-                tensors[name] = state.to(device, torch.float32)
+                tensors[name] = state.to(device, torch.float32, copy=copy)
             else:
-                # With a copy nothing holds the file any more, most of which isn't used.
-                tensors[name] = tensors[name].to(device, dtype, copy=bool(quant))
+                tensors[name] = tensors[name].to(device, dtype, copy=copy)
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_(False)
 
