@@ -1,7 +1,10 @@
 """Decoding and prefill of the bare language model against the `rwkv` package, and against what the memory and the
 matrix products allow. L12 x 768, vocabulary 65,536, random weights; prints one JSON line of ratios for each precision.
 
-python bench/decode.py [--generation 6] [--rounds 5]
+With --quant, a line for each quant instead: its tokens a second against those of bf16, and of the fastest form of the
+package, all in turn.
+
+python bench/decode.py [--generation 6] [--n_layer 12 --n_embd 768] [--rounds 5] [--quant int8 nf4]
 """
 
 import argparse
@@ -20,6 +23,7 @@ from bench.timing import seconds
 from rwkv_speech.lm import load
 from rwkv_speech.lm.initialise import official_sizes
 from rwkv_speech.lm.language_model import LanguageModel
+from rwkv_speech.options import QUANTS
 
 TOKENS, PREFILL, BATCH, FAR = 8, 256, 16, 10_000
 
@@ -28,8 +32,19 @@ def matrices(model: LanguageModel) -> dict[str, torch.Tensor]:
     """Every weight that a token reads whole: all but the embedding."""
     others = ("emb.weight", "time_state", "time_faaaa", "r_k")
     return {
-        name: p for name, p in model.named_parameters() if min(p.shape[-2:]) > 1 < p.dim() and not name.endswith(others)
+        name: p
+        for name, p in model.named_parameters()
+        if name.endswith("scale") or (min(p.shape[-2:]) > 1 < p.dim() and not name.endswith(others))
     }
+
+
+def bytes_read(model: LanguageModel) -> int:
+    """Of weights, for a token."""
+    return sum(w.nbytes for w in matrices(model).values())
+
+
+def size_of(model: LanguageModel) -> str:
+    return f"RWKV-{model.generation} L{model.sizes.n_layer}x{model.sizes.n_embd}"
 
 
 def bandwidth() -> float:
@@ -89,10 +104,10 @@ def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
         },
         rounds=rounds,
     )
-    read = sum(w.numel() * w.element_size() for w in matrices(model).values()) * TOKENS / bandwidth()
+    read = bytes_read(model) * TOKENS / bandwidth()
     return {
         "bench": "decode",
-        "model": f"RWKV-{model.generation} L12x768 {name}",
+        "model": f"{size_of(model)} {name}",
         "threads": torch.get_num_threads(),
         "tokens_per_s_vs_package": round(t["package"] / t["ours"], 2),
         "of_memory_bandwidth": round(read / t["ours"], 3),
@@ -104,17 +119,70 @@ def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
     }
 
 
+@torch.inference_mode()
+def measure_quantised(path: Path, quants: list[str], rounds: int) -> list[dict]:
+    from rwkv.model import RWKV
+
+    models = {name: load(path, dtype=torch.bfloat16, quant=name) for name in quants}
+    prompt = torch.randint(1, 65530, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+    for name, model in models.items():  # the products of few rows against those with unpacked weights
+        whole, (start, state) = model(prompt)[0], model(prompt[:, :-TOKENS])
+        for token in prompt[:, -TOKENS:].T:
+            start, state = model(token[:, None], state)
+        got, want = (model.logits(x[:, -1]).float() for x in (start, whole))
+        error = ((got - want).norm() / want.norm()).item()
+        assert error < 0.1, f"{name}: logits token by token differ from those of all at once by {error:.1e}"
+    models["bf16"] = load(path, dtype=torch.bfloat16)
+
+    def steps(model):
+        state = None
+        for _ in range(TOKENS):
+            hidden, state = model(prompt[:, :1], state)
+            model.logits(hidden[:, -1])
+
+    def package_steps(model):
+        state = None
+        for _ in range(TOKENS):
+            _, state = model.forward([5], state)
+
+    things = {name: lambda model=model: steps(model) for name, model in models.items()}
+    for name in ("fp32", "bf16"):
+        package = RWKV(str(path.with_suffix("")), f"cpu {name}")
+        things[f"package {name}"] = lambda model=package: package_steps(model)
+    t = seconds(things, rounds=rounds)
+    speed = bandwidth()
+    return [
+        {
+            "bench": "decode",
+            "model": f"{size_of(models[name])} {name}",
+            "threads": torch.get_num_threads(),
+            "tokens_per_s": round(TOKENS / t[name], 1),
+            "tokens_per_s_vs_bf16": round(t["bf16"] / t[name], 2),
+            "tokens_per_s_vs_package": round(min(t["package fp32"], t["package bf16"]) / t[name], 2),
+            "of_memory_bandwidth": round(bytes_read(models[name]) * TOKENS / speed / t[name], 3),
+        }
+        for name in models
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--generation", type=int, choices=(6, 7), default=6)
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--quant", nargs="+", choices=QUANTS)
     args = parser.parse_args()
     # The package reads these when it is imported.
     os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": str(int(args.generation == 7))}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "l12.pth"
-        sizes = official_sizes(generation=args.generation, n_layer=12, n_embd=768)
-        write_model(path, sizes, dtype=torch.float32, seed=0)
+        path = Path(folder) / "model.pth"
+        sizes = official_sizes(generation=args.generation, n_layer=args.n_layer, n_embd=args.n_embd)
+        write_model(path, sizes, dtype=torch.bfloat16 if args.quant else torch.float32, seed=0)
+        if args.quant:
+            for line in measure_quantised(path, args.quant, args.rounds):
+                print(json.dumps(line), flush=True)
+            return
         for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             print(json.dumps(measure(path, dtype, name, args.rounds)), flush=True)
 

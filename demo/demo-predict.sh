@@ -32,6 +32,7 @@ loop_guard="${loop_guard:-}"                 # 1: cut a transcript that has begu
 accelerator="${accelerator:-auto}"           # auto, gpu, cpu
 devices="${devices:-${device:-}}"            # which GPU, as in 1,; empty: the first
 precision="${precision:-}"                   # bf16, fp16, tf32, fp32; empty: bf16 on a GPU, fp32 on a CPU
+quant="${quant:-}"                           # int8 or nf4: the language model in less memory; empty: as the mission file says
 
 # --- nothing to edit below ---
 set +a

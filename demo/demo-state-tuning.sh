@@ -21,6 +21,7 @@ n_layer="${n_layer:-}"                       # layers and width of the language 
 n_embd="${n_embd:-}"                         #   set them to be told when it is not the file you think it is
 downsample_k="${downsample_k:-}"             # encoder frames to a position; empty: the mission file's, else 5
 adapter_hidden="${adapter_hidden:-}"         # hidden units of the adapter; empty: the mission file's, else 2048
+quant="${quant:-}"                           # int8 or nf4: the language model in less memory; empty: as the mission file says
 
 # --- data ---
 data="${data:-librispeech}"                  # librispeech, a JSON-lines manifest, a folder, a Hugging Face dataset

@@ -37,7 +37,10 @@ _FILE = re.compile(r"rwkv-adapter-(\d+)(-avg\d+)?(?:-run(\d+)(?:-(\d+))?)?")
 _NAME = re.compile(r"language_model\.blocks\.\d+\.att\.time_state|speech_encoder\.adapter\.[02]\.(weight|bias)")
 _STATE_NAME = re.compile(r"blocks\.\d+\.att\.time_state")  # in a file of states alone, as RWKV-PEFT writes it
 # What is read of the JSON file, and its type.
-_INFO = {"mission": str, "labels": list, "encoder": str, "encoder_digest": str, "downsample_k": int, "generation": int}
+_INFO = {
+    **{"mission": str, "labels": list, "encoder": str, "encoder_digest": str},
+    **{"downsample_k": int, "generation": int, "quant": str},
+}
 
 
 class MissionFileError(UserError):

@@ -151,6 +151,7 @@ class SpeechRWKV(nn.Module):
             "n_embd": sizes.n_embd,
             "head_size": sizes.head_size,
             "vocab_size": sizes.vocab_size,
+            **({"quant": self.language_model.quant} if self.language_model.quant else {}),
             "versions": {name: _version(name) for name in ("rwkv-speech", "torch", "transformers")},
         } | more
 

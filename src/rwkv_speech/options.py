@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from rwkv_speech.errors import UserError
 
+QUANTS = ("int8", "nf4")  # see rwkv_speech.lm.quantised
+
 
 def flag(default: Any, help: str, *, op: str | Sequence[str] = (), resume_ignored: bool = False, **how: Any) -> Any:
     """A setting: its default, its help, and what argparse needs besides (type, choices, nargs).
@@ -107,6 +109,12 @@ class ModelOptions:
     adapter_hidden: int | None = flag(None, "hidden units of the adapter (default: 2048)", type=positive)
     n_layer: int | None = flag(None, "layers of the language model: a check, since the file has them", type=positive)
     n_embd: int | None = flag(None, "width of the language model: a check, since the file has it", type=positive)
+    quant: str | None = flag(
+        None,
+        "how the language model's large matrices are kept: none, in the precision of computation, or packed into int8 "
+        "or nf4 (default: as the mission file says, else none)",
+        choices=("none", *QUANTS),
+    )
     wkv: str = flag(
         "auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"), resume_ignored=True
     )

@@ -1,5 +1,6 @@
 """Puts a `SpeechRWKV` together from files: the frozen parts, and mission files."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from rwkv_speech.mission_file import (
 )
 from rwkv_speech.missions import MISSIONS
 from rwkv_speech.missions.task import Task
+from rwkv_speech.options import QUANTS
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
@@ -25,6 +27,8 @@ from rwkv_speech.speech.hub import encoder_folder
 
 if TYPE_CHECKING:
     from rwkv_speech.model import SpeechRWKV
+
+log = logging.getLogger("rwkv_speech")
 
 DEFAULT_ENCODER = "microsoft/wavlm-large"
 DOWNSAMPLE_K = 5
@@ -44,6 +48,7 @@ def load(
     share_adapter: bool | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    quant: str | None = None,
     downsample_k: int | None = None,
     adapter_hidden: int | None = None,
     load_encoder: Callable[..., SpeechEncoder | AbsentEncoder] = SpeechEncoder.from_pretrained,
@@ -62,6 +67,8 @@ def load(
         share_adapter: whether all missions have one adapter; None: those whose files hold the same one.
         device: where to compute.
         dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
+        quant: how the language model's large matrices are kept: "none", in `dtype`, or "int8" or "nf4", packed as
+            `lm.quantised` does it; None is as the mission files say, or "none".
         downsample_k: encoder frames to a position; None is what the mission files say, or 5.
         adapter_hidden: hidden units of the adapter; None is what the mission files say, or 2048.
         load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
@@ -85,7 +92,7 @@ def load(
         encoder = chosen_encoder(file, encoder)
     encoder = encoder or DEFAULT_ENCODER
     encoder_folder(encoder)  # a wrong one is named at once, not when a large model has been read
-    language_model = lm.load(load_model, device=device, dtype=dtype)
+    language_model = lm.load(load_model, device=device, dtype=dtype, quant=_chosen_quant(files, quant))
     with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
         speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)
     for file in files:
@@ -120,3 +127,26 @@ def load(
         for name in names:
             model.load_trained(states, name)
     return model
+
+
+def _chosen_quant(files: Sequence[MissionFile], asked: str | None) -> str | None:
+    """How the language model is to be kept: as asked, else as it was when the mission files were trained.
+
+    The log says where these differ.
+
+    Raises:
+        UserError: a name that is not known, or files that say different things.
+    """
+    of_file = {file.path: file.info.get("quant") or "none" for file in files}
+    for path, quant in of_file.items():
+        if quant not in ("none", *QUANTS):
+            raise MissionFileError(f"mission file {path} was trained with the quant {quant!r}, which is not known here")
+        if asked not in (None, quant):
+            log.info("%s was trained beside a language model with the quant %s, not %s", path, quant, asked)
+    if not asked and len({*of_file.values()}) > 1:
+        said = ", ".join(f"{path}: {quant}" for path, quant in of_file.items())
+        raise UserError(f"the mission files were trained with different quants ({said}): name one by --quant")
+    chosen = asked or next(iter(of_file.values()), "none")
+    if chosen not in ("none", *QUANTS):
+        raise UserError(f"quant {chosen!r}: expected none, {' or '.join(QUANTS)}")
+    return None if chosen == "none" else chosen

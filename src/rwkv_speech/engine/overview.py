@@ -8,6 +8,7 @@ from rich.table import Table
 
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.metrics import MEASURED, WARM_UP
+from rwkv_speech.lm.quantised import QuantisedLinear
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options, TrainingOptions
 
@@ -67,6 +68,10 @@ def show_run(
     rate = f"learning rate up to {training.largest_lr(total, total):.3g}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     size = f"{sizes.n_layer} x {sizes.n_embd}, vocabulary of {sizes.vocab_size:,}"
+    if model.language_model.quant:
+        size += f", {model.language_model.quant}"
+        packed = [layer for layer in model.modules() if isinstance(layer, QuantisedLinear)]
+        count[False] += sum(x.in_features * x.out_features - x.packed.numel() - x.scale.numel() for x in packed)
     table = Table(show_header=False)
     for row in (
         (

@@ -63,7 +63,7 @@ class Run:
         write_whole(self.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def find_run(options: Options, frozen: Mapping[str, str]) -> Run:
+def find_run(options: Options, frozen: Mapping[str, str | None]) -> Run:
     """The newest run of the project where it is unfinished and of the same settings; else a new run.
 
     frozen: what stands for the frozen parts, and how they compute.

@@ -18,7 +18,11 @@ def model_class(generation: int) -> "type[LanguageModel]":
 
 
 def load(
-    path: str | Path, *, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
+    path: str | Path,
+    *,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    quant: str | None = None,
 ) -> "LanguageModel":
     """Reads a .pth or .safetensors file of an RWKV-6 or RWKV-7; its tensors decide which of them it is.
 
@@ -26,11 +30,13 @@ def load(
         path: an official file, or one in its form; a `time_state` in it becomes the initial state.
         device: where the weights go.
         dtype: fp32, bf16 or fp16; None keeps that of the file's embedding.
+        quant: "int8" or "nf4": how the large matrices are kept, see `lm.quantised`; None: in `dtype`, as all else.
 
     Raises:
         WeightsError: the file can't be read, or holds no complete RWKV-6 or RWKV-7.
+        ValueError: no such quant.
     """
     from rwkv_speech.lm.weights import read_weights
 
     sizes, tensors = read_weights(path)
-    return model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype)
+    return model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)

@@ -38,7 +38,12 @@ def load_cpu() -> None:
     """
     flags = ["-O3", "-march=native"] + (["-fopenmp"] if platform.system() == "Linux" else [])
     # -fopenmp is a compiler flag only: at link time it would bring a second OpenMP runtime beside torch's own.
-    _load("cpu", ["wkv6_cpu.cpp", "wkv7_cpu.cpp", "linear_cpu.cpp", "binding_cpu.cpp"], flags, variant=_processor())
+    _load(
+        "cpu",
+        ["wkv6_cpu.cpp", "wkv7_cpu.cpp", "linear_cpu.cpp", "step_cpu.cpp", "binding_cpu.cpp"],
+        flags,
+        variant=_processor(),
+    )
 
 
 @functools.cache

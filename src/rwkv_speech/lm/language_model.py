@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_speech.lm import step
 from rwkv_speech.lm.linear import Linear
+from rwkv_speech.lm.quantised import quantise, quantise_layers
 from rwkv_speech.lm.state import LayerState, State
 from rwkv_speech.lm.weights import ModelSizes, read_weights
+from rwkv_speech.options import QUANTS
 from rwkv_speech.tensors import WeightsError
 
 GROUP_NORM_EPS = 64e-5  # 1e-5 times the square of the head size divisor, 8, that the models were trained with
@@ -63,6 +66,7 @@ class Block(nn.Module):
 
     def __init__(self, sizes: ModelSizes, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
+        self.generation = sizes.generation
         self.ln1 = LayerNorm(sizes.n_embd)
         self.ln2 = LayerNorm(sizes.n_embd)
         self.att = att
@@ -78,6 +82,8 @@ class Block(nn.Module):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), what the first layer hands to all others, and the state -> the same after the block."""
+        if lengths is None and step.takes(x, wkv):
+            return step.step(self, self.generation, x, v_first, LayerState(wkv, att_shift, ffn_shift))
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, att_shift, wkv, lengths)
         x = _add(x, out)
@@ -90,6 +96,7 @@ class LanguageModel(nn.Module):
     """A frozen RWKV: `forward` from tokens or embeddings to hidden vectors, `logits` from those to the vocabulary.
 
     `checkpointing = True` trades the activations of a block for computing it again in the backward pass.
+    quant: how the large matrices are kept: "int8", "nf4" (see `quantised`), or None.
     """
 
     generation: ClassVar[int]
@@ -102,6 +109,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.checkpointing = False
+        self.quant: str | None = None
         self.emb = nn.Embedding(sizes.vocab_size, sizes.n_embd)
         self.blocks = nn.ModuleList(
             Block(sizes, self.time_mix(sizes, layer), self.channel_mix(sizes)) for layer in range(sizes.n_layer)
@@ -113,7 +121,12 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_file(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | None = None,
     ) -> Self:
         """Reads a .pth or .safetensors file; weights stay in the mapped file where neither device nor dtype change.
 
@@ -122,30 +135,48 @@ class LanguageModel(nn.Module):
                 state.
             device: where the weights go.
             dtype: fp32, bf16 or fp16; None keeps that of the file's embedding.
+            quant: "int8" or "nf4": how the large matrices are kept, see `lm.quantised`; None: in `dtype`.
 
         Raises:
             WeightsError: the file can't be read, or holds no complete model of this generation.
+            ValueError: no such quant.
         """
         sizes, tensors = read_weights(path)
         if sizes.generation != cls.generation:
             raise WeightsError(f"{path}: holds an RWKV-{sizes.generation}; expected an RWKV-{cls.generation}")
-        return cls.from_tensors(sizes, tensors, device=device, dtype=dtype)
+        return cls.from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
 
     @classmethod
     def from_tensors(
-        cls, sizes: ModelSizes, tensors: dict[str, Tensor], *, device: torch.device | str, dtype: torch.dtype | None
+        cls,
+        sizes: ModelSizes,
+        tensors: dict[str, Tensor],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        quant: str | None = None,
     ) -> Self:
-        """The model of the tensors that `read_weights` gave; for the arguments see `from_file`."""
+        """The model of the tensors that `read_weights` gave, which it takes over; for the arguments see `from_file`."""
+        if quant not in (None, *QUANTS):
+            raise ValueError(f"quant {quant!r}: expected {' or '.join(QUANTS)}, or None")
         with torch.device("meta"):
             model = cls(sizes)
+            layers = quantise_layers(model, quant) if quant else {}
+        model.quant = quant
         stored = tensors["emb.weight"].dtype
         dtype = dtype or (torch.float32 if stored == torch.float64 else stored)  # nothing computes in fp64
+        packed, copy = {}, bool(quant)  # else the few that stay in the file would hold all of it
+        for name, layer in layers.items():  # one after the other: of each the weights may go before the next comes
+            weight = tensors.pop(f"{name}.weight")
+            packed[f"{name}.packed"], packed[f"{name}.scale"] = quantise(weight, layer.quant, device)
         for name, parameter in model.state_dict().items():
-            if name.endswith("time_state"):
+            if name in packed:
+                tensors[name] = packed[name]
+            elif name.endswith("time_state"):
                 state = tensors.get(name, torch.zeros(parameter.shape))
-                tensors[name] = state.to(device, torch.float32)
+                tensors[name] = state.to(device, torch.float32, copy=copy)
             else:
-                tensors[name] = tensors[name].to(device, dtype)
+                tensors[name] = tensors[name].to(device, dtype, copy=copy)
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_(False)
 

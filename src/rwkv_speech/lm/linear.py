@@ -9,36 +9,36 @@ from torch import Tensor, nn
 from rwkv_speech.lm import wkv
 
 # Up to so many rows our kernel, which reads the weights once, beats torch's on the CPU; measured by bench/decode.py.
-FEW_ROWS = {torch.float32: 16, torch.bfloat16: 16}
+FEW_ROWS = 16
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K), weight (O, K), both on one device -> x @ weight.T, (..., O)."""
-    if _few(x, x.shape[-1], weight):
+    if few(x, x.shape[-1], weight):
         return torch.ops.rwkv_speech_cpu.few_rows_linear(x, weight)
     return F.linear(x, weight)
 
 
 def bmm(x: Tensor, matrix: Tensor) -> Tensor:
     """x (G, R, K), matrix (G, K, O) -> (G, R, O)."""
-    if _few(x, x.shape[0] * x.shape[2], matrix):
+    if few(x, x.shape[0] * x.shape[2], matrix):
         return torch.ops.rwkv_speech_cpu.few_rows_matmul(x, matrix)
     return torch.bmm(x, matrix)
 
 
 def low_rank(x: Tensor, first: Tensor, second: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """between(x @ first) @ second for x (B, T, C), first (C, D), second (D, O) -> (B, T, O)."""
-    product = torch.ops.rwkv_speech_cpu.few_rows_matmul if _few(x, x.shape[-1], first, second) else torch.bmm
+    product = torch.ops.rwkv_speech_cpu.few_rows_matmul if few(x, x.shape[-1], first, second) else torch.bmm
     low = product(x.reshape(1, -1, x.shape[-1]), first[None])
     return product(between(low) if between else low, second[None]).view(*x.shape[:-1], -1)
 
 
-def _few(x: Tensor, row: int, *weights: Tensor) -> bool:
-    """Whether our kernel, which has no backward pass, takes x, in rows of so many numbers."""
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS.get(x.dtype, 0) * row
+def few(x: Tensor, row: int, *weights: Tensor, most: int = FEW_ROWS) -> bool:
+    """Whether our kernel, which has no backward pass, takes x: at most so many rows of so many numbers."""
+    small = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() <= most * row
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
     traced = torch.compiler.is_compiling() or learning
-    return few and not traced and wkv.backend("cpu").name == "cpu"
+    return small and not traced and wkv.backend("cpu").name == "cpu"
 
 
 class Linear(nn.Linear):

@@ -133,6 +133,7 @@ def load_model(
         share_adapter=share_adapter,
         device=device,
         dtype=machine.dtype,
+        quant=options.quant,
         downsample_k=options.downsample_k,
         adapter_hidden=options.adapter_hidden,
         load_encoder=cache.encoder if cache else SpeechEncoder.from_pretrained,
@@ -163,8 +164,8 @@ def longest_pieces(model: SpeechRWKV, options: Options) -> dict[str, float]:
     return found
 
 
-def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
-    """What stands for the weights of the frozen parts, by name; the language model's are sampled.
+def frozen_parts(model: SpeechRWKV) -> dict[str, str | None]:
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled, as they are kept.
 
     What could learn and doesn't, as the adapter beside which a state is trained, is one of them.
     """
@@ -174,6 +175,7 @@ def frozen_parts(model: SpeechRWKV) -> dict[str, str]:
     adapter = hashlib.blake2b(digest_size=8)
     hash_tensors(adapter, {name: x.detach() for name, x in still.items()})
     return {
+        "quant": model.language_model.quant,
         "load_model_weights": hash_sampled(weights),
         "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
         **({"weights_that_stay": adapter.hexdigest()} if still else {}),
