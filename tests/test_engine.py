@@ -39,7 +39,9 @@ from rwkv_speech.files import write_whole
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.lm.rwkv7 import RWKV7
+from rwkv_speech.mission_file import write_mission_file
 from rwkv_speech.missions import get_mission
+from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import MachineOptions, Options
 from rwkv_speech.progress import Progress, hours
@@ -392,17 +394,34 @@ def test_a_loss_that_is_none_is_skipped(world, tmp_path, poisoned, caplog):
     assert "1 of 6 steps were skipped, their losses not finite" in caplog.text
 
 
-def test_a_run_of_skipped_steps_alone_has_not_succeeded(world, tmp_path):
-    weights = torch.load(world.model, weights_only=True)
-    weights["blocks.1.ffn.key.weight"][0, 0] = math.nan
-    torch.save(weights, tmp_path / "spoilt.pth")
+def test_a_run_of_skipped_steps_alone_has_not_succeeded(world, tmp_path, monkeypatch):
+    plain = SpeechRWKV.loss_sum
+    monkeypatch.setattr(SpeechRWKV, "loss_sum", lambda self, *batch: plain(self, *batch) * math.nan)
     with pytest.raises(UserError, match=r"6 of 6 steps were skipped.*: nothing was learnt"):
-        train(world, tmp_path, "--epoch_count=1", "--on_nonfinite=skip", f"--load_model={tmp_path / 'spoilt.pth'}")
+        train(world, tmp_path, "--epoch_count=1", "--on_nonfinite=skip")
+
+
+def test_a_spoilt_language_model_is_named(world, tmp_path):
+    content = torch.load(world.model, weights_only=True)
+    content["blocks.1.ffn.key.weight"][3, 4] = math.nan
+    torch.save(content, tmp_path / "spoilt.pth")
+    for policy in ("stop", "skip"):
+        with pytest.raises(UserError, match=r"spoilt\.pth: blocks\.1\.ffn\.key\.weight holds NaN or infinite numbers"):
+            train(world, tmp_path, f"--load_model={tmp_path / 'spoilt.pth'}", f"--on_nonfinite={policy}")
+    write_mission_file(
+        tmp_path / "m.pth", (model := world.speech_rwkv(adapter_hidden=32)).trainable_state_dict(), model.describe()
+    )
+    flags = [*world.flags, f"--load_model={tmp_path / 'spoilt.pth'}", f"--adapter={tmp_path / 'm.pth'}"]
+    with pytest.raises(UserError, match=r"spoilt\.pth: blocks\.1\.ffn\.key\.weight holds NaN or infinite numbers"):
+        OPS["predict"](Options.parse([*flags, "--op=predict", "--file_path", str(world.utterances[0][0])]))
 
 
 def test_spoilt_weights_cannot_be_skipped(tmp_path):
     spoilt = torch.nn.Parameter(torch.tensor([1.0, math.inf]))
-    model = SimpleNamespace(trained_tensors=lambda: {"x": TrainedTensor(spoilt, "state", decay=False)})
+    frozen = SimpleNamespace(check_weights=lambda: None)
+    model = SimpleNamespace(
+        language_model=frozen, trained_tensors=lambda: {"x": TrainedTensor(spoilt, "state", decay=False)}
+    )
     with pytest.raises(UserError, match="weights are spoilt"):
         NonFiniteLosses("skip", tmp_path / "nonfinite.jsonl", model)(7, [])
     assert not (tmp_path / "nonfinite.jsonl").exists(), "this process's batch was good"

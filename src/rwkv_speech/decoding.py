@@ -164,7 +164,7 @@ def generate(
     running = searches  # row by row, the batch holds the live hypotheses of these
     while True:
         log_probs = torch.log_softmax(model.logits(hidden).float(), dim=-1)  # (rows, vocabulary)
-        candidates = _candidates(log_probs, running, options)
+        candidates = _candidates(log_probs, running, options, model)
         row, parents = 0, []
         for search in running:
             rows = len(search.live)
@@ -222,7 +222,7 @@ def score_answers(
         within = torch.arange(longest + 1, device=device) < counts[chosen, None]
         scores.append(of_target.where(within, 0.0).sum(1))
     scores = torch.cat(scores)
-    _check_finite(scores.tolist())
+    _check_finite(scores.tolist(), model)
     return scores.view(len(hidden), len(answers))
 
 
@@ -254,7 +254,7 @@ def choose(
 
 
 def _candidates(
-    log_probs: Tensor, running: Sequence["_Search"], options: DecodingOptions
+    log_probs: Tensor, running: Sequence["_Search"], options: DecodingOptions, model: LanguageModel
 ) -> list[tuple[list[float], list[int]]]:
     """Of each row (vocabulary,), log-probabilities and ids of the tokens that its hypothesis may go on with."""
     if not options.temperature:
@@ -270,15 +270,16 @@ def _candidates(
         tokens = order.gather(-1, place)
         values = log_probs.gather(-1, tokens)
     candidates = list(zip(values.tolist(), tokens.tolist(), strict=True))
-    _check_finite(value for row, _ in candidates for value in row)
+    _check_finite((value for row, _ in candidates for value in row), model)
     return candidates
 
 
-def _check_finite(log_probs: Iterator[float] | Sequence[float]) -> None:
+def _check_finite(log_probs: Iterator[float] | Sequence[float], model: LanguageModel) -> None:
     if not all(map(math.isfinite, log_probs)):
+        model.check_weights()
         raise UserError(
-            "the language model's output is not finite: its numbers leave the range of the precision, or its weights, "
-            "its state or the adapter are spoilt; try --precision bf16 or fp32"
+            "the language model's output is not finite: its numbers leave the range of the precision, or its state "
+            "or the adapter are spoilt; try --precision bf16 or fp32"
         )
 
 

@@ -89,12 +89,13 @@ class NonFiniteLosses:
         """All processes call it together, with the ids of those batches whose loss is none, else without.
 
         Raises:
-            UserError: the policy is to stop, or a trained weight is not finite either.
+            UserError: the policy is to stop, or a weight is not finite either.
         """
         if ids:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "ids": ids}, ensure_ascii=False) + "\n")
+        self.model.language_model.check_weights()
         spoilt = not all(bool(x.isfinite().all()) for x in learning(self.model.trained_tensors()))
         what = f"the loss of step {step} is not finite; the batch is listed in {self.path}"
         if spoilt:

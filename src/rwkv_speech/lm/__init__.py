@@ -39,4 +39,6 @@ def load(
     from rwkv_speech.lm.weights import read_weights
 
     sizes, tensors = read_weights(path)
-    return model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
+    model = model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
+    model.source = str(path)
+    return model

@@ -108,6 +108,7 @@ class LanguageModel(nn.Module):
     def __init__(self, sizes: ModelSizes) -> None:
         super().__init__()
         self.sizes = sizes
+        self.source = "the language model"  # where its weights come from
         self.checkpointing = False
         self.quant: str | None = None
         self.emb = nn.Embedding(sizes.vocab_size, sizes.n_embd)
@@ -144,7 +145,9 @@ class LanguageModel(nn.Module):
         sizes, tensors = read_weights(path)
         if sizes.generation != cls.generation:
             raise WeightsError(f"{path}: holds an RWKV-{sizes.generation}; expected an RWKV-{cls.generation}")
-        return cls.from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
+        model = cls.from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
+        model.source = str(path)
+        return model
 
     @classmethod
     def from_tensors(
@@ -187,6 +190,19 @@ class LanguageModel(nn.Module):
     @property
     def n_layer(self) -> int:
         return self.sizes.n_layer
+
+    def check_weights(self) -> None:
+        """For when something has gone wrong: all of them are looked at, which takes a while.
+
+        Raises:
+            WeightsError: one holds NaN or infinite numbers.
+        """
+        for name, x in self.state_dict().items():
+            if not name.endswith("time_state") and not x.isfinite().all():
+                raise WeightsError(
+                    f"{self.source}: {name} holds NaN or infinite numbers in {self.dtype}: get the file anew, or try "
+                    "--precision bf16 or fp32"
+                )
 
     @property
     def time_states(self) -> list[nn.Parameter]:
