@@ -126,9 +126,10 @@ class TrainingModule(pl.LightningModule):
             if len(rows) < len(batch):
                 answers = [answers[i] for i in rows]
                 audio_embeds, groups = audio_embeds[recordings], groups[recordings]
-            ctc = audio_embeds.sum() * 0.0  # where it has no rows, by the same path as where it has some
             if rows:
                 ctc = alignment_loss_sum(audio_embeds, groups, answers, self.model.language_model.emb.weight)
+            else:
+                ctc = audio_embeds.sum() * 0.0  # by the same path as where it has some
         return text, ctc
 
     def configure_optimizers(self) -> dict[str, Any]:
