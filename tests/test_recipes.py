@@ -102,10 +102,11 @@ def test_the_probe_learns_to_spell(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     import baselines
 
-    letters = torch.eye(len(baselines.ALPHABET)) * 4
+    alphabet = baselines.BLANK + " 'abcdefghijklmnopqrstuvwxyz"
+    letters = torch.eye(len(alphabet)) * 4
     texts = ["so it is", "all is well", "we see", "he fell", "a tall tree", "it is so", "she sells"] * 10
     frames = [
-        torch.cat([letters[[baselines.ALPHABET.index(c)] * 2 + [0, 0]] for c in text])
+        torch.cat([letters[[alphabet.index(c)] * 2 + [0, 0]] for c in text])
         + 0.1 * torch.randn(4 * len(text), 29)
         for text in texts
     ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, count, groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,38 +19,47 @@ from torch.nn.utils.rnn import pad_sequence
 from rwkv_speech.data.sample import Row
 from rwkv_speech.data.sources import load_split
 from rwkv_speech.errors import UserError
-from rwkv_speech.scoring import EvalRecord, RecordWriter
+from rwkv_speech.missions import get_mission
+from rwkv_speech.scoring import RecordWriter
 from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.encoder import import_transformers
 from rwkv_speech.speech.frame_cache import FrameCache
 
-ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # the first is CTC's blank
+BLANK = "_"  # CTC's, the first of the letters
 BATCH, LEARNING_RATE, SEED = 16, 2e-3, 1
 K, HIDDEN = 2, 1024
 WHISPER_BATCH = 8
 WHISPER_WORDS = 50_000  # tokens of text in every vocabulary of Whisper
 
 
-def new_probe(width: int) -> Adapter:
-    return Adapter(width, len(ALPHABET), downsample_k=K, hidden=HIDDEN)
+class Probe(NamedTuple):
+    """An adapter from frames to letters in place of embeddings."""
+
+    letters: str
+    adapter: Adapter
 
 
-def train_probe(frames: Sequence[Tensor], texts: Sequence[str], steps: int) -> Adapter:
-    """An adapter from frames (F, width) to letters in place of embeddings, trained by CTC."""
+def new_probe(letters: str, width: int) -> Probe:
+    return Probe(letters, Adapter(width, len(letters), downsample_k=K, hidden=HIDDEN))
+
+
+def train_probe(frames: Sequence[Tensor], texts: Sequence[str], steps: int) -> Probe:
+    """A probe for frames (F, width) and the letters of all texts, trained by CTC."""
     torch.manual_seed(SEED)
-    probe = new_probe(frames[0].shape[1])
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE)
+    letters = BLANK + "".join(sorted(set().union(*texts) - {BLANK}))
+    probe = new_probe(letters, frames[0].shape[1])
+    optimizer = torch.optim.AdamW(probe.adapter.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    targets = [torch.tensor([ALPHABET.index(c) for c in text if c in ALPHABET[1:]]) for text in texts]
+    targets = [torch.tensor([letters.index(c) for c in text if c != BLANK]) for text in texts]
     batches = chain.from_iterable(torch.randperm(len(frames)).split(BATCH) for _ in count())
     for chosen in islice(batches, steps):
         heard = pad_sequence([frames[i].float() for i in chosen], True)
         said = [targets[i] for i in chosen]
-        logits, lengths = probe(heard, torch.tensor([len(frames[i]) for i in chosen]))
+        logits, lengths = probe.adapter(heard, torch.tensor([len(frames[i]) for i in chosen]))
         log_probs = logits.log_softmax(-1).transpose(0, 1)
-        letters = torch.tensor([len(text) for text in said])
-        loss = F.ctc_loss(log_probs, torch.cat(said), lengths, letters, zero_infinity=True)
+        counts = torch.tensor([len(text) for text in said])
+        loss = F.ctc_loss(log_probs, torch.cat(said), lengths, counts, zero_infinity=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -58,35 +68,64 @@ def train_probe(frames: Sequence[Tensor], texts: Sequence[str], steps: int) -> A
 
 
 @torch.no_grad()
-def spell(probe: Adapter, frames: Tensor) -> str:
+def spell(probe: Probe, frames: Tensor) -> str:
     """The most likely letter of each position, repetitions merged, blanks dropped."""
-    logits, _ = probe(frames.float()[None], torch.tensor([len(frames)]))
+    logits, _ = probe.adapter(frames.float()[None], torch.tensor([len(frames)]))
     best = logits[0].argmax(dim=1).tolist()
-    return " ".join("".join(ALPHABET[i] for i, _ in groupby(best) if i).split())
+    return " ".join("".join(probe.letters[i] for i, _ in groupby(best) if i).split())
+
+
+def probe_texts(cache: FrameCache, train: Sequence[Row], test: Sequence[Row], steps: int, file: Path) -> list[str]:
+    """What a probe spells that has learnt, or learns now, from the frames of other rows.
+
+    file: keeps the probe.
+    """
+    if file.exists():
+        kept = torch.load(file, weights_only=True)
+        probe = new_probe(kept["letters"], kept["width"])
+        probe.adapter.load_state_dict(kept["weights"])
+    else:
+        cache.fill([row.audio for row in train])
+        frames = [cache.read(row.audio)[0].half() for row in train]
+        probe, width = train_probe(frames, [row.text.lower() for row in train], steps), frames[0].shape[1]
+        kept = {"letters": probe.letters, "width": width, "weights": probe.adapter.state_dict()}
+        torch.save(kept, temporary := file.with_suffix(".tmp"))
+        temporary.replace(file)
+    cache.fill([row.audio for row in test])
+    return [spell(probe, cache.read(row.audio)[0]) for row in test]
 
 
 @torch.no_grad()
-def whisper_texts(name: str, rows: Sequence[Row]) -> list[str]:
-    """What Whisper's own decoder writes, greedily."""
+def whisper_texts(name: str, rows: Sequence[Row], task: str | None = None) -> list[str]:
+    """What Whisper's own decoder writes, greedily.
+
+    task: "transcribe" or "translate", of a multilingual one, which is told the language of each row.
+    """
     transformers = import_transformers()
     model = transformers.WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32).eval()
     extractor = transformers.AutoFeatureExtractor.from_pretrained(name)
-    decode = _whisper_vocabulary(name)
+    decode, token = _whisper_vocabulary(name)
     texts = []
     for at in range(0, len(rows), WHISPER_BATCH):
-        waveforms = [row.audio.waveform().numpy() for row in rows[at : at + WHISPER_BATCH]]
+        some = rows[at : at + WHISPER_BATCH]
+        waveforms = [row.audio.waveform().numpy() for row in some]
         features = extractor(waveforms, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        tokens = model.generate(features, do_sample=False, max_new_tokens=200)
+        begin = {}
+        if task:
+            words = [("startoftranscript", row.language, task, "notimestamps") for row in some]
+            begin["decoder_input_ids"] = torch.tensor([[token(f"<|{word}|>") for word in row] for row in words])
+        tokens = model.generate(features, do_sample=False, max_new_tokens=200, **begin)
         texts += [decode(ids) for ids in tokens.tolist()]
     return texts
 
 
-def _whisper_vocabulary(name: str) -> Callable[[list[int]], str]:
-    """Tokens -> text, by the checkpoint's own files or, where it has none, by the package openai-whisper."""
+def _whisper_vocabulary(name: str) -> tuple[Callable[[list[int]], str], Callable[[str], int]]:
+    """Tokens -> text, and a special token -> its id: by the checkpoint's own files or, where it has none, by the
+    package openai-whisper."""
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(name)
         if len(tokenizer) > WHISPER_WORDS:  # without files there may still be a tokenizer, of special tokens only
-            return partial(tokenizer.decode, skip_special_tokens=True)
+            return partial(tokenizer.decode, skip_special_tokens=True), tokenizer.convert_tokens_to_ids
     except (OSError, ValueError, TypeError):
         pass
     try:
@@ -94,22 +133,17 @@ def _whisper_vocabulary(name: str) -> Callable[[list[int]], str]:
     except ImportError as error:
         raise UserError(f"{name} has no tokenizer's files; pip install openai-whisper has one for English") from error
     english = get_tokenizer(multilingual=False)
-    return lambda tokens: english.decode([token for token in tokens if token < english.eot])
+    return lambda tokens: english.decode([t for t in tokens if t < english.eot]), english.special_tokens.__getitem__
 
 
 def write(path: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
+    """Records of the mission that the rows name, else of transcripts."""
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     with RecordWriter(temporary) as writer:
         for row, text in zip(rows, texts, strict=True):
-            record = EvalRecord(
-                id=row.id,
-                reference=row.text,
-                hypothesis=text.strip(),
-                seconds=row.audio.seconds(),
-                speaker=row.speaker,
-            )
-            writer.write(record)
+            mission = get_mission(row.mission or "transcribe")
+            writer.write(mission.record(row, text.strip(), seconds=row.audio.seconds()))
     temporary.replace(path)
 
 
@@ -129,18 +163,8 @@ def main() -> None:
     test = _load(args.test)
 
     if not (args.out / "ctc-probe.jsonl").exists():
-        if args.probe.exists():
-            probe = new_probe(cache.encoder(args.encoder).width)
-            probe.load_state_dict(torch.load(args.probe, weights_only=True))
-        else:
-            train = load_split(args.train)
-            cache.fill([row.audio for row in train])
-            frames = [cache.read(row.audio)[0].half() for row in train]
-            probe = train_probe(frames, [row.text.lower() for row in train], args.steps)
-            torch.save(probe.state_dict(), temporary := args.probe.with_suffix(".tmp"))
-            temporary.replace(args.probe)
-        cache.fill([row.audio for row in test])
-        write(args.out / "ctc-probe.jsonl", test, [spell(probe, cache.read(row.audio)[0]) for row in test])
+        train = load_split(args.train)
+        write(args.out / "ctc-probe.jsonl", test, probe_texts(cache, train, test, args.steps, args.probe))
     decoder = args.decoder or args.encoder
     config = import_transformers().AutoConfig.from_pretrained(decoder)
     if config.model_type == "whisper" and not (args.out / "whisper-decoder.jsonl").exists():
