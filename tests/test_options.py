@@ -204,7 +204,7 @@ def test_values_lie_in_groups():
         ("stray.wav", ["stray.wav"]),
         ("--op transcribe", ["--op", "transcribe", "predict"]),
         ("--precision int8", ["--precision", "int8", "bf16"]),
-        ("--train_type lora", ["--train_type", "lora", "state"]),
+        ("--train_type lora+lora", ["--train_type", "lora", "state"]),
         ("--micro_bsz 0", ["--micro_bsz", "0", "positive"]),
         ("--micro_bsz four", ["--micro_bsz", "four"]),
         ("--epoch_steps -1", ["--epoch_steps", "-1", "negative"]),

@@ -1,7 +1,8 @@
 """Mission files: what is trained for one task, on disk.
 
 `rwkv-adapter-<step>.pth` is a plain state dict with the names that others publish and read. What a reader must know
-beside the weights stands in a JSON file of the same name; where that is absent, sizes come from the tensors.
+beside the weights stands in a JSON file of the same name; where that is absent, sizes come from the tensors. LoRA and
+its kin lie in a folder of the same name without the suffix, in the form of the library peft.
 """
 
 import io
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import PARTIAL, writing
+from rwkv_speech.lm import peft
 from rwkv_speech.lm.language_model import LanguageModel
+from rwkv_speech.lm.peft import PeftWeights
 from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.missions import MISSIONS
 from rwkv_speech.speech.encoder import SpeechEncoder
@@ -39,7 +42,7 @@ _STATE_NAME = re.compile(r"blocks\.\d+\.att\.time_state")  # in a file of states
 # What is read of the JSON file, and its type.
 _INFO = {
     **{"mission": str, "labels": list, "encoder": str, "encoder_digest": str},
-    **{"downsample_k": int, "generation": int, "quant": str},
+    **{"downsample_k": int, "generation": int, "quant": str, "peft": str},
 }
 
 
@@ -54,11 +57,13 @@ class MissionFile:
     path: where it came from.
     tensors: name -> tensor, as in the file.
     info: what stands in the JSON file beside it, or nothing.
+    peft: what the folder beside it holds, or None.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
+    peft: PeftWeights | None = None
 
     @property
     def n_layer(self) -> int:
@@ -129,7 +134,14 @@ def read_mission_file(path: str | Path) -> MissionFile:
         raise MissionFileError(f"mission file {path}: {'; '.join(problems)}")
     if problem := _inconsistency(tensors, n_layer):
         raise MissionFileError(f"mission file {path}: {problem}")
-    return MissionFile(path, tensors, {} if info is None else _parse_info(beside, info))
+    info = None if info is None else _parse_info(beside, info)
+    folder = path.with_suffix("")
+    if info.get("peft") if info is not None else (folder / peft.CONFIG).is_file():
+        try:
+            return MissionFile(path, tensors, info or {}, peft.read_folder(folder))
+        except WeightsError as error:
+            raise MissionFileError(f"mission file {path}: {error}") from None
+    return MissionFile(path, tensors, info or {})
 
 
 def read_states(path: str | Path, sizes: ModelSizes) -> dict[str, Tensor]:
@@ -191,11 +203,16 @@ def chosen_encoder(file: MissionFile, asked: str | None) -> str | None:
     return named
 
 
-def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Writes the file and its JSON, each under a temporary name first, the weights last.
+def write_mission_file(
+    path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any], beside_model: PeftWeights | None = None
+) -> None:
+    """Writes the file, its JSON and its folder, each under a temporary name first, the weights last.
 
     A reader never meets half a file, and never weights without what belongs to them.
     """
+    if beside_model:
+        info = {**info, "peft": peft.method_of(beside_model.config)}
+        peft.write_folder(path.with_suffix(""), beside_model)
     content = io.BytesIO()
     torch.save({name: x.detach().cpu().clone() for name, x in tensors.items()}, content)
     weights, beside = (path.with_name(f".{path.stem}{suffix}{PARTIAL}") for suffix in (".pth", ".json"))
@@ -209,6 +226,13 @@ def write_mission_file(path: Path, tensors: Mapping[str, Tensor], info: Mapping[
     finally:
         weights.unlink(missing_ok=True)
         beside.unlink(missing_ok=True)
+
+
+def remove_mission_file(path: Path) -> None:
+    """Removes what `write_mission_file` wrote; the weights first."""
+    path.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    peft.remove_folder(path.with_suffix(""))
 
 
 def newest_mission_file(folder: Path) -> Path:

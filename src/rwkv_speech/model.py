@@ -26,7 +26,9 @@ from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
 from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.errors import UserError
+from rwkv_speech.lm import peft
 from rwkv_speech.lm.language_model import LanguageModel, last
+from rwkv_speech.lm.peft import PeftWeights
 from rwkv_speech.lm.state import State
 from rwkv_speech.lm.tokenizer import Tokenizer
 from rwkv_speech.missions.task import Task
@@ -46,7 +48,8 @@ MAX_AUDIO_S = 30.0
 
 
 class SpeechRWKV(nn.Module):
-    """See the module's text. Only adapters and the language model's `time_state`s take gradients.
+    """See the module's text. Only adapters, the language model's `time_state`s and what `lm.peft` puts beside its
+    matrices take gradients.
 
     adapters: one for all tasks, or one for each; all of one K.
     tasks: what is asked of the model, by name. Each has an initial state of its own; a row that names no mission is of
@@ -128,6 +131,11 @@ class SpeechRWKV(nn.Module):
         if len(self.tasks) > 1:
             states = [state[place] for state in states]
         return mission_tensors(states, self._adapter_of(place))
+
+    def peft_weights(self) -> PeftWeights | None:
+        """What was put beside the language model's matrices, as the folder beside a mission file holds it; all tasks
+        share it."""
+        return peft.weights(self.language_model)
 
     def _adapter_of(self, place: int) -> Adapter:
         """The adapter of the task in this place."""

@@ -5,6 +5,7 @@ The groups are plain dataclasses that the rest of the program takes apart: what 
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -70,6 +71,34 @@ def name_list(text: str) -> list[str]:
     return names
 
 
+def trained_parts(text: str) -> str:
+    """Parts joined by +, each once: adapter, state, and at most one method of peft."""
+    parts = text.split("+")
+    methods = [part for part in parts if part not in ("adapter", "state")]
+    if not all(map(str.isidentifier, parts)) or len(set(parts)) < len(parts) or len(methods) > 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected adapter, state and one method of peft (lora, dora, miss, ...), or some of these, "
+            "joined by +"
+        )
+    return text
+
+
+def peft_settings(text: str) -> dict[str, Any]:
+    """Settings of a method of peft: JSON, or `r=16,lora_alpha=32,target_modules=key+value`."""
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    found: dict[str, Any] = {}
+    for pair in text.split(","):
+        name, _, value = map(str.strip, pair.partition("="))
+        if not (name.isidentifier() and value) or name in found:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected JSON, or r=16,lora_alpha=32,target_modules=key+value")
+        try:
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            found[name] = value.split("+") if "+" in value else value
+    return found
+
+
 def device_list(text: str) -> int | list[int]:
     """A number of devices (`2`), or a list of their indices (`0,3` or `3,`)."""
     indices = [int(i) for i in text.split(",") if i.strip()]
@@ -93,6 +122,17 @@ class ModelOptions:
     )
     load_state: str | None = flag(
         None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
+    )
+    load_peft: str | None = flag(
+        None,
+        "folder in the form of the library peft, or LoRA file of RWKV-PEFT, in place of the mission file's (default: "
+        "none)",
+    )
+    peft_config: dict[str, Any] | None = flag(
+        None,
+        "settings of the method of peft that train_type names, as JSON or r=16,lora_alpha=32,target_modules=key+value; "
+        "of a LoRA file of RWKV-PEFT its lora_alpha (default: the method's own; all matrices but the head)",
+        type=peft_settings,
     )
     mission: str | None = flag(
         None,
@@ -165,8 +205,9 @@ class TrainingOptions:
 
     train_type: str = flag(
         "adapter+state",
-        "what is trained; without the adapter, beside that of a mission file, which stays as it is",
-        choices=("adapter+state", "state", "adapter"),
+        "what is trained: adapter, state, and lora, dora, rslora, pissa, miss or another method of the package peft, "
+        "some of these joined by +; without the adapter, beside that of a mission file, which stays as it is",
+        type=trained_parts,
     )
     share_adapter: int = flag(1, "1: where rows are of several missions, these have one adapter", choices=(0, 1))
     ctx_len: int = flag(
@@ -210,12 +251,13 @@ class TrainingOptions:
     )
     warmup_steps: int = flag(100, "optimiser steps from 0.2 of the learning rate to all of it", type=count)
     state_lr_scale: float = flag(1.0, "learning rate of the initial state, as a multiple of the adapter's")
+    peft_lr_scale: float = flag(1.0, "learning rate of what peft puts beside the matrices, as such a multiple")
     ctc_align: float = flag(0.0, "weight of a CTC loss between adapter outputs and frozen embeddings; 0: none")
     ctc_align_steps: int = flag(0, "first optimiser steps by that loss alone, without the language model", type=count)
     beta1: float = flag(0.9, "AdamW's beta1")
     beta2: float = flag(0.99, "AdamW's beta2")
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
-    weight_decay: float = flag(0.0, "AdamW's weight decay, on the adapter's matrices")
+    weight_decay: float = flag(0.0, "AdamW's weight decay, on the matrices of the adapter and of peft")
     grad_clip: float = flag(1.0, "norm that gradients are clipped to; 0: not at all")
     grad_cp: int = flag(0, "1: recompute each layer in the backward pass, for less memory", choices=(0, 1))
     random_seed: int = flag(42, "seed of the adapter's initial weights, data order and augmentation", type=count)
@@ -233,14 +275,23 @@ class TrainingOptions:
                 raise UserError(f"--{name} {rate} must be positive")
         if not 0 <= self.ctc_align < math.inf:
             raise UserError(f"--ctc_align {self.ctc_align} is a weight: expected 0 or more")
-        if self.ctc_align and "adapter" not in self.train_type:
+        if self.ctc_align and "adapter" not in self.parts:
             raise UserError(
-                f"--ctc_align {self.ctc_align} teaches the adapter, which --train_type state leaves as it is"
+                f"--ctc_align {self.ctc_align} teaches the adapter, which --train_type {self.train_type} leaves alone"
             )
         if self.ctc_align_steps and not self.ctc_align:
             raise UserError(f"--ctc_align_steps {self.ctc_align_steps} needs --ctc_align: the weight of that loss")
         if self.noise_snr and not self.noise_dir:
             raise UserError("--noise_snr needs --noise_dir: a folder with recordings of noise")
+
+    @property
+    def parts(self) -> list[str]:
+        """What is trained: of adapter, state, and the name of a method of peft."""
+        return self.train_type.split("+")
+
+    @property
+    def peft_method(self) -> str | None:
+        return next((part for part in self.parts if part not in ("adapter", "state")), None)
 
     def lr_factor(self, step: int, total: int) -> float:
         """The learning rate of a step, counted from 0 of `total`, as a multiple of lr_init."""
@@ -393,6 +444,8 @@ class Options:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
         if self.max_audio_s is not None and not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
+        if self.model.peft_config and not (self.model.load_peft or self.training.peft_method):
+            raise UserError("--peft_config goes with a method of peft in --train_type, or with --load_peft")
         if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
             changer = "--speed_perturb" if self.training.speed_perturb else "--noise_dir"
             raise UserError(

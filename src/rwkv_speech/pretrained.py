@@ -1,14 +1,16 @@
 """Puts a `SpeechRWKV` together from files: the frozen parts, and mission files."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rwkv_speech import lm
 from rwkv_speech.errors import UserError
+from rwkv_speech.lm import peft
+from rwkv_speech.lm.peft import PeftWeights
 from rwkv_speech.mission_file import (
     MissionFile,
     MissionFileError,
@@ -49,6 +51,9 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quant: str | None = None,
+    load_peft: str | Path | None = None,
+    peft_config: Mapping[str, Any] | None = None,
+    merge: bool | None = None,
     downsample_k: int | None = None,
     adapter_hidden: int | None = None,
     load_encoder: Callable[..., SpeechEncoder | AbsentEncoder] = SpeechEncoder.from_pretrained,
@@ -69,6 +74,11 @@ def load(
         dtype: of the frozen parts and of computation; None is that of the model's file. Trained weights are fp32.
         quant: how the language model's large matrices are kept: "none", in `dtype`, or "int8" or "nf4", packed as
             `lm.quantised` does it; None is as the mission files say, or "none".
+        load_peft: a folder in the form of the library peft, or a LoRA file of RWKV-PEFT; in place of what lies beside
+            `adapter`.
+        peft_config: of such a LoRA file, `{"lora_alpha": ...}`.
+        merge: whether LoRA and its kin go into the language model's weights, in which they decode fastest and can't be
+            trained; None: unless these are packed, since merging would unpack them.
         downsample_k: encoder frames to a position; None is what the mission files say, or 5.
         adapter_hidden: hidden units of the adapter; None is what the mission files say, or 2048.
         load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
@@ -122,11 +132,31 @@ def load(
     for name, file in zip(names, sources, strict=True):
         if file:
             model.load_trained(file.tensors, name)
+    beside_model = peft.read(load_peft, peft_config or {}) if load_peft is not None else _peft_of(files)
+    if beside_model:
+        peft.inject(language_model, beside_model.config, beside_model.tensors)
+        if merge or (merge is None and not language_model.quant):
+            peft.merge(language_model)
     if load_state is not None:
         states = read_states(load_state, language_model.sizes)
         for name in names:
             model.load_trained(states, name)
     return model
+
+
+def _peft_of(files: Sequence[MissionFile]) -> PeftWeights | None:
+    """What lies beside all of the mission files: there is one language model for all of them.
+
+    Raises:
+        MissionFileError: different things do.
+    """
+    for file in files[1:]:
+        if file.peft is not files[0].peft and not (file.peft and file.peft.equals(files[0].peft)):
+            raise MissionFileError(
+                f"{files[0].path} and {file.path} change the language model differently, by what lies beside them in "
+                "the form of peft: they can't go together"
+            )
+    return files[0].peft if files else None
 
 
 def _chosen_quant(files: Sequence[MissionFile], asked: str | None) -> str | None:

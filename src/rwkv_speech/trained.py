@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rwkv_speech.lm import peft
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.options import TrainingOptions
 from rwkv_speech.speech.adapter import Adapter
@@ -22,7 +23,8 @@ class TrainedTensor:
     """One trained tensor.
 
     parameter: fp32, in the model.
-    part: "adapter" or "state"; the latter's learning rate is scaled by `state_lr_scale`.
+    part: "adapter", "state" or "peft"; the learning rates of the last two are scaled by `state_lr_scale` and
+        `peft_lr_scale`.
     decay: whether weight decay is for it.
     """
 
@@ -37,6 +39,8 @@ def trained_tensors(language_model: LanguageModel, adapters: Sequence[Adapter]) 
     for place, adapter in enumerate(adapters):
         for name, x in _weights(adapter):
             found[f"{place}.{name}" if place else name] = TrainedTensor(x, "adapter", decay=x.dim() > 1)
+    for name, x in peft.parameters(language_model).items():
+        found[f"language_model.{name}"] = TrainedTensor(x, "peft", decay=x.dim() > 1)
     return found
 
 
@@ -61,7 +65,7 @@ def _weights(adapter: Adapter) -> Iterable[tuple[str, Tensor]]:
 
 def parameter_groups(tensors: Mapping[str, TrainedTensor], training: TrainingOptions) -> list[dict[str, Any]]:
     """What learns as groups for a torch optimiser, each with its learning rate and weight decay."""
-    scales = {"state": training.state_lr_scale}
+    scales = {"state": training.state_lr_scale, "peft": training.peft_lr_scale}
     groups = []
     for part, still in sorted({(x.part, not x.decay) for x in tensors.values()}):
         params = learning({name: x for name, x in tensors.items() if (x.part, x.decay) == (part, not still)})

@@ -1,7 +1,7 @@
 """Every strategy on two real CPU processes: what it learns, what it writes, how it ends and goes on.
 
 python -m pytest tests/slow/test_strategies.py          (about 15 minutes; last results: 13 passed with each
-generation; 9 more, of several missions and of a state alone, with RWKV-6)
+generation; 9 more, of several missions and of a state alone, with RWKV-6; of LoRA and MiSS, 8 with each)
 """
 
 import csv
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rwkv_speech.engine.deepspeed import STAGES
 from tests.conftest import World
@@ -159,3 +160,19 @@ def test_a_state_alone(world, single, tmp_path, strategy):
     flags += ["--micro_bsz=1", "--devices=2", f"--strategy={strategy}"]
     finish(run([sys.executable, *command(world, tmp_path / "two", *flags)]))
     agree(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("method", ["lora", "miss"])
+def test_beside_the_matrices(world, tmp_path, method, strategy):
+    """Stages 1 to 3: what peft puts there is gathered, divided and saved as all else that is trained."""
+    flags = [f"--train_type=adapter+state+{method}", "--peft_config=r=4", "--peft_lr_scale=10"]
+    finish(run([sys.executable, *command(world, tmp_path / "one", *flags, "--micro_bsz=2")]))
+    flags += ["--micro_bsz=1", "--devices=2", f"--strategy={strategy}"]
+    finish(run([sys.executable, *command(world, tmp_path / "two", *flags)]))
+    agree(tmp_path / "two", tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "rwkv-adapter-24/adapter_model.safetensors") for name in ("one", "two"))
+    learnt = [x.abs().max() for name, x in one.items() if "lora_A" not in name]
+    assert min(learnt) > 1e-4
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, atol=1e-5, rtol=0)

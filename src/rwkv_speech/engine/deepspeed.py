@@ -72,7 +72,7 @@ class ZeRO(DeepSpeedStrategy):
             model = self.lightning_module.model
             for tensor in model.trained_tensors().values():
                 # Read by the language model, not by the layers that they belong to.
-                if tensor.part == "state" and tensor.parameter.requires_grad:
+                if tensor.part != "adapter" and tensor.parameter.requires_grad:
                     deepspeed.zero.register_external_parameter(model.language_model, tensor.parameter)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:

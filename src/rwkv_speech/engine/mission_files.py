@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.engine.machine import gather
 from rwkv_speech.engine.runs import Run, finite_weights
-from rwkv_speech.mission_file import read_mission_file, write_mission_file
+from rwkv_speech.lm.peft import PeftWeights
+from rwkv_speech.mission_file import read_mission_file, remove_mission_file, write_mission_file
 from rwkv_speech.scoring import MetricKind
 from rwkv_speech.scoring.scores import defined
 from rwkv_speech.speech.audio import SAMPLE_RATE
@@ -121,33 +123,39 @@ class MissionFiles(Callback):
             if trainer.is_global_zero:
                 tensors = pl_module.model.trainable_state_dict(self.task)
                 score = scores.get(self.leading.name) if self.leading else self.loss if self.by_loss else None
-                self._write(str(step), tensors, info, score)
+                self._write(str(step), tensors, info, score, pl_module.model.peft_weights())
 
     def write_mean(self) -> None:
         """Writes the mean of the latest files as one of its own, `rwkv-adapter-<step>-avg<N>.pth`."""
         names = self.written[-self.average :]
         files = [read_mission_file(self.folder / name) for name in names]
-        mean = {
-            name: torch.stack([file.tensors[name].double() for file in files]).mean(0).float()
-            for name in files[-1].tensors
-        }
+        beside_model = files[-1].peft
+        if beside_model:
+            beside_model = replace(beside_model, tensors=_mean([file.peft.tensors for file in files]))
         info = self.info | {"step": self.saved_step, "mean_of": names}
-        write_mission_file(self._path(f"{self.saved_step}-avg{len(names)}"), mean, info)
+        path = self._path(f"{self.saved_step}-avg{len(names)}")
+        write_mission_file(path, _mean([file.tensors for file in files]), info, beside_model)
 
-    def _write(self, step: str, tensors: Mapping[str, Tensor], info: dict[str, Any], score: float | None) -> None:
+    def _write(
+        self,
+        step: str,
+        tensors: Mapping[str, Tensor],
+        info: dict[str, Any],
+        score: float | None,
+        beside_model: PeftWeights | None,
+    ) -> None:
         path = self._path(step)
         kind = self.leading or LOSS
         if score is not None and kind.better(score, self.best[0] if self.best else math.nan):
             self.best = (score, path.name)
         if self.leading and self.best and self.best[1] == path.name:
             info = info | {"best_by": self.leading.name}
-        write_mission_file(path, tensors, info)
+        write_mission_file(path, tensors, info, beside_model)
         written = [name for name in self.written if name != path.name] + [path.name]
         keep = {*written[-max(1, self.average) :], *(self.best or ())[1:]}
         for name in written:
             if name not in keep:
-                (self.folder / name).unlink(missing_ok=True)
-                (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
+                remove_mission_file(self.folder / name)
         self.written = [name for name in written if name in keep]
 
     def _path(self, step: str) -> Path:
@@ -166,3 +174,7 @@ class MissionFiles(Callback):
             return json.loads(beside.read_text()).get("run") == self.run.id
         except (ValueError, AttributeError):
             return False
+
+
+def _mean(files: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([x[name].double() for x in files]).mean(0).float() for name in files[-1]}

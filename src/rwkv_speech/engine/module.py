@@ -73,6 +73,7 @@ class TrainingModule(pl.LightningModule):
 
         With the CTC loss, times its weight, where that takes part.
         """
+        self.model.language_model.train()  # for what LoRA may drop by chance; nothing else in it has a mode
         text, ctc = self._losses(batch)
         loss_sum, ctc_sum = (0.0 if part is None else float(part.detach()) for part in (text, ctc))
         finite = math.isfinite(loss_sum + ctc_sum)

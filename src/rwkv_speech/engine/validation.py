@@ -121,6 +121,7 @@ class Validation(Callback):
     def _share(self, module: pl.LightningModule) -> tuple[float, int, list[EvalRecord]]:
         """Summed loss, labels and records of this process's share."""
         model = module.model
+        model.language_model.eval()
         loss_sum, tokens, records = 0.0, 0, []
         rows, trainer = self.batches.dataset.rows, module.trainer
         first = trainer.is_global_zero

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_speech.lm import step
+from rwkv_speech.lm import peft, step
 from rwkv_speech.lm.linear import Linear
 from rwkv_speech.lm.quantised import quantise, quantise_layers
 from rwkv_speech.lm.state import LayerState, State
@@ -71,6 +71,7 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(sizes.n_embd)
         self.att = att
         self.ffn = ffn
+        self.whole_step = True  # one token may be one call
 
     def forward(
         self,
@@ -82,7 +83,7 @@ class Block(nn.Module):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), what the first layer hands to all others, and the state -> the same after the block."""
-        if lengths is None and step.takes(x, wkv, self.ln1.weight):
+        if self.whole_step and lengths is None and step.takes(x, wkv, self.ln1.weight):
             return step.step(self, self.generation, x, v_first, LayerState(wkv, att_shift, ffn_shift))
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, att_shift, wkv, lengths)
@@ -97,6 +98,7 @@ class LanguageModel(nn.Module):
 
     `checkpointing = True` trades the activations of a block for computing it again in the backward pass.
     quant: how the large matrices are kept: "int8", "nf4" (see `quantised`), or None.
+    peft: what else was put beside them to be trained (see `peft`), or None.
     """
 
     generation: ClassVar[int]
@@ -111,6 +113,7 @@ class LanguageModel(nn.Module):
         self.source = "the language model"  # where its weights come from
         self.checkpointing = False
         self.quant: str | None = None
+        self.peft: peft.Injected | None = None
         self.emb = nn.Embedding(sizes.vocab_size, sizes.n_embd)
         self.blocks = nn.ModuleList(
             Block(sizes, self.time_mix(sizes, layer), self.channel_mix(sizes)) for layer in range(sizes.n_layer)
@@ -198,7 +201,8 @@ class LanguageModel(nn.Module):
             WeightsError: one holds NaN or infinite numbers.
         """
         for name, x in self.state_dict().items():
-            if not name.endswith("time_state") and not x.isfinite().all():
+            frozen = not name.endswith("time_state") and name not in peft.parameters(self)
+            if frozen and not x.isfinite().all():
                 raise WeightsError(
                     f"{self.source}: {name} holds NaN or infinite numbers in {self.dtype}: get the file anew, or try "
                     "--precision bf16 or fp32"

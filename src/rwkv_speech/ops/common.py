@@ -114,11 +114,12 @@ def load_model(
     *,
     missions: Sequence[str] = (),
     share_adapter: bool | None = None,
+    merge: bool | None = None,
 ) -> SpeechRWKV:
     """The model of the options, with the trained parts of mission files, if there are any.
 
     missions: where the options name none; none: the mission files'.
-    share_adapter: as for `from_pretrained`.
+    share_adapter, merge: as for `from_pretrained`.
 
     Raises:
         UserError: a part that can't be read, parts that don't fit, or sizes or labels other than can be asked for.
@@ -134,6 +135,9 @@ def load_model(
         device=device,
         dtype=machine.dtype,
         quant=options.quant,
+        load_peft=options.load_peft,
+        peft_config=options.peft_config if options.load_peft else None,
+        merge=merge,
         downsample_k=options.downsample_k,
         adapter_hidden=options.adapter_hidden,
         load_encoder=cache.encoder if cache else SpeechEncoder.from_pretrained,

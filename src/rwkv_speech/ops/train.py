@@ -36,6 +36,7 @@ from rwkv_speech.engine.runs import StopRequest, find_run
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
+from rwkv_speech.lm import peft
 from rwkv_speech.mission_file import MissionFile, best_mission_files, mission_folder
 from rwkv_speech.missions.task import Task
 from rwkv_speech.model import SpeechRWKV
@@ -61,6 +62,8 @@ ALIGNMENTS = 10_000  # transcripts that are looked at, of a larger corpus, for w
 def train(options: Options) -> int:
     """Trains adapter and initial state; writes mission files into the project."""
     check_model_file(options.model)
+    if method := options.training.peft_method:
+        peft.configuration(method, {})  # a wrong name is told at once
     machine = fit_to_machine(options.machine)
     with project_lock(options.project, "training"):
         return _train(options, machine)
@@ -80,7 +83,10 @@ def _train(options: Options, machine: Machine) -> int:
     files = named_mission_files(options.model)
     missions = _missions(rows, options.model.mission, files)
     model = load_model(
-        *(options.model, files, device, machine, cache), missions=missions, share_adapter=training.share_adapter
+        *(options.model, files, device, machine, cache),
+        missions=missions,
+        share_adapter=training.share_adapter,
+        merge=False,
     )
     check_missions(rows + validation_rows, model)
     _set_learning(model, options)
@@ -215,13 +221,24 @@ def _set_learning(model: SpeechRWKV, options: Options) -> None:
     Raises:
         UserError: what doesn't learn would be what chance made it.
     """
-    parts = options.training.train_type.split("+")
+    parts, method = options.training.parts, options.training.peft_method
     if "adapter" not in parts and not options.model.adapter:
         raise UserError(
-            "--train_type state trains beside an adapter that stays as it is: name a mission file by --adapter"
+            f"--train_type {options.training.train_type} trains beside an adapter that stays as it is: name a mission "
+            "file by --adapter"
         )
+    if method:
+        settings = {} if options.model.load_peft else options.model.peft_config or {}
+        there = model.language_model.peft
+        if there is None:
+            peft.inject(model.language_model, peft.configuration(method, settings))
+        elif settings or method != there.method:
+            raise UserError(
+                f"--train_type {options.training.train_type}: there are weights of {there.method} already, beside the "
+                "mission file: train them on by that name, without --peft_config"
+            )
     for tensor in model.trained_tensors().values():
-        tensor.parameter.requires_grad_(tensor.part in parts)
+        tensor.parameter.requires_grad_(tensor.part in parts or (tensor.part == "peft" and method is not None))
 
 
 def _set_labels(task: Task, rows: Sequence[Row], *, given: bool) -> None:
