@@ -84,3 +84,20 @@ def test_published_names_and_default_sizes():
         "2.weight": (2560, 2048),
         "2.bias": (2560,),
     }
+
+
+@pytest.mark.parametrize("length", [1, 2, 9], ids=["shorter-than-a-group", "a-group", "groups"])
+def test_standardised_frames_are_those_of_the_published_weights(length):
+    torch.manual_seed(0)
+    adapter, plain = (Adapter(3, 4, downsample_k=2, hidden=8).double() for _ in range(2))
+    frames = 5 * torch.randn(1, length, 3, dtype=torch.double) + 7
+    mean, std = torch.tensor([7.0, -1.0, 0.5]), torch.tensor([5.0, 0.5, 2.0])
+    before, _ = adapter(frames, torch.tensor([length]))
+    adapter.standardise(mean, std)
+    got, _ = adapter(frames, torch.tensor([length]))
+    assert not torch.allclose(got, before)
+    plain.layers.load_state_dict(adapter.published())
+    torch.testing.assert_close(plain(frames, torch.tensor([length]))[0], got)
+    if length > 1:  # by the layers, on frames standardised outside
+        adapter.mean = None
+        torch.testing.assert_close(adapter((frames - mean) / std, torch.tensor([length]))[0], got)

@@ -17,6 +17,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from rwkv_speech.data.sources import load_split
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.runs import Run, find_run
@@ -28,6 +29,7 @@ from rwkv_speech.ops.train import _longest
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.scoring import EvalRecord
 from rwkv_speech.speech.adapter import Adapter
+from rwkv_speech.speech.audio import load_audio
 from rwkv_speech.speech.frame_cache import AbsentEncoder
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.terminal import printable
@@ -488,7 +490,7 @@ def test_a_finished_run_is_not_continued_nor_overwritten(world, tmp_path):
 
 def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     module = SimpleNamespace(
-        model=SimpleNamespace(trainable_state_dict=lambda task: {"x": torch.zeros(1)}, trained_tensors=dict)
+        model=SimpleNamespace(trainable_state_dict=lambda task, published: {"x": torch.zeros(1)}, trained_tensors=dict)
     )
     foreign = ["rwkv-adapter-2.pth", "rwkv-adapter-2.json", "rwkv-adapter-9.pth", "other.pth"]
     for name in foreign:
@@ -791,3 +793,39 @@ def test_rwkv7_is_trained_resumed_evaluated_and_used_like_rwkv6(world, goose, tm
     assert [record["hypothesis"] for record in records] == texts
     with pytest.raises(UserError, match=r"states for an RWKV-7, but the language model is an RWKV-6"):
         world.speech_rwkv(adapter=file)
+
+
+def test_frames_are_standardised_and_mission_files_hold_an_adapter_of_frames_as_they_are(
+    world, tmp_path, cut_power, monkeypatch
+):
+    flags = [*RUN, "--standardise=1", f"--valid_split={world.folder / 'train.jsonl'}", "--lr_init=1e-2"]
+    told, tell = [], Adapter.standardise
+    monkeypatch.setattr(Adapter, "standardise", lambda self, *measured: told.append(measured) or tell(self, *measured))
+    do("train", world, tmp_path / "whole", *flags)
+    model = world.speech_rwkv()
+    frames = [model.speech_encoder([load_audio(path)])[0][0] for path, _ in world.utterances]
+    expected = torch.cat(frames).double()
+    for got, want in zip(told[0], (expected.mean(0), expected.std(0, correction=0)), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    weights, info = missions(tmp_path / "whole")["rwkv-adapter-12.pth"]
+    file = tmp_path / "whole" / "rwkv-adapter-12.pth"
+    assert losses_of(world.speech_rwkv(adapter=file), world) == pytest.approx(info["valid_loss"], rel=1e-4)
+    do("train", world, tmp_path / "plain", *flags, "--standardise=0")
+    assert not equal(weights, last(tmp_path / "plain"))
+    cut_power(7)
+    with pytest.raises(PowerCutError):
+        do("train", world, tmp_path / "cut", *flags)
+    monkeypatch.undo()
+    monkeypatch.setattr("rwkv_speech.engine.standardise.frame_statistics", None)  # it knows them
+    do("train", world, tmp_path / "cut", *flags)
+    assert equal(last(tmp_path / "cut"), weights)
+    with pytest.raises(UserError, match=r"--standardise 1 is for a new adapter"):
+        do("train", world, tmp_path / "more", *flags, f"--adapter={file}")
+
+
+@torch.no_grad()
+def losses_of(model, world):
+    """The mean loss of a token, by the model's own forward pass."""
+    rows = load_split(str(world.folder / "train.jsonl"))
+    batch = model.prepare([model.sample(row) for row in rows])
+    return float(model.loss_sum(batch)) / batch.tokens

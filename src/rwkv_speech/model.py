@@ -123,14 +123,17 @@ class SpeechRWKV(nn.Module):
         """Everything that is trained, by names of its own; see `rwkv_speech.trained`."""
         return trained_tensors(self.language_model, self.adapters)
 
-    def trainable_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
+    def trainable_state_dict(self, task: str | None = None, *, published: bool = False) -> dict[str, Tensor]:
         """What is trained for a task (the first), under the names of a mission file: the parameters themselves; where
-        there are several states, views of them."""
+        there are several states, views of them.
+
+        published: as a mission file holds it, which is something else where the adapter standardises its frames.
+        """
         place = [*self.tasks].index(self.task(task).name)
         states = self.language_model.time_states
         if len(self.tasks) > 1:
             states = [state[place] for state in states]
-        return mission_tensors(states, self._adapter_of(place))
+        return mission_tensors(states, self._adapter_of(place), published=published)
 
     def peft_weights(self) -> PeftWeights | None:
         """What was put beside the language model's matrices, as the folder beside a mission file holds it; all tasks

@@ -259,6 +259,12 @@ class TrainingOptions:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     weight_decay: float = flag(0.0, "AdamW's weight decay, on the matrices of the adapter and of peft")
     grad_clip: float = flag(1.0, "norm that gradients are clipped to; 0: not at all")
+    standardise: int = flag(
+        0,
+        "1: a new adapter reads frames whose channels have mean 0 and deviation 1, as measured before the first step; "
+        "its mission files hold the same as an adapter of frames as they are",
+        choices=(0, 1),
+    )
     grad_cp: int = flag(0, "1: recompute each layer in the backward pass, for less memory", choices=(0, 1))
     random_seed: int = flag(42, "seed of the adapter's initial weights, data order and augmentation", type=count)
     speed_perturb: bool = flag(False, "train: each sample at 0.9, 1.0 or 1.1 speed, drawn anew in each epoch")

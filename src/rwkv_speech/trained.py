@@ -49,9 +49,13 @@ def learning(tensors: Mapping[str, TrainedTensor]) -> list[nn.Parameter]:
     return [x.parameter for x in tensors.values() if x.parameter.requires_grad]
 
 
-def mission_tensors(states: Sequence[Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """Initial states (H, N, N), layer by layer, and an adapter's weights, under their names in a mission file."""
-    return dict([*_states(states), *_weights(adapter)])
+def mission_tensors(states: Sequence[Tensor], adapter: Adapter, *, published: bool = False) -> dict[str, Tensor]:
+    """Initial states (H, N, N), layer by layer, and an adapter's weights, under their names in a mission file.
+
+    published: as they go into one, which differs from the parameters where an adapter standardises its frames.
+    """
+    weights = adapter.published().items() if published else ()
+    return dict([*_states(states), *_weights(adapter)]) | {f"{ADAPTER}{name}": x for name, x in weights}
 
 
 def _states(states: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:

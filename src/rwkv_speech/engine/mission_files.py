@@ -121,7 +121,7 @@ class MissionFiles(Callback):
         info = self.info | {"step": step, "epoch": trainer.current_epoch} | measured
         with finite_weights(trainer, pl_module):
             if trainer.is_global_zero:
-                tensors = pl_module.model.trainable_state_dict(self.task)
+                tensors = pl_module.model.trainable_state_dict(self.task, published=True)
                 score = scores.get(self.leading.name) if self.leading else self.loss if self.by_loss else None
                 self._write(str(step), tensors, info, score, pl_module.model.peft_weights())
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.engine.overview import show_run, warn_of_warm_up
 from rwkv_speech.engine.runs import StopRequest, find_run
+from rwkv_speech.engine.standardise import RECORDINGS, Standardise
 from rwkv_speech.engine.trainer import fit, make_trainer
 from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
@@ -136,6 +138,10 @@ def _train(options: Options, machine: Machine) -> int:
             bad_samples=bad_samples,
         )
         callbacks.append(validation)
+    if training.standardise:
+        measured = random.Random(training.random_seed).sample(rows, min(RECORDINGS, len(rows)))
+        dataset = _dataset(model, measured, cache, longest=_longest(training, model))
+        callbacks.append(Standardise(loader(dataset, batch_size=8, shuffle=False, num_workers=0), model))
     stop = StopRequest()
     what = {
         "the training data": fingerprint(rows, model.sample),
@@ -226,6 +232,10 @@ def _set_learning(model: SpeechRWKV, options: Options) -> None:
         raise UserError(
             f"--train_type {options.training.train_type} trains beside an adapter that stays as it is: name a mission "
             "file by --adapter"
+        )
+    if options.training.standardise and ("adapter" not in parts or options.model.adapter):
+        raise UserError(
+            "--standardise 1 is for a new adapter, since that of a mission file has learnt to read frames as they are"
         )
     if method:
         settings = {} if options.model.load_peft else options.model.peft_config or {}
