@@ -26,6 +26,7 @@ from rwkv_speech.lm import peft
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.peft import PeftWeights
 from rwkv_speech.lm.weights import ModelSizes
+from rwkv_speech.mission_hub import fetch_mission, is_on_hub
 from rwkv_speech.missions import MISSIONS
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
@@ -102,13 +103,16 @@ class MissionFile:
 
 
 def read_mission_file(path: str | Path) -> MissionFile:
-    """Reads a mission file, ours or one with only the published names.
+    """Reads a mission file, ours or one with only the published names; `OWNER/NAME` is one of the Hugging Face hub.
 
     Raises:
+        UserError: it is not on the hub, or can't be fetched.
         MissionFileError: no such file, not a state dict of tensors, names missing or unknown, inconsistent shapes, or
             numbers that are not finite.
     """
     path = Path(path).expanduser()
+    if is_on_hub(path):
+        path, _ = best_mission_file(fetch_mission(str(path)))
     beside = path.with_suffix(".json")
     try:
         info = beside.read_bytes() if beside.is_file() else None  # before the weights, which training removes first

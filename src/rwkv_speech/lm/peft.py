@@ -155,6 +155,9 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         if changes and made.use_dora:
             raise ValueError("another initialisation does not go with use_dora")
         peft.inject_adapter_in_model(made, model, _NAME)
+        added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
+        for x in added.values():
+            x.data = x.data.float()
         if tensors is not None:
             names = {name.removeprefix(_PREFIX): x.float() for name, x in tensors.items()}
             expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -162,13 +165,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
                 odd = sorted(names.keys() ^ expected.keys())
                 raise ValueError(f"its tensors are not those of this model: {few(odd)}")
             peft.set_peft_model_state_dict(model, names)
-    except UserError:
-        raise
     except Exception as error:  # of whatever kind the library finds
         raise UserError(f"peft: {method} can't be put beside this model: {reason(error)}") from error
-    added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
-    for x in added.values():
-        x.data = x.data.float()
     for x in learning:  # which the library has frozen, too
         x.requires_grad_()
     names = tuple(added)
