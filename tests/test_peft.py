@@ -307,12 +307,27 @@ def test_chance_drops_in_training_only(world):
         (["--train_type=adapter+lora", "--peft_config=rank=4"], "lora has no setting 'rank', but "),
         (["--train_type=adapter+lora", "--peft_config=r=0"], "`r` should be a positive integer"),
         (["--train_type=adapter+lora", "--peft_config=target_modules=keys+values"], "lora can't be put beside"),
+        (["--train_type=adapter+lora", "--peft_config=bias=all"], "peft_config: bias does not go here"),
+        (["--train_type=adapter+lora", "--peft_config=modules_to_save=head+emb"], "modules_to_save does not go here"),
         (["--train_type=adapter+lora", "--peft_config=r"], "expected JSON, or r=16"),
         (["--peft_config=r=4"], "--peft_config goes with a method of peft"),
         (["--train_type=adapter+pissa", "--quant=nf4"], "pissa changes the frozen weights: leave out --quant nf4"),
         (["--train_type=adapter+lora", "--adapter=MISS"], "there are weights of miss already"),
     ],
-    ids=["part", "alone", "two", "setting", "rank", "targets", "form", "without", "packed", "another"],
+    ids=[
+        "part",
+        "alone",
+        "two",
+        "setting",
+        "rank",
+        "targets",
+        "bias",
+        "modules",
+        "form",
+        "without",
+        "packed",
+        "another",
+    ],
 )
 def test_what_makes_no_sense_is_one_line(world, learnt, tmp_path, monkeypatch, capsys, flags, said):
     flags = [flag.replace("MISS", str(learnt["miss"][0] / "rwkv-adapter-4.pth")) for flag in flags]

@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olora": {"init_lora_weights": "olora"},
 }
 _BESIDE = (True, False, "gaussian", "orthogonal")  # initialisations of LoRA that leave the frozen weights as they are
+# What would train something else than what is put beside matrices, or can't be merged into them.
+_ELSEWHERE = ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "lora_bias")
 _RWKV_PEFT = re.compile(r"(.+)\.lora_([AB])")
 
 
@@ -140,6 +142,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         linears = [name for name, x in model.blocks.named_modules() if isinstance(x, Linear)]
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in linears})
     method = method_of(config)
+    if others := [name for name in _ELSEWHERE if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
+        raise UserError(f"peft_config: {others[0]} does not go here: only what lies beside matrices is trained")
     if model.quant and not (
         config["peft_type"] in ("LORA", "MISS") and config.get("init_lora_weights", True) in _BESIDE
     ):
