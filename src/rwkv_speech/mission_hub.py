@@ -1,22 +1,20 @@
 """Missions on the Hugging Face hub: `OWNER/NAME` for a mission file."""
 
 import logging
-import re
 from pathlib import Path
 
 from rwkv_speech.errors import UserError, reason
-from rwkv_speech.speech.hub import hub_is_reachable
+from rwkv_speech.speech.hub import NAME, hub_is_reachable
 
 log = logging.getLogger("rwkv_speech")
 
-_NAME = re.compile(r"[a-z0-9_][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 # Weights and what describes them: nothing that could be run.
 _FILES = ["rwkv-adapter*.pth", "rwkv-adapter*.json", "rwkv-adapter*/adapter_config.json", "rwkv-adapter*/*.safetensors"]
 
 
 def is_on_hub(path: str | Path) -> bool:
     """Whether a path can only be a name of the hub: there is no such file."""
-    return bool(_NAME.fullmatch(str(path))) and not str(path).endswith(".pth") and not Path(path).exists()
+    return bool(NAME.fullmatch(str(path))) and not str(path).endswith(".pth") and not Path(path).exists()
 
 
 def fetch_mission(name: str) -> Path:

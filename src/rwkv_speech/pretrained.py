@@ -78,8 +78,8 @@ def load(
         load_peft: a folder in the form of the library peft, or a LoRA file of RWKV-PEFT; in place of what lies beside
             `adapter`.
         peft_config: of such a LoRA file, `{"lora_alpha": ...}`.
-        merge: whether LoRA and its kin go into the language model's weights, in which they decode fastest and can't be
-            trained; None: unless these are packed, since merging would unpack them.
+        merge: whether LoRA and its kin go into the language model's weights, in which they decode fastest, but are no
+            longer there to be trained or written; None: unless these are packed, since merging would unpack them.
         downsample_k: encoder frames to a position; None is what the mission files say, or 5.
         adapter_hidden: hidden units of the adapter; None is what the mission files say, or 2048.
         load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
