@@ -9,7 +9,7 @@
 # Write $HOME for ~. Arguments of this script go to train.py, and win over both.
 set -a # train.py takes its settings from the environment
 
-OP="${OP:-train}" # train, eval
+OP="${OP:-train}" # train, eval; export, with to=merged, state, ai00 or hub
 
 # --- models ---
 load_model="${load_model:-}"                 # RWKV-7 or RWKV-6 weights, .pth or .safetensors: you must give this
@@ -79,7 +79,7 @@ resume="${resume:-}"                         # 1: go on where an interrupted eva
 set +a
 . "$(dirname -- "$0")/setup/launch.sh"
 case "$OP" in
-train | eval) launch "$OP" "$@" ;;
+train | eval | export) launch "$OP" "$@" ;;
 predict) fail "OP=predict has a script of its own: demo/demo-predict.sh" ;;
-*) fail "OP=$OP is neither train nor eval" ;;
+*) fail "OP=$OP is none of train, eval, export" ;;
 esac

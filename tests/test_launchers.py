@@ -180,8 +180,8 @@ def test_what_can_be_edited_are_settings_and_each_stands_once(script):
 @pytest.mark.parametrize(
     ("script", "others"),
     [
-        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer"}),
-        (PREDICT, {"cache_features", "records", "normalizer"}),
+        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer", "to"}),
+        (PREDICT, {"cache_features", "records", "normalizer", "to"}),
     ],
 )
 def test_every_setting_arrives_from_the_environment(checkout, script, others):

@@ -321,9 +321,10 @@ def test_every_setting_is_taken_from_the_environment():
     switches = {f.name for _, f in setting_fields() if f.default is False}
     assert {"download", "loop_guard", "resume"} <= switches
     for op, others in {
-        "train": {"file_path", "output_dir", "prompt", "records", "normalizer"},
-        "predict": {"cache_features", "records", "normalizer"},
-        "score": {"cache_features", "file_path", "prompt"},
+        "train": {"file_path", "output_dir", "prompt", "records", "normalizer", "to"},
+        "predict": {"cache_features", "records", "normalizer", "to"},
+        "score": {"cache_features", "file_path", "prompt", "to"},
+        "export": {"cache_features", "file_path", "prompt", "records", "normalizer"},
     }.items():
         wanted = {f"--{name}" if name in switches else f"--{name}={values[name]}" for name in SETTINGS}
         wanted -= {f"--{name}={values[name]}" for name in ("op", *others)}

@@ -23,12 +23,10 @@ from torch import Tensor
 from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import PARTIAL, writing
 from rwkv_speech.lm import peft
-from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.peft import PeftWeights
 from rwkv_speech.lm.weights import ModelSizes
+from rwkv_speech.mission_hub import fetch_mission, is_on_hub
 from rwkv_speech.missions import MISSIONS
-from rwkv_speech.speech.encoder import SpeechEncoder
-from rwkv_speech.speech.frame_cache import AbsentEncoder
 from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_digest
 from rwkv_speech.tensors import DTYPES, WeightsError, few, read_tensors
@@ -102,13 +100,16 @@ class MissionFile:
 
 
 def read_mission_file(path: str | Path) -> MissionFile:
-    """Reads a mission file, ours or one with only the published names.
+    """Reads a mission file, ours or one with only the published names; `OWNER/NAME` is one of the Hugging Face hub.
 
     Raises:
+        UserError: it is not on the hub, or can't be fetched.
         MissionFileError: no such file, not a state dict of tensors, names missing or unknown, inconsistent shapes, or
             numbers that are not finite.
     """
     path = Path(path).expanduser()
+    if is_on_hub(path):
+        path, _ = best_mission_file(fetch_mission(str(path)))
     beside = path.with_suffix(".json")
     try:
         info = beside.read_bytes() if beside.is_file() else None  # before the weights, which training removes first
@@ -332,50 +333,6 @@ def _info_beside(path: Path) -> dict[str, Any]:
         info = json.loads(path.with_suffix(".json").read_bytes())
         return info if isinstance(info, dict) else {}
     return {}
-
-
-def check_fit(
-    mission: MissionFile,
-    model: LanguageModel,
-    encoder: SpeechEncoder | AbsentEncoder,
-    downsample_k: int | None,
-    hidden: int | None,
-) -> None:
-    """Checks that a mission file goes with the parts around it.
-
-    downsample_k, hidden: what is asked for besides, or None.
-
-    Raises:
-        MissionFileError: one line that names everything in which they differ.
-    """
-    sizes = model.sizes
-    state_shape = (sizes.n_head, sizes.head_size, sizes.head_size)
-    of_model = f"language model is {sizes.n_layer} x {sizes.n_embd}"
-    problems = []
-    trained_with = mission.info.get("generation", sizes.generation)
-    if trained_with != sizes.generation:
-        problems.append(f"states for an RWKV-{trained_with}, but the language model is an RWKV-{sizes.generation}")
-    state = tuple(mission.tensors[STATE.format(0)].shape)
-    if mission.n_layer != sizes.n_layer or state != state_shape:
-        problems.append(f"states of {mission.n_layer} layers x {state}, but the {of_model}, states {state_shape}")
-    out = mission.tensors[f"{ADAPTER}2.weight"].shape[0]
-    if out != sizes.n_embd:
-        problems.append(f"an adapter to width {out}, but the {of_model}")
-    stated_k = mission.info.get("downsample_k")
-    for k, where in ((stated_k, "its JSON file says"), (downsample_k, "--downsample_k is")):
-        if k and k * encoder.width != mission.inputs:
-            problems.append(
-                f"an adapter from {mission.inputs} inputs, but {where} K = {k} and encoder {encoder.name} has width "
-                f"{encoder.width}"
-            )
-    if not stated_k and not downsample_k and mission.inputs % encoder.width:
-        problems.append(
-            f"an adapter from {mission.inputs} inputs, no multiple of encoder {encoder.name}'s width {encoder.width}"
-        )
-    if hidden and hidden != mission.hidden:
-        problems.append(f"{mission.hidden} hidden units, but --adapter_hidden is {hidden}")
-    if problems:
-        raise MissionFileError(f"mission file {mission.path} does not fit: it holds {'; it holds '.join(problems)}")
 
 
 def _inconsistency(tensors: Mapping[str, Tensor], n_layer: int) -> str | None:

@@ -111,14 +111,16 @@ def device_list(text: str) -> int | list[int]:
 class ModelOptions:
     """The frozen parts, and the trained one."""
 
-    load_model: str | None = flag(None, "RWKV-6 or RWKV-7 weight file, .pth or .safetensors; all but score need it")
+    load_model: str | None = flag(
+        None, "RWKV-6 or RWKV-7 weight file, .pth or .safetensors; all but score and most of export need it"
+    )
     encoder: str | None = flag(
         None, "speech encoder: Hugging Face name or folder (default: the mission file's, or microsoft/wavlm-large)"
     )
     adapter: str | None = flag(
         None,
-        "mission file to train on from, or for eval and predict, several of different missions joined by + (default: "
-        "the best of the newest run in proj_dir)",
+        "mission file, or OWNER/NAME of one on the Hugging Face hub, to train on from, or for eval and predict several "
+        "of different missions joined by + (default: the best of the newest run in proj_dir)",
     )
     load_state: str | None = flag(
         None, "file of initial states alone, as RWKV-PEFT writes it, in place of the mission file's (default: none)"
@@ -387,7 +389,7 @@ class MachineOptions:
 class Options:
     """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "score"))
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "score", "export"))
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
@@ -418,9 +420,16 @@ class Options:
     )
     output_dir: str | None = flag(
         None,
-        "predict: folder for a transcript file for each audio file (default: all to standard output); score: folder "
-        "for a summary and a report",
-        op=("predict", "score"),
+        "predict: folder for a transcript file for each audio file, else all goes to standard output; score: folder "
+        "for a summary and a report; export: folder for what it writes (default: export in proj_dir)",
+        op=("predict", "score", "export"),
+    )
+    to: str | None = flag(
+        None,
+        "export: what to write: merged, a language model file with states and LoRA in it; state, initial states for "
+        "RWKV-Runner and the rwkv package; ai00, the same for web-rwkv; hub, a folder for hf upload",
+        op="export",
+        choices=("merged", "state", "ai00", "hub"),
     )
     prompt: str | None = flag(None, "predict: typed text before each recording, of the mission answer", op="predict")
     records: list[str] | None = flag(None, "score: files that evaluation left in eval/", op="score", nargs="+")
@@ -442,7 +451,9 @@ class Options:
             raise UserError(
                 f"--early_stop {self.training.early_stop} counts validations: name a split for them by --valid_split"
             )
-        if self.op != "score" and not self.model.load_model:
+        if self.op == "export" and not self.to:
+            raise UserError("--op export needs --to: merged, state, ai00 or hub")
+        if (self.op not in ("score", "export") or self.to == "merged") and not self.model.load_model:
             raise UserError("--load_model is required; python train.py --help lists the flags")
         if self.op == "score" and not self.records:
             raise UserError("--op score needs --records: one or more files that evaluation left in eval/")

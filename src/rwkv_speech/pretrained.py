@@ -10,11 +10,11 @@ import torch
 from rwkv_speech import lm
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm import peft
+from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.peft import PeftWeights
 from rwkv_speech.mission_file import (
     MissionFile,
     MissionFileError,
-    check_fit,
     chosen_encoder,
     read_mission_file,
     read_states,
@@ -26,6 +26,7 @@ from rwkv_speech.speech.adapter import Adapter
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder
 from rwkv_speech.speech.hub import encoder_folder
+from rwkv_speech.trained import ADAPTER, STATE
 
 if TYPE_CHECKING:
     from rwkv_speech.model import SpeechRWKV
@@ -77,8 +78,8 @@ def load(
         load_peft: a folder in the form of the library peft, or a LoRA file of RWKV-PEFT; in place of what lies beside
             `adapter`.
         peft_config: of such a LoRA file, `{"lora_alpha": ...}`.
-        merge: whether LoRA and its kin go into the language model's weights, in which they decode fastest and can't be
-            trained; None: unless these are packed, since merging would unpack them.
+        merge: whether LoRA and its kin go into the language model's weights, in which they decode fastest, but are no
+            longer there to be trained or written; None: unless these are packed, since merging would unpack them.
         downsample_k: encoder frames to a position; None is what the mission files say, or 5.
         adapter_hidden: hidden units of the adapter; None is what the mission files say, or 2048.
         load_encoder: called as `SpeechEncoder.from_pretrained` is; `FrameCache.encoder` where frames are cached.
@@ -106,7 +107,7 @@ def load(
     with torch.random.fork_rng([]):  # a new adapter is the same, whether the encoder needs loading or not
         speech_encoder = load_encoder(encoder, device=device, dtype=language_model.dtype)
     for file in files:
-        check_fit(file, language_model, speech_encoder, downsample_k, adapter_hidden)
+        _check_fit(file, language_model, speech_encoder, downsample_k, adapter_hidden)
     ks = {file.inputs // speech_encoder.width for file in files} or {downsample_k or DOWNSAMPLE_K}
     if len(ks) > 1:
         raise UserError(f"the mission files stack {' and '.join(map(str, sorted(ks)))} frames: they can't go together")
@@ -142,6 +143,50 @@ def load(
         for name in names:
             model.load_trained(states, name)
     return model
+
+
+def _check_fit(
+    mission: MissionFile,
+    model: LanguageModel,
+    encoder: SpeechEncoder | AbsentEncoder,
+    downsample_k: int | None,
+    hidden: int | None,
+) -> None:
+    """Checks that a mission file goes with the parts around it.
+
+    downsample_k, hidden: what is asked for besides, or None.
+
+    Raises:
+        MissionFileError: one line that names everything in which they differ.
+    """
+    sizes = model.sizes
+    state_shape = (sizes.n_head, sizes.head_size, sizes.head_size)
+    of_model = f"language model is {sizes.n_layer} x {sizes.n_embd}"
+    problems = []
+    trained_with = mission.info.get("generation", sizes.generation)
+    if trained_with != sizes.generation:
+        problems.append(f"states for an RWKV-{trained_with}, but the language model is an RWKV-{sizes.generation}")
+    state = tuple(mission.tensors[STATE.format(0)].shape)
+    if mission.n_layer != sizes.n_layer or state != state_shape:
+        problems.append(f"states of {mission.n_layer} layers x {state}, but the {of_model}, states {state_shape}")
+    out = mission.tensors[f"{ADAPTER}2.weight"].shape[0]
+    if out != sizes.n_embd:
+        problems.append(f"an adapter to width {out}, but the {of_model}")
+    stated_k = mission.info.get("downsample_k")
+    for k, where in ((stated_k, "its JSON file says"), (downsample_k, "--downsample_k is")):
+        if k and k * encoder.width != mission.inputs:
+            problems.append(
+                f"an adapter from {mission.inputs} inputs, but {where} K = {k} and encoder {encoder.name} has width "
+                f"{encoder.width}"
+            )
+    if not stated_k and not downsample_k and mission.inputs % encoder.width:
+        problems.append(
+            f"an adapter from {mission.inputs} inputs, no multiple of encoder {encoder.name}'s width {encoder.width}"
+        )
+    if hidden and hidden != mission.hidden:
+        problems.append(f"{mission.hidden} hidden units, but --adapter_hidden is {hidden}")
+    if problems:
+        raise MissionFileError(f"mission file {mission.path} does not fit: it holds {'; it holds '.join(problems)}")
 
 
 def _peft_of(files: Sequence[MissionFile]) -> PeftWeights | None:

@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olora": {"init_lora_weights": "olora"},
 }
 _BESIDE = (True, False, "gaussian", "orthogonal")  # initialisations of LoRA that leave the frozen weights as they are
+# What would train something else than what is put beside matrices, or can't be merged into them.
+_ELSEWHERE = ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "lora_bias")
 _RWKV_PEFT = re.compile(r"(.+)\.lora_([AB])")
 
 
@@ -140,6 +142,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         linears = [name for name, x in model.blocks.named_modules() if isinstance(x, Linear)]
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in linears})
     method = method_of(config)
+    if others := [name for name in _ELSEWHERE if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
+        raise UserError(f"peft_config: {others[0]} does not go here: only what lies beside matrices is trained")
     if model.quant and not (
         config["peft_type"] in ("LORA", "MISS") and config.get("init_lora_weights", True) in _BESIDE
     ):
@@ -155,6 +159,9 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         if changes and made.use_dora:
             raise ValueError("another initialisation does not go with use_dora")
         peft.inject_adapter_in_model(made, model, _NAME)
+        added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
+        for x in added.values():
+            x.data = x.data.float()
         if tensors is not None:
             names = {name.removeprefix(_PREFIX): x.float() for name, x in tensors.items()}
             expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -162,13 +169,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
                 odd = sorted(names.keys() ^ expected.keys())
                 raise ValueError(f"its tensors are not those of this model: {few(odd)}")
             peft.set_peft_model_state_dict(model, names)
-    except UserError:
-        raise
     except Exception as error:  # of whatever kind the library finds
         raise UserError(f"peft: {method} can't be put beside this model: {reason(error)}") from error
-    added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
-    for x in added.values():
-        x.data = x.data.float()
     for x in learning:  # which the library has frozen, too
         x.requires_grad_()
     names = tuple(added)

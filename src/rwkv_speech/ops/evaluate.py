@@ -140,7 +140,7 @@ def _settings(options: Options, files: Iterable[MissionFile], model: SpeechRWKV,
     adapters = []
     for file in files:
         weights = hashlib.blake2b(digest_size=8)
-        hash_tensors(weights, file.tensors)
+        hash_tensors(weights, file.tensors | (file.peft.tensors if file.peft else {}))
         adapters.append(f"{file.path.name} ({weights.hexdigest()})")
     flat = options.flat()
     return {

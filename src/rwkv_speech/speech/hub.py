@@ -10,7 +10,7 @@ from rwkv_speech.errors import UserError
 
 log = logging.getLogger("rwkv_speech")
 
-_NAME = re.compile(r"[a-z0-9_][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)  # one word is a folder, mistyped
+NAME = re.compile(r"[a-z0-9_][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)  # one word is a folder, mistyped
 _TIMEOUT = 5.0  # s
 
 
@@ -23,7 +23,7 @@ def encoder_folder(name: str) -> Path | None:
     folder = os.path.abspath(os.path.expanduser(name))
     if os.path.isdir(folder):
         return Path(folder)
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UserError(f"speech encoder {name}: no such folder; expected one, or a Hugging Face model as OWNER/NAME")
     return None
 
