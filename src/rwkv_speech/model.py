@@ -26,6 +26,7 @@ from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
 from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.errors import UserError
+from rwkv_speech.live import Live
 from rwkv_speech.lm.language_model import LanguageModel, last
 from rwkv_speech.lm.state import State
 from rwkv_speech.lm.tokenizer import Tokenizer
@@ -323,6 +324,37 @@ class SpeechRWKV(nn.Module):
         """
         begun = Conversation(self, mission=mission, max_audio_s=max_audio_s)
         return begun if path is None else begun.load(path)
+
+    def live(
+        self,
+        *,
+        step: float = 0.32,
+        right: float = 0.32,
+        left: float | None = None,
+        pause: float = 0.5,
+        max_audio_s: float | None = None,
+        mission: str | None = None,
+        conversation: Conversation | None = None,
+        **search: Any,
+    ) -> Live:
+        """A session that takes audio while it comes in, and gives text: see `rwkv_speech.live`. All times in seconds.
+
+        Args:
+            step: audio that is read at a time, in whole positions; there is a partial after each.
+            right: audio after a step that the encoder hears with it: what it costs in delay, it gains in words.
+            left: audio before a step that the encoder hears with it; None: 1, or 3 where its window has one length.
+            pause: silence that ends a segment.
+            max_audio_s: the longest segment; None: see `longest_piece`.
+            mission: which of several; None is the first.
+            conversation: whose next rounds the segments are; of `converse`, None is a new one. Else each segment
+                begins with the mission's initial state.
+            search: of finals, as for `transcribe`; partials are greedy.
+
+        Raises:
+            UserError: times that can't be, or a mission that chooses among labels.
+        """
+        times = {"step": step, "right": right, "left": left, "pause": pause, "max_audio_s": max_audio_s}
+        return Live(self, **times, mission=mission, conversation=conversation, **search)
 
     def transcribe(
         self,

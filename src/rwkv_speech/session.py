@@ -113,6 +113,13 @@ class Conversation:
             raise UserError("there is no round to take back: that is the last one, once, if it began since loading")
         self._now, self._before = self._before, None
 
+    @torch.inference_mode()
+    def ready(self) -> State:
+        """The state that reads what is said next: after an answer, its end of text has been read."""
+        if not self._answered:
+            return self._now.state
+        return self.model.language_model(self._end_of_text(), self._now.state)[1]
+
     def fork(self) -> "Conversation":
         """Another conversation that goes on from here, independently."""
         return copy(self)  # states are never changed in place
@@ -164,13 +171,20 @@ class Conversation:
         x = model.embed(batch, model.embed_audio(batch)[0])  # (1, T, C), with "#" at its end
         if not asked:
             x = x[:, :-1]
-        if now.rounds and not now.begun:
-            end = torch.tensor([[END_OF_TEXT]], device=model.device)
-            x = torch.cat([model.language_model.embed(end).to(x.dtype), x], dim=1)
+        if self._answered:
+            x = torch.cat([model.language_model.embed(self._end_of_text()).to(x.dtype), x], dim=1)
         if not x.shape[1]:
             return x, now
         hidden, state = model.language_model(x, now.state)
         return hidden[:, -1], _Turn(state, now.rounds, begun=True, samples=now.samples + sum(batch.samples))
+
+    @property
+    def _answered(self) -> bool:
+        """An answer came last, whose end of text has not been read."""
+        return self._now.rounds > 0 and not self._now.begun
+
+    def _end_of_text(self) -> Tensor:
+        return torch.tensor([[END_OF_TEXT]], device=self.model.device)
 
     def _part(self, part: Said, name: str) -> Audio | str:
         if isinstance(part, Path):
