@@ -396,7 +396,7 @@ def test_a_loss_that_is_none_is_skipped(world, tmp_path, poisoned, caplog):
 
 def test_a_run_of_skipped_steps_alone_has_not_succeeded(world, tmp_path, monkeypatch):
     plain = SpeechRWKV.loss_sum
-    monkeypatch.setattr(SpeechRWKV, "loss_sum", lambda self, *batch: plain(self, *batch) * math.nan)
+    monkeypatch.setattr(SpeechRWKV, "loss_sum", lambda self, *batch, **more: plain(self, *batch, **more) * math.nan)
     with pytest.raises(UserError, match=r"6 of 6 steps were skipped.*: nothing was learnt"):
         train(world, tmp_path, "--epoch_count=1", "--on_nonfinite=skip")
 

@@ -190,7 +190,7 @@ def test_a_model_is_that_of_the_unpacked_weights(files, quant, monkeypatch):
         return torch.cat(found, 1)
 
     with torch.inference_mode():
-        at_once = step.takes(normal(2, 1, 128), packed.time_states[0])
+        at_once = step.takes(normal(2, 1, 128), packed.time_states[0], packed.ln_out.weight)
     assert at_once or wkv.backend("cpu").name != "cpu", "the case is void"
     torch.testing.assert_close(decode(packed), expected[0], rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(step, "takes", lambda *_: False)

@@ -82,7 +82,7 @@ class Block(nn.Module):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), what the first layer hands to all others, and the state -> the same after the block."""
-        if lengths is None and step.takes(x, wkv):
+        if lengths is None and step.takes(x, wkv, self.ln1.weight):
             return step.step(self, self.generation, x, v_first, LayerState(wkv, att_shift, ffn_shift))
         att_input = self.ln1(x)
         out, v_first, wkv = self.att(att_input, v_first, att_shift, wkv, lengths)

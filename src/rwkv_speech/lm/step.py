@@ -59,9 +59,11 @@ def _weights(generation: int, *, first: bool, packed: bool) -> Callable[[nn.Modu
     return attrgetter(*names)
 
 
-def takes(x: Tensor, wkv: Tensor) -> bool:
-    """Whether `step` serves for x (B, T, C) and a state."""
-    return x.shape[1] == 1 and few(x, x.shape[-1]) and not (torch.is_grad_enabled() and wkv.requires_grad)
+def takes(x: Tensor, wkv: Tensor, weight: Tensor) -> bool:
+    """Whether `step` serves for x (B, T, C), a state, and weights of such a type."""
+    if x.shape[1] != 1 or weight.dtype != x.dtype:  # of a model in fp16, x is in fp32
+        return False
+    return few(x, x.shape[-1]) and not (torch.is_grad_enabled() and wkv.requires_grad)
 
 
 def step(
