@@ -19,7 +19,7 @@ import pytest
 from rwkv_speech.options import Options, environment_flags, setting_fields
 
 ROOT = Path(__file__).parents[1]
-TRAIN, PREDICT, CHAT = "demo-state-tuning.sh", "demo-predict.sh", "demo-chat.sh"
+TRAIN, PREDICT, CHAT, SERVE = "demo-state-tuning.sh", "demo-predict.sh", "demo-chat.sh", "demo-serve.sh"
 SETTINGS = {f.name: f for _, f in setting_fields()}
 
 RECORDER = """\
@@ -161,12 +161,13 @@ def test_predict_passes_the_defaults_of_the_program(checkout):
     assert checkout.options(PREDICT, load_model="m.pth", file_path="a.wav") == Options.of(**wanted)
 
 
-def test_chat_passes_the_defaults_of_the_program(checkout):
-    wanted = {"op": "chat", "load_model": "m.pth", "proj_dir": str(checkout.root / "output")}
-    assert checkout.options(CHAT, load_model="m.pth") == Options.of(**wanted)
+@pytest.mark.parametrize(("script", "op"), [(CHAT, "chat"), (SERVE, "serve")])
+def test_chat_and_serve_pass_the_defaults_of_the_program(checkout, script, op):
+    wanted = {"op": op, "load_model": "m.pth", "proj_dir": str(checkout.root / "output")}
+    assert checkout.options(script, load_model="m.pth") == Options.of(**wanted)
 
 
-@pytest.mark.parametrize("script", [TRAIN, PREDICT, CHAT])
+@pytest.mark.parametrize("script", [TRAIN, PREDICT, CHAT, SERVE])
 def test_what_can_be_edited_are_settings_and_each_stands_once(script):
     text = (ROOT / "demo" / script).read_text()
     names = re.findall(r"^(\w+)=", text, flags=re.MULTILINE)
@@ -328,11 +329,18 @@ def test_ctrl_c_waits_for_training_to_save_and_gives_its_status(checkout, script
         (PREDICT, {"file_path": "x"}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world", "rwkv7-g1"]),
         (PREDICT, {"load_model": "m"}, ["no audio", "file_path="]),
         (CHAT, {}, ["load_model is not set"]),
+        (SERVE, {}, ["load_model is not set"]),
         (TRAIN, {"load_model": "m", "OP": "evaluate"}, ["OP=evaluate", "train", "eval"]),
         (TRAIN, {"load_model": "m", "OP": "predict"}, ["demo-predict.sh"]),
     ],
     ids=[
-        *("train-without-model", "predict-without-model", "predict-without-file", "chat-without-model"),
+        *(
+            "train-without-model",
+            "predict-without-model",
+            "predict-without-file",
+            "chat-without-model",
+            "serve-without-model",
+        ),
         *("unknown-OP", "OP-predict"),
     ],
 )

@@ -298,12 +298,17 @@ class SpeechRWKV(nn.Module):
         Raises:
             UserError: the mission chooses among labels, and there are none.
         """
+        hidden, state = self.read(batch, audio_embeds)
+        return answers(self, batch, range(len(batch)), hidden, state, options)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, audio_embeds: Tensor | None = None) -> tuple[Tensor, State]:
+        """The hidden vectors (B, C) before the answers to a batch, as for `decode`, and the state there."""
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
         x = self.embed(batch, audio_embeds)[:, : int(batch.prompt_lengths.max())]
         with torch.inference_mode():
             hidden, state = self.language_model(x, None, batch.prompt_lengths, self.which(batch))
-            hidden = last(hidden, batch.prompt_lengths)
-        return answers(self, batch, range(len(batch)), hidden, state, options)
+            return last(hidden, batch.prompt_lengths), state
 
     def text(self, result: DecodingResult) -> str:
         """The text of an answer."""

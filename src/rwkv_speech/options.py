@@ -7,6 +7,7 @@ The groups are plain dataclasses that the rest of the program takes apart: what 
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -327,16 +328,50 @@ class MachineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """Who may ask the server, and for how much."""
+
+    missions: str | None = flag(
+        None,
+        "serve: mission files of different missions joined by +; a request names one by its mission or its file "
+        "(default: as --adapter)",
+        op="serve",
+    )
+    host: str = flag("127.0.0.1", "serve: address to listen at; 0.0.0.0: all of this machine", resume_ignored=True)
+    port: int = flag(8000, "serve: where to listen; 0: any that is free", resume_ignored=True, type=count)
+    api_key: str | None = flag(
+        None, "serve: what requests must show as their bearer token (default: none)", op="serve", resume_ignored=True
+    )
+    max_body_mb: float = flag(25.0, "serve: largest request, in MB", resume_ignored=True, type=seconds)
+    max_request_s: float = flag(
+        600.0, "serve: longest audio of a request, in seconds", resume_ignored=True, type=seconds
+    )
+    max_queue: int = flag(
+        64, "serve: requests at a time; more are told to come back", resume_ignored=True, type=positive
+    )
+    max_sessions: int = flag(8, "serve: live sessions at a time", resume_ignored=True, type=positive)
+    max_batch: int = flag(32, "serve: answers that are decoded together", resume_ignored=True, type=positive)
+    request_timeout: float = flag(300.0, "serve: seconds that a request may take", resume_ignored=True, type=seconds)
+
+    def __post_init__(self) -> None:
+        if self.port > 65535:
+            raise UserError(f"--port {self.port}: expected 0 to 65535")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise UserError("--api_key: expected ASCII characters without spaces, as a header can hold them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "score"))
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "serve", "score"))
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    serving: ServingOptions = field(default_factory=ServingOptions)
     log_every: float = flag(
         30.0, "seconds between lines of progress in a log; a terminal has bars", type=seconds, resume_ignored=True
     )
@@ -348,8 +383,9 @@ class Options:
     file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
     max_audio_s: float | None = flag(
         None,
-        "eval, predict, chat: seconds; longer audio is cut in pauses of speech and joined again, or refused where the "
-        "mission does not go piece by piece (default: the longest that the mission file was trained on, or 30)",
+        "eval, predict, chat, serve: seconds; longer audio is cut in pauses of speech and joined again, or refused "
+        "where the mission does not go piece by piece (default: the longest that the mission file was trained on, or "
+        "30)",
         type=float,
         resume_ignored=True,
     )
@@ -466,6 +502,7 @@ GROUPS: dict[str, type] = {
     "training": TrainingOptions,
     "decoding": DecodingOptions,
     "machine": MachineOptions,
+    "serving": ServingOptions,
 }
 
 

@@ -1,4 +1,4 @@
-"""What the program does: train, eval, predict, chat, score. Each gives the exit status."""
+"""What the program does: train, eval, predict, chat, serve, score. Each gives the exit status."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ from rwkv_speech.ops.chat import chat
 from rwkv_speech.ops.evaluate import evaluate
 from rwkv_speech.ops.predict import predict
 from rwkv_speech.ops.score import score
+from rwkv_speech.ops.serve import serve
 from rwkv_speech.ops.train import train
 from rwkv_speech.options import Options
 
@@ -14,5 +15,6 @@ OPS: dict[str, Callable[[Options], int]] = {
     "eval": evaluate,
     "predict": predict,
     "chat": chat,
+    "serve": serve,
     "score": score,
 }
