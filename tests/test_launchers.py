@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 TRAIN, PREDICT, CHAT, SERVE = "demo-state-tuning.sh", "demo-predict.sh", "demo-chat.sh", "demo-serve.sh"
 SETTINGS = {f.name: f for _, f in setting_fields()}
 
+SERVING = {f.name for group, f in setting_fields() if group == "serving"}
+
 RECORDER = """\
 import json, os, sys
 print("a log line", file=sys.stderr)
@@ -181,15 +183,16 @@ def test_what_can_be_edited_are_settings_and_each_stands_once(script):
 @pytest.mark.parametrize(
     ("script", "others"),
     [
-        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer"}),
-        (PREDICT, {"cache_features", "records", "normalizer"}),
+        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer", *SERVING}),
+        (PREDICT, {"cache_features", "records", "normalizer", *SERVING}),
+        (SERVE, {"cache_features", "file_path", "output_dir", "prompt", "records", "normalizer"}),
     ],
 )
 def test_every_setting_arrives_from_the_environment(checkout, script, others):
     settings = {name: f"the {name}" for name in SETTINGS if name != "op"}
     environment = checkout.given(script, **settings)[1]
     assert settings.items() <= environment.items()
-    flags = environment_flags("train" if script == TRAIN else "predict", environment)
+    flags = environment_flags({TRAIN: "train", PREDICT: "predict", SERVE: "serve"}[script], environment)
     for name in settings.keys() - others:
         assert (f"--{name}" if SETTINGS[name].default is False else f"--{name}=the {name}") in flags
     assert not [flag for flag in flags if flag.removeprefix("--").partition("=")[0] in others]

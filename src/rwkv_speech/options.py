@@ -337,21 +337,15 @@ class ServingOptions:
         "(default: as --adapter)",
         op="serve",
     )
-    host: str = flag("127.0.0.1", "serve: address to listen at; 0.0.0.0: all of this machine", resume_ignored=True)
-    port: int = flag(8000, "serve: where to listen; 0: any that is free", resume_ignored=True, type=count)
-    api_key: str | None = flag(
-        None, "serve: what requests must show as their bearer token (default: none)", op="serve", resume_ignored=True
-    )
-    max_body_mb: float = flag(25.0, "serve: largest request, in MB", resume_ignored=True, type=seconds)
-    max_request_s: float = flag(
-        600.0, "serve: longest audio of a request, in seconds", resume_ignored=True, type=seconds
-    )
-    max_queue: int = flag(
-        64, "serve: requests at a time; more are told to come back", resume_ignored=True, type=positive
-    )
-    max_sessions: int = flag(8, "serve: live sessions at a time", resume_ignored=True, type=positive)
-    max_batch: int = flag(32, "serve: answers that are decoded together", resume_ignored=True, type=positive)
-    request_timeout: float = flag(300.0, "serve: seconds that a request may take", resume_ignored=True, type=seconds)
+    host: str = flag("127.0.0.1", "serve: address to listen at; 0.0.0.0: all of this machine", op="serve")
+    port: int = flag(8000, "serve: where to listen; 0: any that is free", op="serve", type=count)
+    api_key: str | None = flag(None, "serve: what requests must show as their bearer token (default: none)", op="serve")
+    max_body_mb: float = flag(25.0, "serve: largest request, in MB", op="serve", type=seconds)
+    max_request_s: float = flag(600.0, "serve: longest audio of a request, in seconds", op="serve", type=seconds)
+    max_queue: int = flag(64, "serve: requests at a time; more are told to come back", op="serve", type=positive)
+    max_sessions: int = flag(8, "serve: live sessions at a time", op="serve", type=positive)
+    max_batch: int = flag(32, "serve: answers that are decoded together", op="serve", type=positive)
+    request_timeout: float = flag(300.0, "serve: seconds that a request may take", op="serve", type=seconds)
 
     def __post_init__(self) -> None:
         if self.port > 65535:
@@ -415,7 +409,7 @@ class Options:
         """Checks what concerns several groups; each group has checked itself."""
         given = self.flat()
         for _, f in setting_fields():
-            if given[f.name] and not goes_with(f, self.op):
+            if given[f.name] != f.default and not goes_with(f, self.op):
                 raise UserError(f"--{f.name} goes with --op {' or '.join(f.metadata['ops'])}, not {self.op}")
         if self.op == "train" and self.training.early_stop and not self.data.valid_split:
             raise UserError(
