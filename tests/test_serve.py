@@ -22,10 +22,14 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+import soxr
 import torch
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from rwkv_speech import SpeechRWKV
 from rwkv_speech.data.sample import Message, Sample
+from rwkv_speech.live import Final
 from rwkv_speech.mission_file import write_mission_file
 from rwkv_speech.options import DecodingOptions
 from rwkv_speech.speech.audio import load_audio
@@ -282,6 +286,156 @@ def multipart(fields: dict[str, str], file: bytes) -> tuple[bytes, str]:
 def head(path: str, length: int, kind: str, more: str = "") -> bytes:
     lines = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n{more}"
     return f"{lines}Content-Length: {length}\r\nContent-Type: {kind}\r\n\r\n".encode()
+
+
+# --- live ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said(paths) -> np.ndarray:
+    """Two sentences with a pause between them and after them, 16-bit at 16 kHz."""
+    pause = np.zeros(16_000)
+    parts = [pause[:8000], load_audio(paths[0]), pause, load_audio(paths[2]), pause]
+    return (np.concatenate(parts) * 32767).astype("<i2")
+
+
+def heard(server: Server, samples: np.ndarray) -> list[Final]:
+    live = server.model.live(mission="transcribe", max_new_tokens=TOKENS)
+    events = [event for start in range(0, len(samples), 5120) for event in live.feed(samples[start : start + 5120])]
+    finals = [event for event in events + live.finish() if isinstance(event, Final)]
+    assert len(finals) == 2
+    assert finals[0].text != finals[1].text
+    return finals
+
+
+@contextlib.contextmanager
+def session(server: Server, **how):
+    protocols = ["rwkv-speech", f"openai-insecure-api-key.{KEY}"]
+    with connect(f"ws://127.0.0.1:{server.port}/ws", subprotocols=protocols, **how) as socket:
+        assert socket.subprotocol == "rwkv-speech"
+
+        def tell(type: str, **what) -> None:
+            socket.send(json.dumps({"type": type} | what))
+
+        def until(type: str) -> list[dict]:
+            events = []
+            while not events or events[-1]["type"] != type:
+                events.append(json.loads(socket.recv(timeout=30)))
+                assert events[-1]["type"] != "error" or type == "error", events
+            return events
+
+        yield socket, tell, until
+
+
+def test_the_pages_session_hears_what_live_hears(server, said):
+    wanted = heard(server, said)
+    with session(server) as (socket, tell, until):
+        tell("start", rate=16_000, mission="transcribe")
+        assert until("ready")[0]["mission"] == "transcribe"
+        for start in range(0, len(said), 1000):
+            socket.send(said[start : start + 1000].tobytes())
+        tell("end")
+        events = until("ready")
+        finals = [event for event in events if event["type"] == "final"]
+        assert [(x["text"], x["start"], x["end"]) for x in finals] == [tuple(x) for x in wanted]
+        assert any(event["type"] == "partial" for event in events)
+        tell("start", rate=48_000, mission="transcribe")  # as browsers have it
+        upsampled = soxr.resample(said.astype(np.float32), 16_000, 48_000).astype("<i2")
+        socket.send(upsampled[:48_000].tobytes())
+        tell("cancel")
+        assert not [event for event in until("ready") + until("ready") if event["type"] == "final"]
+
+
+def test_the_pages_session_converses(server, said, paths):
+    with session(server) as (socket, tell, until), session(server) as (other, tell_other, until_other):
+        first, second = ((load_audio(path).numpy() * 32767).astype("<i2") for path in (paths[1], paths[3]))
+        talk = server.model.conversation(mission="converse")
+
+        def ask(socket, tell, until, samples: np.ndarray) -> str:
+            tell("start", rate=16_000, mission="converse", hands_free=False)
+            socket.send(samples.tobytes())
+            tell("end")
+            events = until("answer.done")
+            until("ready")
+            deltas = [event["text"] for event in events if event["type"] == "answer.delta"]
+            assert "".join(deltas) == events[-1]["text"]
+            return events[-1]["text"]
+
+        def answered(samples: np.ndarray) -> str:
+            return "".join(talk.reply(samples.astype(np.float32) / 32768, max_new_tokens=TOKENS))
+
+        assert ask(socket, tell, until, first) == answered(first)
+        before = talk.fork()
+        then = answered(second)
+        assert ask(socket, tell, until, second) == then
+        # Another one begins with the same words, knowing nothing of the first.
+        assert ask(other, tell_other, until_other, second) != then
+        tell("undo")
+        assert until("ready")[0]["rounds"] == 1
+        talk = before
+        assert ask(socket, tell, until, second) == answered(second) == then
+        tell("reset")
+        assert until("ready")[0]["rounds"] == 0
+        for nonsense in ("[", "{}", '{"type": "start"}', '{"type": "start", "rate": 1e9, "mission": "converse"}'):
+            socket.send(nonsense)
+            assert until("error")
+        socket.send(b"odd")
+        assert "odd number" in until("error")[-1]["message"]
+        # Hands-free: an answer to each sentence, of which the mission that transcribes shows the words.
+        tell("start", rate=16_000, mission="converse")
+        socket.send(said.tobytes())
+        events = until("answer.done") + until("answer.done")
+        assert events[-1]["rounds"] == 2
+        assert "final" in [event["type"] for event in events]
+
+
+def test_a_session_of_another_page_or_too_many_are_refused(server):
+    for how in ({"origin": "http://evil.example"}, {"additional_headers": {"Host": "evil.example"}}):
+        with pytest.raises(InvalidStatus, match="40[03]"), session(server, **how):
+            pass
+    with pytest.raises(InvalidStatus, match="403"), connect(f"ws://127.0.0.1:{server.port}/ws"):
+        pass
+    with session(server, origin=f"http://127.0.0.1:{server.port}"), contextlib.ExitStack() as others:
+        for _ in range(7):
+            others.enter_context(session(server))
+        with session(server) as (_, _, until):
+            assert "8 live sessions" in until("error")[-1]["message"]
+
+
+def test_a_session_that_floods_delays_nobody(server, paths, said):
+    wanted = server.text(paths[4])
+    with session(server) as (socket, tell, until):
+        tell("start", rate=16_000, mission="transcribe")
+        until("ready")
+        for _ in range(4):  # half a minute at once
+            socket.send(said.tobytes())
+        start = time.monotonic()
+        assert server.client.audio.transcriptions.create(file=paths[4], model="transcribe").text == wanted
+        assert time.monotonic() - start < 5
+
+
+def test_realtime_transcription_by_the_official_client(server, said):
+    wanted = heard(server, said)
+    found: dict[str, list] = {}
+    with server.client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+        assert connection.recv().type == "session.created"
+        heard_as = {"format": {"type": "audio/pcm", "rate": 16_000}, "transcription": {"model": "transcribe"}}
+        connection.session.update(session={"type": "transcription", "audio": {"input": heard_as}})
+        updated = connection.recv()
+        assert (updated.type, updated.session.audio.input.format.rate) == ("session.updated", 16_000)
+        for start in range(0, len(said), 8000):
+            piece = base64.b64encode(said[start : start + 8000].tobytes()).decode()
+            connection.input_audio_buffer.append(audio=piece)
+        connection.input_audio_buffer.commit()
+        connection.input_audio_buffer.append(audio="!!!")
+        while (event := connection.recv()).type != "error":
+            found.setdefault(event.type, []).append(event)
+        assert "no base64" in event.error.message
+    kind = "conversation.item.input_audio_transcription"
+    assert [event.transcript for event in found[f"{kind}.completed"]] == [final.text for final in wanted]
+    for event in found[f"{kind}.completed"]:
+        deltas = "".join(x.delta for x in found.get(f"{kind}.delta", ()) if x.item_id == event.item_id)
+        assert deltas  # of a model of random weights, stable words need not begin the whole
 
 
 # --- clients that mean no good ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from rwkv_speech.options import Options
 log = logging.getLogger("rwkv_speech")
 
 NEEDED = ("starlette", "uvicorn", "python_multipart", "websockets")
+MESSAGE = 1 << 20  # bytes of a websocket's
 CONNECTIONS = 512  # at a time: more are told to come back, before anything is read
 
 
@@ -51,6 +52,7 @@ def serve(options: Options) -> int:
         config = uvicorn.Config(
             app,
             ws="websockets-sansio",
+            ws_max_size=MESSAGE,
             log_level="warning",
             access_log=False,
             server_header=False,

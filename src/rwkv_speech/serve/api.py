@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from rwkv_speech.data.sample import Message, Sample
 from rwkv_speech.decoding import DecodingResult
+from rwkv_speech.live import Live
 from rwkv_speech.missions.task import Task
 from rwkv_speech.options import DecodingOptions, ServingOptions
 from rwkv_speech.serve.engine import Engine
@@ -47,6 +48,7 @@ class Served:
     engine: Engine
     reader: Reader
     places: Places
+    sessions: Places
     serving: ServingOptions
     names: dict[str, str]
     longest: dict[str, float]
@@ -61,6 +63,10 @@ class Served:
             message = f"there is no model {name[:100]!r} here, but: {', '.join(self.engine.model.tasks)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.engine.model.tasks[self.names[name]]
+
+    def live(self, task: Task, **times: float) -> Live:
+        longest = self.longest[task.name]
+        return self.engine.model.live(mission=task.name, max_audio_s=longest, **times, **vars(self.options))
 
     def transcribing(self, audio: bytes, task: Task, search: dict[str, Any], prompt: str | None) -> Transcribing:
         return Transcribing(

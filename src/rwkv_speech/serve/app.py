@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.model import SpeechRWKV
@@ -18,7 +21,16 @@ from rwkv_speech.serve import api
 from rwkv_speech.serve.engine import Engine
 from rwkv_speech.serve.errors import ApiError, error_response
 from rwkv_speech.serve.guard import Guard, Places
+from rwkv_speech.serve.realtime import realtime
 from rwkv_speech.serve.recordings import Reader
+from rwkv_speech.serve.talk import talk
+
+PAGE = Path(__file__).with_name("page")
+PAGE_HEADERS = {  # nothing of it comes from elsewhere, and no other page may show it
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 
 def make_app(
@@ -49,6 +61,7 @@ def make_app(
         engine=engine,
         reader=Reader(serving.max_request_s),
         places=Places(serving.max_queue, "requests"),
+        sessions=Places(serving.max_sessions, "live sessions"),
         serving=serving,
         names=dict(files or {}) | {name: name for name in model.tasks},
         longest=dict(longest or {name: model.longest_piece(None, name) for name in model.tasks}),
@@ -63,7 +76,13 @@ def make_app(
         engine.close()
 
     app = Starlette(
-        routes=api.ROUTES,
+        routes=[
+            *api.ROUTES,
+            WebSocketRoute("/ws", talk),
+            WebSocketRoute("/v1/realtime", realtime),
+            Route("/", _page),
+            Mount("/page", StaticFiles(directory=PAGE)),
+        ],
         lifespan=lifespan,
         middleware=[Middleware(Guard, options=serving)],
         exception_handlers={
@@ -75,6 +94,10 @@ def make_app(
     )
     app.state.served = served
     return app
+
+
+async def _page(request: Request) -> Response:
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
