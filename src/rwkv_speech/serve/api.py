@@ -240,7 +240,8 @@ def _model(served: Served, task: Task) -> dict[str, Any]:
 async def health(request: Request) -> Response:
     served: Served = request.app.state.served
     alive = served.engine.alive
-    state = {"status": "ok" if alive else "failed", "requests": served.places.taken} | served.engine.counts
+    taken = {"requests": served.places.taken, "sessions": served.sessions.taken}
+    state = {"status": "ok" if alive else "failed"} | taken | served.engine.counts
     return JSONResponse(state, 200 if alive else 503)
 
 
