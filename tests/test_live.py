@@ -33,7 +33,7 @@ def answering(world, encoder: str, mission: str = "transcribe") -> SpeechRWKV:
     others[LETTERS] = False
     head[others] = 0.0
     head[LETTERS[-1]] *= 1.2  # words are short
-    model.adapter.layers[2].weight.data *= 4
+    model.adapter.layers[2].weight.data *= 2
     for state in model.language_model.time_states:
         torch.nn.init.normal_(state)
     return model
@@ -109,23 +109,31 @@ def by_hand(
     left: int = 10,
     last: int = 400,
     monotonic: bool = False,
+    ends: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """Text and stable text after each step of a segment, from windows as the module's text has them; the language model
     reads all from the beginning each time, and again for each token.
 
     before: (1, T, C), what it reads before the segment.
     step, left: positions. right: samples. last: samples that the encoder wants for its last frame.
+    ends: a pause follows, which no window holds.
     """
     lm, K = model.language_model, model.adapter.downsample_k
-    read, stable = torch.zeros(1, 0, lm.sizes.n_embd) if before is None else before, b""
-    for end in range(step, len(wave) // (320 * K) + 1, step):
-        first = max(0, end - step - left)
-        until = (end * K - 1) * 320 + last + right
-        if until > len(wave):
-            return
+    read, text, stable = torch.zeros(1, 0, lm.sizes.n_embd) if before is None else before, b"", b""
+    until_of = {end: (end * K - 1) * 320 + last + right for end in range(step, len(wave) // (320 * K) + 1, step)}
+    windows = {end: until for end, until in until_of.items() if until <= len(wave)}
+    if ends:  # all that is left, as far as there is audio for it
+        rest = [end for end in until_of if end not in windows] + [((len(wave) - last) // 320 + 1) // K]
+        windows |= dict.fromkeys(rest, len(wave))
+    begin = 0
+    for end, until in windows.items():
+        first = max(0, begin - left)
         frames, lengths = model.speech_encoder([wave[first * K * 320 : until]])
         embeds, _ = model.adapter(frames, lengths)
-        read = torch.cat([read, embeds[:, end - step - first : end - first]], dim=1)
+        read = torch.cat([read, embeds[:, begin - first : end - first]], dim=1)
+        begin = end
+        if ends and end in rest[:-1]:
+            continue
         tokens = [byte + 1 for byte in stable]
         while len(tokens) < MOST:
             hidden, _ = lm(torch.cat([read, lm.emb.weight[[36, *tokens]][None]], dim=1))
@@ -133,14 +141,18 @@ def by_hand(
             if token == 0:
                 break
             tokens.append(token)
-        text = bytes(token - 1 for token in tokens)
-        if monotonic and (whole := re.match(rb"(.*\s|)\S+\s*$", text)) and len(whole[1]) > len(stable):
-            stable = whole[1]
+        old, text = text, bytes(token - 1 for token in tokens)
+        if monotonic:
+            words, earlier = (re.findall(rb"\s*\S+\s*", x) for x in (text, old))
+            same = [w.strip() == e.strip() for w, e in zip(words, earlier, strict=False)]
+            count = [*same, False].index(False)
+            agreed = b"".join(words[:count])
+            stable = max(stable, agreed.rstrip() if count == len(words) else agreed, key=len)
         yield text.decode().strip(), stable.decode().strip()
 
 
 def changes(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [new for old, new in zip([("", ""), *texts], texts, strict=False) if new[0] != old[0]]
+    return [new for old, new in zip([("", ""), *texts], texts, strict=False) if new != old]
 
 
 @pytest.mark.parametrize("mission", ["transcribe", "answer"])
@@ -149,18 +161,18 @@ def changes(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
 @torch.no_grad()
 def test_partials_are_decoded_from_windows(mission, family, last, right, left, world, whisper, voiced):
     model = answering(world, whisper if family == "whisper" else world.encoder, mission)
-    wave = torch.cat([load_audio(path) for path, _ in world.utterances[:3]])[: 2 * SAMPLE_RATE]
+    wave = torch.cat([load_audio(path) for path, _ in world.utterances[:3]])[: 60 * FRAME]
+    wave = torch.cat([wave, torch.zeros(4 * FRAME)])  # the margin, and then a pause
     live = model.live(right=right, left=left, max_new_tokens=MOST)
-    _, partials = session(live, wave.split(400))
-    room = (
-        (32_000 - 4_800 - round(right * SAMPLE_RATE)) // 1_600 if family == "whisper" else 99
-    )  # beside step and right
+    _, partials = session(live, torch.cat([wave, torch.zeros(6 * FRAME)]).split(400))
+    room = (32_000 - 4_800 - round(right * SAMPLE_RATE)) // 1_600 if family == "whisper" else 99
     positions = {None: 10 if family == "wavlm" else 30, 0.5: 5}[left]
     how = {"right": round(right * SAMPLE_RATE), "left": min(room, positions), "last": last}
-    expected = list(by_hand(model, wave, **how, monotonic=mission == "transcribe"))
+    expected = list(by_hand(model, wave, **how, monotonic=mission == "transcribe", ends=True))
     assert [(partial.text, partial.stable) for partial in partials] == changes(expected)
-    assert len(partials) > (mission == "answer")
-    assert any(partial.stable for partial in partials) == (mission == "transcribe")
+    assert len(partials) > 1
+    if family == "wavlm":
+        assert any(partial.stable for partial in partials) == (mission == "transcribe")
 
 
 def test_stable_text_only_grows(model, speech, voiced):
@@ -175,26 +187,28 @@ def test_stable_text_only_grows(model, speech, voiced):
             stable.add(event.stable)
         else:
             before = before._replace(stable="")
-    assert len(stable) > 5
+    assert len(stable) > 1
 
 
 @pytest.mark.parametrize(
-    ("text", "before", "certain"),
+    ("text", "before", "agreed"),
     [
-        ("the cat sat", "", "the cat"),
-        (" the cat sat ", "", " the cat"),
-        ("the", "", ""),
-        ("", "", ""),
-        ("今天天气", "", "今天天"),
-        ("好的 yes", "", "好的"),
+        ("the cat sat", "the cat", "the cat "),  # the next word's space is certain, so "cat" is no "cats" any more
         ("the cat", "the cat", "the cat"),
-        ("the cat sat", "the", "the cat"),
+        ("the cat", "the cat sat", "the cat"),
+        ("the cats", "the cat", "the "),
+        (" the cat", " the", " the "),
+        (" a cat", " the cat", ""),
+        ("a cat", "the cat", ""),
+        ("the", "", ""),
+        ("", "the", ""),
+        ("今天天气", "今天天七", "今天天"),
+        ("好的 yes", "好的 no", "好的 "),
     ],
 )
-def test_the_last_word_is_not_certain(text, before, certain, model):
+def test_stable_is_what_two_texts_agree_on(text, before, agreed, model):
     encode, decode = model.tokenizer.encode, model.tokenizer.decode
-    found = decode(model.live()._certain(encode(text), len(encode(before))))
-    assert found.rstrip() == certain
+    assert decode(encode(text)[: model.live()._agreed(encode(text), encode(before))]) == agreed
 
 
 # --- sessions --------------------------------------------------------------------------------------------------------
@@ -301,17 +315,17 @@ def frames(*runs: tuple[int, float]) -> Tensor:
 @pytest.mark.parametrize(
     ("runs", "expected"),
     [
-        pytest.param([(40, 0.1), (10, 0.9), (40, 0.1)], [(32, 58)], id="margins-of-8"),
+        pytest.param([(40, 0.1), (10, 0.9), (40, 0.1)], [(36, 54)], id="margins-of-4"),
         pytest.param([(20, 0.1), (30, 0.49), (40, 0.1)], [], id="it-takes-0.5-to-begin"),
-        pytest.param([(20, 0.1), (5, 0.4), (1, 0.5), (20, 0.4), (40, 0.1)], [(12, 54)], id="and-0.35-to-go-on"),
-        pytest.param([(9, 0.9), (15, 0.3), (9, 0.9), (16, 0.3)], [(0, 41)], id="15-are-no-pause"),
-        pytest.param([(9, 0.9), (16, 0.3), (9, 0.9), (16, 0.3)], [(0, 17), (17, 42)], id="16-are"),
+        pytest.param([(20, 0.1), (5, 0.4), (1, 0.5), (20, 0.4), (40, 0.1)], [(16, 50)], id="and-0.35-to-go-on"),
+        pytest.param([(9, 0.9), (15, 0.3), (9, 0.9), (16, 0.3)], [(0, 37)], id="15-are-no-pause"),
+        pytest.param([(9, 0.9), (16, 0.3), (9, 0.9), (16, 0.3)], [(0, 13), (21, 38)], id="16-are"),
         pytest.param([(9, 0.9)], [(0, 9)], id="the-end"),
         pytest.param([(9, 0.9), (3, 0.1)], [(0, 12)], id="the-end-in-silence"),
-        pytest.param([(70, 0.9), (20, 0.1)], [(0, 61), (61, 78)], id="longest"),
-        pytest.param([(40, 0.9), (8, 0.1), (20, 0.9), (20, 0.1)], [(0, 44), (44, 76)], id="longest-in-a-pause"),
-        pytest.param([(62, 0.9), (1, 0.4), (20, 0.1)], [(0, 61), (61, 71)], id="what-goes-on-is-speech"),
-        pytest.param([(100, 0.4), (1, 0.9), (20, 0.1)], [(61, 109)], id="longest-of-what-is-none"),
+        pytest.param([(70, 0.9), (20, 0.1)], [(0, 61), (61, 74)], id="longest"),
+        pytest.param([(40, 0.9), (8, 0.1), (20, 0.9), (20, 0.1)], [(0, 44), (44, 72)], id="longest-in-a-pause"),
+        pytest.param([(62, 0.9), (1, 0.4), (20, 0.1)], [(0, 61), (61, 67)], id="what-goes-on-is-speech"),
+        pytest.param([(100, 0.4), (1, 0.9), (20, 0.1)], [(61, 105)], id="longest-of-what-is-none"),
     ],
 )
 def test_endpoints(told, runs, expected):
