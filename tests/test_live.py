@@ -1,17 +1,26 @@
 """Live sessions: finals against prediction of the same samples, partials against windows put together by hand."""
 
+import importlib
+import json
+import os
 import re
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
 from rwkv_speech import SpeechRWKV
 from rwkv_speech.data.sample import Row
 from rwkv_speech.errors import UserError
+from rwkv_speech.files import printable
 from rwkv_speech.live import Final, Live, Partial
+from rwkv_speech.mission_file import write_mission_file
 from rwkv_speech.missions.task import Task
 from rwkv_speech.options import DecodingOptions
 from rwkv_speech.speech import endpoint
@@ -19,7 +28,9 @@ from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, load_audio
 from rwkv_speech.speech.endpoint import Endpointer
 from rwkv_speech.speech.voice import FRAME
 from tests.test_encoder import write_checkpoint
+from tests.tiny import at_door
 
+ops = importlib.import_module("rwkv_speech.ops.live")  # the package has the operation itself by that name
 MOST = 24  # tokens of an answer
 LETTERS = [ord(letter) + 1 for letter in "abcdefghij "]
 
@@ -74,11 +85,11 @@ def test_finals_are_what_prediction_makes_of_their_samples(model, speech, voiced
         assert model.transcribe([waveform], max_new_tokens=MOST) == [final.text]
 
 
-@pytest.mark.parametrize("pieces", ["one by one", "of all sizes", "at once"])
+@pytest.mark.parametrize("pieces", ["of 7 samples", "of all sizes", "at once"])
 def test_finals_do_not_depend_on_the_pieces(pieces, model, speech, voiced):
     speech = speech[: 3 * SAMPLE_RATE]
     expected, _ = session(model.live(max_new_tokens=MOST), speech.split(512))
-    sizes = {"one by one": [1] * len(speech), "at once": [len(speech)]}.get(pieces)
+    sizes = {"of 7 samples": [7] * (len(speech) // 7 + 1), "at once": [len(speech)]}.get(pieces)
     rng = np.random.default_rng(0)
     while not sizes or sum(sizes) < len(speech):
         sizes = [*(sizes or []), int(rng.integers(0, 5000))]
@@ -345,3 +356,134 @@ def test_a_session_holds_one_segment(told):
             ends.feed(piece)
             assert ends._held.samples.untyped_storage().nbytes() <= 4 * FRAME * 63
             assert len(ends._rest) < FRAME
+
+
+# --- in a terminal, over a pipe --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(world, tmp_path_factory) -> Path:
+    """An untrained mission file."""
+    folder = tmp_path_factory.mktemp("project")
+    torch.manual_seed(0)
+    model = world.speech_rwkv(adapter_hidden=32)
+    write_mission_file(folder / "rwkv-adapter-1.pth", model.trainable_state_dict(), model.describe())
+    return folder
+
+
+@pytest.fixture
+def shown(world, project, monkeypatch, capsys, voiced):
+    """What `--op live` prints, a line each, and its exit status."""
+
+    def run(*flags: str) -> tuple[int, list[str]]:
+        given = [*world.flags[:2], *world.flags[3:], f"--proj_dir={project}", "--max_new_tokens=8", *flags]
+        status, printed = at_door(monkeypatch, capsys, "--op=live", *given)
+        return status, printed.out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "how"),
+    [
+        ((), {}),
+        (("--step_s=0.2", "--right_s=0"), {"step": 0.2, "right": 0}),
+        (("--left_s=0", "--pause_s=0.9", "--max_audio_s=1"), {"left": 0, "pause": 0.9, "max_audio_s": 1}),
+    ],
+)
+def test_a_file_is_shown_as_json(flags, how, shown, world, project, speech, tmp_path):
+    soundfile.write(tmp_path / "said.wav", speech.numpy(), SAMPLE_RATE, subtype="FLOAT")
+    status, lines = shown(f"--file_path={tmp_path / 'said.wav'}", "--format=json", *flags)
+    assert status == 0
+    found = [json.loads(line) for line in lines]
+    kinds = {"partial": Partial, "final": Final}
+    events = [kinds[event.pop("type")](**event) for event in found]
+    finals, partials = session(
+        world.speech_rwkv(adapter=next(project.glob("*.pth"))).live(max_new_tokens=8, **how), speech.split(1600)
+    )
+    assert [event for event in events if isinstance(event, Final)] == finals != []
+    assert [event for event in events if isinstance(event, Partial)] == partials != []
+
+
+def test_samples_come_through_a_pipe(shown, world, project, speech, monkeypatch):
+    samples = (speech[: 3 * SAMPLE_RATE] * 32767).to(torch.int16)
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with open(writing, "wb") as pipe:
+            data = samples.numpy().tobytes()
+            for start in range(0, len(data), 4_001):  # samples are cut in two
+                pipe.write(data[start : start + 4_001])
+                pipe.flush()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with open(reading) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        status, lines = shown("--file_path", "-")
+    thread.join()
+    model = world.speech_rwkv(adapter=next(project.glob("*.pth")))
+    finals, _ = session(model.live(max_new_tokens=8), [samples])
+    assert (status, lines) == (0, [printable(final.text) for final in finals if final.text])
+    assert lines
+
+
+def test_the_microphone_is_heard_until_ctrl_c(shown, world, project, speech, monkeypatch):
+    def listen():
+        yield from speech[: 2 * SAMPLE_RATE].split(512)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "listen", listen)
+    monkeypatch.setattr(ops, "has_microphone", lambda: True)
+    model = world.speech_rwkv(adapter=next(project.glob("*.pth")))
+    finals, _ = session(model.live(max_new_tokens=8), [speech[: 2 * SAMPLE_RATE]])
+    assert shown() == (0, [printable(final.text) for final in finals if final.text])
+
+
+def test_a_line_in_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(ops.shutil, "get_terminal_size", lambda: os.terminal_size((9, 24)))
+    for event in (
+        Partial("the c", "the", 320),
+        Partial("the cat sat on", "the cat", 640),  # its end fits
+        Partial("\x1b[2J今天", "", 960),
+        Final("the cat sat", 0.0, 1.0),
+        Final("", 0.0, 1.0),
+    ):
+        ops._in_terminal(event)
+    new = "\r\x1b[K"
+    assert capsys.readouterr().out == (
+        f"{new}the\x1b[2m c\x1b[0m{new}t\x1b[2m sat on\x1b[0m{new}\x1b[2mb[2J今天\x1b[0m{new}the cat sat\n{new}"
+    )
+
+
+def test_a_file_at_its_own_pace(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(ops.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ops.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    got = []
+    for piece in ops._paced(torch.arange(8_000.0).split(1_600)):
+        got.append((round(clock[0], 3), len(piece)))
+        clock[0] += 0.25 if len(got) == 2 else 0.0  # of computing
+    assert got == [(0.1, 1600), (0.2, 1600), (0.5, 4800)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--file_path", "a.wav", "b.wav"], "one file, not 2"),
+        (["--file_path=a.wav", "--format=srt"], "--format srt is of whole recordings"),
+        (["--file_path=gone.wav"], "gone.wav: no such file"),
+        (["--file_path=a.wav", "--step_s=0"], "--step_s"),
+        (["--file_path=a.wav", "--right_s=-1"], "--right_s"),
+        ([], "pip install sounddevice"),
+        (["--op=predict", "--file_path=a.wav", "--step_s=1"], "--step_s goes with --op live"),
+    ],
+)
+def test_what_is_wrong_is_one_line(flags, message, world, project, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "has_microphone", lambda: False)
+    given = [*world.flags[:2], *world.flags[3:], f"--proj_dir={project}"]
+    status, printed = at_door(monkeypatch, capsys, "--op=live", *given, *flags)
+    *_, error = printed.err.splitlines()
+    assert (status, printed.out) == (2, "")
+    assert error.startswith("train.py: ")
+    assert message in error
