@@ -55,6 +55,10 @@ def seconds(text: str) -> float:
     return value
 
 
+def seconds_or_0(text: str) -> float:
+    return float(text) and seconds(text)
+
+
 def decibels(text: str) -> list[float]:
     """A range as its ends, `5,20`."""
     values = [float(value) for value in text.split(",")]
@@ -301,6 +305,27 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveOptions:
+    """How audio is read while it comes in; times in seconds."""
+
+    step_s: float = flag(0.32, "live: audio that is read at a time; new text comes that often", op="live", type=seconds)
+    right_s: float = flag(
+        0.32,
+        "live: audio after it that the encoder hears with it: what it costs in delay, it gains in words",
+        op="live",
+        type=seconds_or_0,
+    )
+    left_s: float | None = flag(
+        None,
+        "live: audio before it that the encoder hears with it (default: 1, or 3 where its window has one length)",
+        op="live",
+        type=seconds_or_0,
+    )
+    pause_s: float = flag(0.5, "live: silence that ends a segment and makes its text final", op="live", type=seconds)
+    realtime: bool = flag(False, "live: a file no faster than it was spoken", op="live")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineOptions:
     """What to compute on."""
 
@@ -358,12 +383,13 @@ class ServingOptions:
 class Options:
     """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "serve", "score"))
+    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "live", "serve", "score"))
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    live: LiveOptions = field(default_factory=LiveOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     serving: ServingOptions = field(default_factory=ServingOptions)
     log_every: float = flag(
@@ -374,18 +400,24 @@ class Options:
         False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB", resume_ignored=True
     )
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped", resume_ignored=True)
-    file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
+    file_path: list[str] | None = flag(
+        None,
+        "predict: audio files, folders or globs; live: one file, or - for raw 16-bit samples at 16 kHz on standard "
+        "input (default: the microphone)",
+        op=("predict", "live"),
+        nargs="+",
+    )
     max_audio_s: float | None = flag(
         None,
-        "eval, predict, chat, serve: seconds; longer audio is cut in pauses of speech and joined again, or refused "
-        "where the mission does not go piece by piece (default: the longest that the mission file was trained on, or "
-        "30)",
+        "eval, predict, chat, live, serve: seconds; longer audio is cut in pauses of speech and joined again, or "
+        "refused where the mission does not go piece by piece (default: the longest that the mission file was trained "
+        "on, or 30)",
         type=float,
         resume_ignored=True,
     )
     format: str = flag(
         "text",
-        "predict: lines of text, or with times: JSON lines, subtitles",
+        "predict: lines of text, or with times: JSON lines, subtitles; live: text, or all that is shown as JSON lines",
         choices=("text", "json", "srt", "vtt"),
         resume_ignored=True,
     )
@@ -421,6 +453,12 @@ class Options:
             raise UserError("--op score needs --records: one or more files that evaluation left in eval/")
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
+        if self.op == "live" and len(self.file_path or [""]) > 1:
+            raise UserError(f"--op live takes one file, not {len(self.file_path)}: predict takes several")
+        if self.op == "live" and self.format not in ("text", "json"):
+            raise UserError(
+                f"--format {self.format} is of whole recordings: --op predict; --op live writes text or json"
+            )
         if self.max_audio_s is not None and not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
         if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
@@ -495,6 +533,7 @@ GROUPS: dict[str, type] = {
     "data": DataOptions,
     "training": TrainingOptions,
     "decoding": DecodingOptions,
+    "live": LiveOptions,
     "machine": MachineOptions,
     "serving": ServingOptions,
 }

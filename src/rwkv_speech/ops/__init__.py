@@ -1,9 +1,10 @@
-"""What the program does: train, eval, predict, chat, serve, score. Each gives the exit status."""
+"""What the program does: train, eval, predict, chat, live, serve, score. Each gives the exit status."""
 
 from collections.abc import Callable
 
 from rwkv_speech.ops.chat import chat
 from rwkv_speech.ops.evaluate import evaluate
+from rwkv_speech.ops.live import live
 from rwkv_speech.ops.predict import predict
 from rwkv_speech.ops.score import score
 from rwkv_speech.ops.serve import serve
@@ -15,6 +16,7 @@ OPS: dict[str, Callable[[Options], int]] = {
     "eval": evaluate,
     "predict": predict,
     "chat": chat,
+    "live": live,
     "serve": serve,
     "score": score,
 }

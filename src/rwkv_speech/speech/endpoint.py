@@ -1,20 +1,34 @@
 """Audio that is still coming in -> segments of speech, each as soon as the speaker has paused for long enough."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rwkv_speech.speech.audio import SAMPLE_RATE
-from rwkv_speech.speech.segments import MARGIN, AudioSegment, Held, place_to_cut, speech_frames
+from rwkv_speech.speech.segments import AudioSegment, Held, place_to_cut, speech_frames
 from rwkv_speech.speech.voice import FRAME, Memory, voice_activity
 
 SPEAKING = 0.5  # probability of speech that begins a segment; one goes on above `segments.QUIET`
+MARGIN = 4  # quiet frames, 0.13 s, that stay beside speech: four times what silero-vad itself leaves
+
+
+class OpenSegment(NamedTuple):
+    """What has come of a segment that goes on."""
+
+    start: float
+    """Seconds from the beginning of the audio; it stays the same."""
+    waveform: Tensor
+    """(samples,) float32 at 16 kHz."""
+    spoken: int
+    """Samples up to the silence that may become its end; all of them where nobody pauses."""
 
 
 class Endpointer:
     """Cuts speech out of audio in pieces of any size; what it finds doesn't depend on their sizes.
 
     A segment begins where silero-vad hears speech (0.5), and ends after `pause` seconds in which it hears none (0.35),
-    with up to 0.26 s around the speech. One that gets longer than `longest` is cut as `segments.cut` cuts. What is in
+    with up to 0.13 s around the speech. One that gets longer than `longest` is cut as `segments.cut` cuts. What is in
     memory is one segment.
 
     Args:
@@ -26,13 +40,17 @@ class Endpointer:
         self._pause, self._longest = round(pause * SAMPLE_RATE / FRAME), round(longest * SAMPLE_RATE) // FRAME
         self._rest = torch.zeros(0)  # samples of a frame that is not whole yet
         self._memory: Memory | None = None
-        self._held = Held()
+        self._held = Held(MARGIN)
         self._is_open = False
 
     @property
-    def open(self) -> AudioSegment | None:
-        """The segment that is being spoken, so far; None where nobody speaks. Its start stays the same."""
-        return AudioSegment(self._held.seconds, self._held.samples) if self._is_open else None
+    def open(self) -> OpenSegment | None:
+        """The segment that is being spoken, so far; None where nobody speaks."""
+        held = self._held
+        if not self._is_open:
+            return None
+        spoken = (int(speech_frames(held.voice)[-1]) + 1 + MARGIN) * FRAME
+        return OpenSegment(held.seconds, held.samples, min(spoken, len(held.samples)))
 
     def feed(self, samples: Tensor) -> list[AudioSegment]:
         """The segments that end within the next samples (samples,), float32 at 16 kHz."""

@@ -107,11 +107,13 @@ def _with_voice(blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 class Held:
     """What of the recording is looked at: it begins with speech, a margin before it aside, or is all silence.
 
+    margin: quiet frames that stay beside speech.
     samples: (frames * 512,), fewer at the end of the recording.
     voice: (frames,) probabilities of speech.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, margin: int = MARGIN) -> None:
+        self.margin = margin
         self.start = 0  # in frames, from the beginning of the recording
         self.samples = torch.zeros(0)
         self.voice = torch.zeros(0)
@@ -128,7 +130,7 @@ class Held:
 
     def take(self, end: int) -> AudioSegment:
         """The segment of the first `end` frames, which hold speech; they, and the silence after them, leave."""
-        trimmed = min(end, int(speech_frames(self.voice[:end])[-1]) + 1 + MARGIN)
+        trimmed = min(end, int(speech_frames(self.voice[:end])[-1]) + 1 + self.margin)
         segment = AudioSegment(self.seconds, self.samples[: trimmed * FRAME].clone())
         self.drop(end)
         self._drop_silence()
@@ -136,7 +138,7 @@ class Held:
 
     def _drop_silence(self) -> None:
         speech = speech_frames(self.voice)
-        self.drop(max(0, (int(speech[0]) if len(speech) else len(self.voice)) - MARGIN))
+        self.drop(max(0, (int(speech[0]) if len(speech) else len(self.voice)) - self.margin))
 
     def drop(self, frames: int) -> None:
         """The first frames leave."""
