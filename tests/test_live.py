@@ -251,7 +251,8 @@ def test_segments_are_rounds_of_a_conversation(world, speech, voiced):
     result = model.decode(model.prepare([model.sample(Row("", None, waves[0]))]), DecodingOptions(max_new_tokens=MOST))
     embeds, _ = model.adapter(*model.speech_encoder([waves[0]]))
     tokens = model.language_model.emb.weight[[36, *result[0].tokens, 0]]
-    given = model.conversation()
+    given = model.conversation(max_audio_s=2.5)
+    assert model.live(conversation=given)._max_audio_s == model.live(max_audio_s=2.5).conversation.max_audio_s == 2.5
     "".join(given.reply(waves[0], max_new_tokens=MOST))
     _, partials = session(model.live(conversation=given, max_new_tokens=MOST), waves[1].split(800))
     expected = by_hand(model, waves[1], torch.cat([embeds, tokens[None]], dim=1))

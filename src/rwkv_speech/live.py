@@ -111,10 +111,12 @@ class Live:
         for name, value, least in (("step", step, 0.02), ("right", right, 0), ("left", left, 0), ("pause", pause, 0.1)):
             if not least <= value < math.inf:
                 raise UserError(f"live: {name} is {value:g} s; expected at least {least:g}")
-        is_talk = self.task.mission.rounds and conversation is None
-        self.conversation = model.conversation(mission=self.task.name) if is_talk else conversation
+        if self.task.mission.rounds and conversation is None:
+            conversation = model.conversation(mission=self.task.name, max_audio_s=max_audio_s)
+        self.conversation = conversation
         self._search, self._options = search, DecodingOptions(**search)
-        self._max_audio_s = model.longest_piece(max_audio_s, self.task.name)
+        longest = model.longest_piece(max_audio_s, self.task.name)
+        self._max_audio_s = min(longest, conversation.max_audio_s) if conversation else longest
         self._pause = pause
 
         hop = math.prod(stride for _, stride in model.speech_encoder.convolutions)

@@ -76,6 +76,11 @@ class Conversation:
     def rounds(self) -> int:
         return self._now.rounds
 
+    @property
+    def max_audio_s(self) -> float:
+        """The longest recording, in seconds."""
+        return self._longest.seconds
+
     def listen(self, *said: Said) -> None:
         """Takes in what is said, without an answer to it; the round goes on with what is said next.
 
@@ -148,7 +153,7 @@ class Conversation:
             raise UserError(f"{path}: {what}; expected a saved conversation") from None
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: is damaged, or no saved conversation ({reason(error)})") from None
-        loaded = Conversation(self.model, mission=made_by.get("mission"), max_audio_s=self._longest.seconds)
+        loaded = Conversation(self.model, mission=made_by.get("mission"), max_audio_s=self.max_audio_s)
         for what, here in loaded._made_by().items():
             if made_by.get(what) != here:
                 raise UserError(

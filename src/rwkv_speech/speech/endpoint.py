@@ -75,13 +75,13 @@ class Endpointer:
         held = self._held
         held.add(frame, voice)
         self._is_open = self._is_open or bool(voice >= SPEAKING)
+        if len(held.voice) > self._longest:
+            return self._take(place_to_cut(held.voice, self._longest))
         speech = speech_frames(held.voice)
         if len(speech) and len(held.voice) - 1 - int(speech[-1]) >= self._pause:
             end = int(speech[-1]) + 1 + MARGIN
             # What may be the soft beginning of the next one stays.
             return self._take(min(len(held.voice), max(end, len(held.voice) - MARGIN)))
-        if len(held.voice) > self._longest:
-            return self._take(place_to_cut(held.voice, self._longest))
         return []
 
     def _take(self, frames: int) -> list[AudioSegment]:
