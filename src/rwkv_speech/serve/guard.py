@@ -1,5 +1,6 @@
 """What stands before every request: the key, where it comes from, how large it is; and how many there are at a time."""
 
+import asyncio
 import contextlib
 import hmac
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,9 @@ class Guard:
             return
         if scope["type"] == "http":
             receive = self._bounded(receive)
-        await self.app(scope, receive, send)
+        # A server that ends gives up what is under way, which is no fault to be logged.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.app(scope, receive, send)
 
     def _check(self, path: str, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
