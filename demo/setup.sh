@@ -2,6 +2,7 @@
 # Finds or makes a Python environment for this project and prints the path of its Python.
 #
 #   sh demo/setup.sh         what the launchers need (they call it themselves)
+#   sh demo/setup.sh serve   what serving needs, too
 #   sh demo/setup.sh dev     what the tests need, too
 #
 # The active virtual or conda environment is used if it has what is needed, else .venv, which is made if need be.

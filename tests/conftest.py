@@ -74,7 +74,8 @@ def voiced():
         return torch.stack([frame.abs().max() > 0.05 for frame in samples.split(FRAME)]).float(), memory
 
     with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
-        patch.setattr("rwkv_speech.speech.segments.voice_activity", lambda: told)
+        for user in ("segments", "endpoint"):
+            patch.setattr(f"rwkv_speech.speech.{user}.voice_activity", lambda: told)
         yield
 
 

@@ -579,7 +579,9 @@ def test_the_microphone(monkeypatch):
 
     device = types.SimpleNamespace(InputStream=Stream, PortAudioError=RuntimeError)
     monkeypatch.setitem(sys.modules, "sounddevice", device)
-    assert microphone.record(lambda: None).tolist() == pytest.approx([0.1] * 3 + [0.2] * 3)
+    expected = pytest.approx([0.1] * 3 + [0.2] * 3)
+    assert microphone.record(lambda: None).tolist() == expected
+    assert next(microphone.listen()).tolist() == expected
     device.InputStream = lambda **_: (_ for _ in ()).throw(RuntimeError("no device"))
     with pytest.raises(AudioError, match="microphone: no device"):
         microphone.record(lambda: None)

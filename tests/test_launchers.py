@@ -19,8 +19,12 @@ import pytest
 from rwkv_speech.options import Options, environment_flags, setting_fields
 
 ROOT = Path(__file__).parents[1]
-TRAIN, PREDICT, CHAT = "demo-state-tuning.sh", "demo-predict.sh", "demo-chat.sh"
+TRAIN, PREDICT, CHAT, LIVE = "demo-state-tuning.sh", "demo-predict.sh", "demo-chat.sh", "demo-live.sh"
+SERVE = "demo-serve.sh"
+LIVE_ONLY = {f.name for group, f in setting_fields() if group == "live"}
 SETTINGS = {f.name: f for _, f in setting_fields()}
+
+SERVING = {f.name for group, f in setting_fields() if group == "serving"}
 
 RECORDER = """\
 import json, os, sys
@@ -161,12 +165,20 @@ def test_predict_passes_the_defaults_of_the_program(checkout):
     assert checkout.options(PREDICT, load_model="m.pth", file_path="a.wav") == Options.of(**wanted)
 
 
-def test_chat_passes_the_defaults_of_the_program(checkout):
-    wanted = {"op": "chat", "load_model": "m.pth", "proj_dir": str(checkout.root / "output")}
-    assert checkout.options(CHAT, load_model="m.pth") == Options.of(**wanted)
+@pytest.mark.parametrize(("script", "op"), [(CHAT, "chat"), (SERVE, "serve")])
+def test_chat_and_serve_pass_the_defaults_of_the_program(checkout, script, op):
+    wanted = {"op": op, "load_model": "m.pth", "proj_dir": str(checkout.root / "output")}
+    assert checkout.options(script, load_model="m.pth") == Options.of(**wanted)
 
 
-@pytest.mark.parametrize("script", [TRAIN, PREDICT, CHAT])
+def test_live_passes_the_defaults_of_the_program(checkout):
+    wanted = {"op": "live", "load_model": "m.pth", "proj_dir": str(checkout.root / "output")}
+    assert checkout.options(LIVE, load_model="m.pth") == Options.of(**wanted)
+    said = {"file_path": ["-"], "right_s": 0.64, "realtime": True}
+    assert checkout.options(LIVE, "-", load_model="m.pth", right_s="0.64", realtime="1") == Options.of(**wanted, **said)
+
+
+@pytest.mark.parametrize("script", [TRAIN, PREDICT, CHAT, LIVE, SERVE])
 def test_what_can_be_edited_are_settings_and_each_stands_once(script):
     text = (ROOT / "demo" / script).read_text()
     names = re.findall(r"^(\w+)=", text, flags=re.MULTILINE)
@@ -180,15 +192,16 @@ def test_what_can_be_edited_are_settings_and_each_stands_once(script):
 @pytest.mark.parametrize(
     ("script", "others"),
     [
-        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer", "to"}),
-        (PREDICT, {"cache_features", "records", "normalizer", "to"}),
+        (TRAIN, {"file_path", "output_dir", "prompt", "records", "normalizer", "to", *LIVE_ONLY, *SERVING}),
+        (PREDICT, {"cache_features", "records", "normalizer", "to", *LIVE_ONLY, *SERVING}),
+        (SERVE, {"cache_features", "file_path", "output_dir", "prompt", "records", "normalizer", "to", *LIVE_ONLY}),
     ],
 )
 def test_every_setting_arrives_from_the_environment(checkout, script, others):
     settings = {name: f"the {name}" for name in SETTINGS if name != "op"}
     environment = checkout.given(script, **settings)[1]
     assert settings.items() <= environment.items()
-    flags = environment_flags("train" if script == TRAIN else "predict", environment)
+    flags = environment_flags({TRAIN: "train", PREDICT: "predict", SERVE: "serve"}[script], environment)
     for name in settings.keys() - others:
         assert (f"--{name}" if SETTINGS[name].default is False else f"--{name}=the {name}") in flags
     assert not [flag for flag in flags if flag.removeprefix("--").partition("=")[0] in others]
@@ -328,11 +341,14 @@ def test_ctrl_c_waits_for_training_to_save_and_gives_its_status(checkout, script
         (PREDICT, {"file_path": "x"}, ["load_model is not set", "1.6B", "3B", "7B", "rwkv-6-world", "rwkv7-g1"]),
         (PREDICT, {"load_model": "m"}, ["no audio", "file_path="]),
         (CHAT, {}, ["load_model is not set"]),
+        (LIVE, {}, ["load_model is not set"]),
+        (SERVE, {}, ["load_model is not set"]),
         (TRAIN, {"load_model": "m", "OP": "evaluate"}, ["OP=evaluate", "train", "eval"]),
         (TRAIN, {"load_model": "m", "OP": "predict"}, ["demo-predict.sh"]),
     ],
     ids=[
         *("train-without-model", "predict-without-model", "predict-without-file", "chat-without-model"),
+        *("live-without-model", "serve-without-model"),
         *("unknown-OP", "OP-predict"),
     ],
 )

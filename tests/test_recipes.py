@@ -106,8 +106,7 @@ def test_the_probe_learns_to_spell(monkeypatch):
     letters = torch.eye(len(alphabet)) * 4
     texts = ["so it is", "all is well", "we see", "he fell", "a tall tree", "it is so", "she sells"] * 10
     frames = [
-        torch.cat([letters[[alphabet.index(c)] * 2 + [0, 0]] for c in text])
-        + 0.1 * torch.randn(4 * len(text), 29)
+        torch.cat([letters[[alphabet.index(c)] * 2 + [0, 0]] for c in text]) + 0.1 * torch.randn(4 * len(text), 29)
         for text in texts
     ]
     probe = baselines.train_probe(frames, texts, 150)

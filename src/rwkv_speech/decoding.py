@@ -9,11 +9,12 @@ Notable:
 """
 
 import heapq
+import itertools
 import math
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -160,30 +161,74 @@ def generate(
     if len(max_new_tokens) != len(hidden) or min(max_new_tokens) < 1:
         raise ValueError(f"decode: expected {len(hidden)} limits of at least 1 token, not {list(max_new_tokens)}")
     keys = names or [str(i) for i in range(len(hidden))]
-    searches = [_Search(limit, options, key, end) for limit, key in zip(max_new_tokens, keys, strict=True)]
-    running = searches  # row by row, the batch holds the live hypotheses of these
-    while True:
-        log_probs = torch.log_softmax(model.logits(hidden).float(), dim=-1)  # (rows, vocabulary)
-        candidates = _candidates(log_probs, running, options, model)
+    searches = [Search(limit, options, key, end) for limit, key in zip(max_new_tokens, keys, strict=True)]
+    rows = Rows(model, keep_state=keep_state)
+    rows.join(hidden, state, searches)
+    while rows.running:
+        rows.step()
+        yield [(i, token) for i, search in enumerate(searches) for token in search.newly_decided()] if stream else []
+    return [search.result() for search in searches]
+
+
+class Rows:
+    """The hypotheses of running searches as the rows of one batch; searches may join at any step.
+
+    keep_state: gives the final state of each result.
+    """
+
+    def __init__(self, model: LanguageModel, *, keep_state: bool = False) -> None:
+        self.model, self.keep_state = model, keep_state
+        self.running: list[Search] = []  # row by row, the batch holds the live hypotheses of these
+        self._hidden: Tensor | None = None  # (rows, C), where a search has joined and not yet stepped
+        self._state: State | None = None
+
+    @torch.inference_mode()
+    def join(self, hidden: Tensor, state: State, searches: "Sequence[Search]") -> None:
+        """Lets new searches take part in the next step: hidden (searches, C) and the state as `generate` takes them."""
+        if self.running:
+            self._read()
+            hidden, state = torch.cat([self._hidden, hidden]), State.cat([self._state, state])
+        self.running = [*self.running, *searches]
+        self._hidden, self._state = hidden, state
+
+    def drop(self, searches: "Container[Search]") -> None:
+        """Takes out searches before they are over."""
+        stays = [search not in searches for search in self.running for _ in search.live]
+        self.running = [search for search in self.running if search not in searches]
+        if self.running:
+            rows = torch.tensor(stays).nonzero()[:, 0].to(self._state.layers[0].att_shift.device)
+            self._state = self._state.select(rows)
+            self._hidden = None if self._hidden is None else self._hidden[rows]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token more for each search; those that are over with it have left.
+
+        Raises:
+            UserError: the model's output is not finite.
+        """
+        self._read()
+        log_probs = torch.log_softmax(self.model.logits(self._hidden).float(), dim=-1)  # (rows, vocabulary)
+        candidates = _candidates(log_probs, self.running, self.model)
         row, parents = 0, []
-        for search in running:
+        for search in self.running:
             rows = len(search.live)
             parents += [row + parent for parent in search.step(candidates[row : row + rows])]
-            if keep_state:
-                search.keep_states(model, state, row)
+            if self.keep_state:
+                search.keep_states(self.model, self._state, row)
             row += rows
-        if stream:
-            yield [(i, token) for i, search in enumerate(searches) for token in search.newly_decided()]
-        else:
-            yield []
-        running = [search for search in running if search.live]
-        if not running:
-            return [search.result() for search in searches]
-        if parents != list(range(row)):
-            state = state.select(torch.tensor(parents, device=hidden.device))
-        tokens = [hypothesis.tokens[-1] for search in running for hypothesis in search.live]
-        hidden, state = model(torch.tensor(tokens, device=hidden.device)[:, None], state)
-        hidden = hidden[:, -1]  # (rows, C)
+        self.running = [search for search in self.running if search.live]
+        if self.running and parents != list(range(row)):
+            self._state = self._state.select(torch.tensor(parents, device=log_probs.device))
+        self._hidden = None
+
+    def _read(self) -> None:
+        """Has the model read the last token of each hypothesis, where it has not."""
+        if self._hidden is None:
+            tokens = [hypothesis.tokens[-1] for search in self.running for hypothesis in search.live]
+            tokens = torch.tensor(tokens, device=self._state.layers[0].att_shift.device)
+            hidden, self._state = self.model(tokens[:, None], self._state)
+            self._hidden = hidden[:, -1]  # (rows, C)
 
 
 @torch.inference_mode()
@@ -254,24 +299,31 @@ def choose(
 
 
 def _candidates(
-    log_probs: Tensor, running: Sequence["_Search"], options: DecodingOptions, model: LanguageModel
+    log_probs: Tensor, running: Sequence["Search"], model: LanguageModel
 ) -> list[tuple[list[float], list[int]]]:
     """Of each row (vocabulary,), log-probabilities and ids of the tokens that its hypothesis may go on with."""
-    if not options.temperature:
-        # No hypothesis can contribute more than `beam` tokens to the best of all.
-        values, tokens = log_probs.topk(min(options.beam, log_probs.shape[-1]))
-    else:
-        drawn = torch.tensor([search.random.random() for search in running], device=log_probs.device)
-        probs, order = (log_probs / options.temperature).softmax(-1).sort(dim=-1, descending=True)
-        total = probs.cumsum(-1)
-        # The smallest set of the likeliest tokens that reaches top_p, and a place in it by its share.
-        kept = (total < options.top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
-        place = (total <= drawn[:, None] * total.gather(-1, kept)).sum(-1, keepdim=True).minimum(kept)
-        tokens = order.gather(-1, place)
-        values = log_probs.gather(-1, tokens)
-    candidates = list(zip(values.tolist(), tokens.tolist(), strict=True))
+    candidates, row = [], 0
+    for options, searches in itertools.groupby(running, key=attrgetter("options")):
+        drawn = [search.random.random() if options.temperature else 0.0 for search in searches for _ in search.live]
+        values, tokens = _next_tokens(log_probs[row : row + len(drawn)], options, drawn)
+        candidates += zip(values.tolist(), tokens.tolist(), strict=True)
+        row += len(drawn)
     _check_finite((value for row, _ in candidates for value in row), model)
     return candidates
+
+
+def _next_tokens(log_probs: Tensor, options: DecodingOptions, drawn: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The best of each row, (rows, beam), or the ones that random numbers from 0 to 1 stand for, (rows, 1)."""
+    if not options.temperature:
+        # No hypothesis can contribute more than `beam` tokens to the best of all.
+        return log_probs.topk(min(options.beam, log_probs.shape[-1]))
+    probs, order = (log_probs / options.temperature).softmax(-1).sort(dim=-1, descending=True)
+    total = probs.cumsum(-1)
+    # The smallest set of the likeliest tokens that reaches top_p, and a place in it by its share.
+    kept = (total < options.top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+    share = torch.tensor(drawn, device=log_probs.device)[:, None] * total.gather(-1, kept)
+    tokens = order.gather(-1, (total <= share).sum(-1, keepdim=True).minimum(kept))
+    return log_probs.gather(-1, tokens), tokens
 
 
 def _check_finite(log_probs: Iterator[float] | Sequence[float], model: LanguageModel) -> None:
@@ -308,15 +360,16 @@ class _Hypothesis:
     loop: bool
 
 
-class _Search:
-    """The search for one answer; it knows tokens and scores, and nothing of the model.
+class Search:
+    """The search for one answer; it knows tokens and scores, and nothing of the model. Arguments as for `decode`.
 
+    options: how to search.
     live: the hypotheses still running, best first.
     random: what sampling draws from.
     """
 
     def __init__(self, limit: int, options: DecodingOptions, name: str, end: int) -> None:
-        self._limit, self._options, self._end = limit, options, end
+        self._limit, self.options, self._end = limit, options, end
         self.live = [_Hypothesis([], [], loop=False)]
         self.random = np.random.default_rng([options.sampling_seed, zlib.crc32(name.encode())])
         self._done: list[DecodingResult] = []
@@ -333,7 +386,7 @@ class _Search:
             for index, (parent, (log_probs, tokens)) in enumerate(zip(self.live, candidates, strict=True))
             for log_prob, token in zip(log_probs, tokens, strict=True)
         )
-        places = self._options.beam - len(self._done)
+        places = self.options.beam - len(self._done)
         parents, live = [], []
         self._ended = []
         for score, index, token in heapq.nlargest(places, extended, key=itemgetter(0)):
@@ -347,7 +400,7 @@ class _Search:
         return parents
 
     def result(self) -> DecodingResult:
-        best, *others = self._ranked()[: self._options.n_best]
+        best, *others = self._ranked()[: self.options.n_best]
         return replace(best, alternatives=tuple(others))
 
     def keep_states(self, model: LanguageModel, state: State, first_row: int) -> None:
@@ -379,7 +432,7 @@ class _Search:
         tokens, scores = [*parent.tokens, token], [*parent.scores, score]
         surplus = repeats(tokens)
         loop = parent.loop or surplus > 0
-        if surplus and self._options.loop_guard:
+        if surplus and self.options.loop_guard:
             del tokens[-surplus:], scores[-surplus:]
         elif len(tokens) < self._limit:
             return _Hypothesis(tokens, scores, loop)
@@ -391,7 +444,7 @@ class _Search:
         return sorted(self._done, key=lambda x: self._rank(x.loop, x.score, x.n_scored))
 
     def _rank(self, loop: bool, score: float, n_scored: int) -> tuple[bool, float]:
-        return loop, -score / n_scored**self._options.length_penalty
+        return loop, -score / n_scored**self.options.length_penalty
 
     def _is_decided(self) -> bool:
         """No live hypothesis can get among the n best any more.
@@ -400,8 +453,8 @@ class _Search:
         best is the limit. So what the best live hypothesis would be with all its tokens to come certain, up to the
         limit, is a bound for it and all the others.
         """
-        if not self.live or len(self._done) < self._options.n_best:
+        if not self.live or len(self._done) < self.options.n_best:
             return False
-        nth = self._ranked()[self._options.n_best - 1]
+        nth = self._ranked()[self.options.n_best - 1]
         bound = self._rank(False, self.live[0].scores[-1], self._limit)
         return self._rank(nth.loop, nth.score, nth.n_scored) <= bound

@@ -26,6 +26,7 @@ from rwkv_speech.data.rendering import Renderer
 from rwkv_speech.data.sample import Row, Sample
 from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.errors import UserError
+from rwkv_speech.live import Live
 from rwkv_speech.lm import peft
 from rwkv_speech.lm.language_model import LanguageModel, last
 from rwkv_speech.lm.peft import PeftWeights
@@ -308,12 +309,17 @@ class SpeechRWKV(nn.Module):
         Raises:
             UserError: the mission chooses among labels, and there are none.
         """
+        hidden, state = self.read(batch, audio_embeds)
+        return answers(self, batch, range(len(batch)), hidden, state, options)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, audio_embeds: Tensor | None = None) -> tuple[Tensor, State]:
+        """The hidden vectors (B, C) before the answers to a batch, as for `decode`, and the state there."""
         audio_embeds = self.embed_audio(batch)[0] if audio_embeds is None else audio_embeds
         x = self.embed(batch, audio_embeds)[:, : int(batch.prompt_lengths.max())]
         with torch.inference_mode():
             hidden, state = self.language_model(x, None, batch.prompt_lengths, self.which(batch))
-            hidden = last(hidden, batch.prompt_lengths)
-        return answers(self, batch, range(len(batch)), hidden, state, options)
+            return last(hidden, batch.prompt_lengths), state
 
     def text(self, result: DecodingResult) -> str:
         """The text of an answer."""
@@ -334,6 +340,37 @@ class SpeechRWKV(nn.Module):
         """
         begun = Conversation(self, mission=mission, max_audio_s=max_audio_s)
         return begun if path is None else begun.load(path)
+
+    def live(
+        self,
+        *,
+        step: float = 0.32,
+        right: float = 0.32,
+        left: float | None = None,
+        pause: float = 0.5,
+        max_audio_s: float | None = None,
+        mission: str | None = None,
+        conversation: Conversation | None = None,
+        **search: Any,
+    ) -> Live:
+        """A session that takes audio while it comes in, and gives text: see `rwkv_speech.live`. All times in seconds.
+
+        Args:
+            step: audio that is read at a time, in whole positions; there is a partial after each.
+            right: audio after a step that the encoder hears with it: what it costs in delay, it gains in words.
+            left: audio before a step that the encoder hears with it; None: 1, or 3 where its window has one length.
+            pause: silence that ends a segment.
+            max_audio_s: the longest segment; None: see `longest_piece`.
+            mission: which of several; None is the first.
+            conversation: whose next rounds the segments are; of `converse`, None is a new one. Else each segment
+                begins with the mission's initial state.
+            search: of finals, as for `transcribe`; partials are greedy.
+
+        Raises:
+            UserError: times that can't be, or a mission that chooses among labels.
+        """
+        times = {"step": step, "right": right, "left": left, "pause": pause, "max_audio_s": max_audio_s}
+        return Live(self, **times, mission=mission, conversation=conversation, **search)
 
     def transcribe(
         self,

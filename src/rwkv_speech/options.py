@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -53,6 +54,10 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def seconds_or_0(text: str) -> float:
+    return float(text) and seconds(text)
 
 
 def decibels(text: str) -> list[float]:
@@ -359,6 +364,27 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveOptions:
+    """How audio is read while it comes in; times in seconds."""
+
+    step_s: float = flag(0.32, "live: audio that is read at a time; new text comes that often", op="live", type=seconds)
+    right_s: float = flag(
+        0.32,
+        "live: audio after it that the encoder hears with it: what it costs in delay, it gains in words",
+        op="live",
+        type=seconds_or_0,
+    )
+    left_s: float | None = flag(
+        None,
+        "live: audio before it that the encoder hears with it (default: 1, or 3 where its window has one length)",
+        op="live",
+        type=seconds_or_0,
+    )
+    pause_s: float = flag(0.5, "live: silence that ends a segment and makes its text final", op="live", type=seconds)
+    realtime: bool = flag(False, "live: a file no faster than it was spoken", op="live")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineOptions:
     """What to compute on."""
 
@@ -386,16 +412,49 @@ class MachineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """Who may ask the server, and for how much."""
+
+    missions: str | None = flag(
+        None,
+        "serve: mission files of different missions joined by +; a request names one by its mission or its file "
+        "(default: as --adapter)",
+        op="serve",
+    )
+    host: str = flag("127.0.0.1", "serve: address to listen at; 0.0.0.0: all of this machine", op="serve")
+    port: int = flag(8000, "serve: where to listen; 0: any that is free", op="serve", type=count)
+    api_key: str | None = flag(None, "serve: what requests must show as their bearer token (default: none)", op="serve")
+    max_body_mb: float = flag(25.0, "serve: largest request, in MB", op="serve", type=seconds)
+    max_request_s: float = flag(600.0, "serve: longest audio of a request, in seconds", op="serve", type=seconds)
+    max_queue: int = flag(64, "serve: requests at a time; more are told to come back", op="serve", type=positive)
+    max_sessions: int = flag(8, "serve: live sessions at a time", op="serve", type=positive)
+    max_batch: int = flag(32, "serve: answers that are decoded together", op="serve", type=positive)
+    request_timeout: float = flag(300.0, "serve: seconds that a request may take", op="serve", type=seconds)
+
+    def __post_init__(self) -> None:
+        if self.port > 65535:
+            raise UserError(f"--port {self.port}: expected 0 to 65535")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise UserError("--api_key: expected ASCII characters without spaces, as a header can hold them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What one run of `train.py` is asked to do. `None` means: not given, the program decides."""
 
-    op: str = flag("train", "what to do", choices=("train", "eval", "predict", "chat", "score", "export"))
+    op: str = flag(
+        "train",
+        "what to do",
+        choices=("train", "eval", "predict", "chat", "live", "serve", "score", "export"),
+    )
     proj_dir: str = flag("output", "folder for mission files, checkpoints and scores")
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    live: LiveOptions = field(default_factory=LiveOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    serving: ServingOptions = field(default_factory=ServingOptions)
     log_every: float = flag(
         30.0, "seconds between lines of progress in a log; a terminal has bars", type=seconds, resume_ignored=True
     )
@@ -404,17 +463,24 @@ class Options:
         False, "eval: each split also at 0.9 and 1.1 speed, and in white noise at 20, 10 and 0 dB", resume_ignored=True
     )
     resume: bool = flag(False, "eval: go on where an interrupted evaluation stopped", resume_ignored=True)
-    file_path: list[str] | None = flag(None, "predict: audio files, folders or globs", op="predict", nargs="+")
+    file_path: list[str] | None = flag(
+        None,
+        "predict: audio files, folders or globs; live: one file, or - for raw 16-bit samples at 16 kHz on standard "
+        "input (default: the microphone)",
+        op=("predict", "live"),
+        nargs="+",
+    )
     max_audio_s: float | None = flag(
         None,
-        "eval, predict, chat: seconds; longer audio is cut in pauses of speech and joined again, or refused where the "
-        "mission does not go piece by piece (default: the longest that the mission file was trained on, or 30)",
+        "eval, predict, chat, live, serve: seconds; longer audio is cut in pauses of speech and joined again, or "
+        "refused where the mission does not go piece by piece (default: the longest that the mission file was trained "
+        "on, or 30)",
         type=float,
         resume_ignored=True,
     )
     format: str = flag(
         "text",
-        "predict: lines of text, or with times: JSON lines, subtitles",
+        "predict: lines of text, or with times: JSON lines, subtitles; live: text, or all that is shown as JSON lines",
         choices=("text", "json", "srt", "vtt"),
         resume_ignored=True,
     )
@@ -445,7 +511,7 @@ class Options:
         """Checks what concerns several groups; each group has checked itself."""
         given = self.flat()
         for _, f in setting_fields():
-            if given[f.name] and not goes_with(f, self.op):
+            if given[f.name] != f.default and not goes_with(f, self.op):
                 raise UserError(f"--{f.name} goes with --op {' or '.join(f.metadata['ops'])}, not {self.op}")
         if self.op == "train" and self.training.early_stop and not self.data.valid_split:
             raise UserError(
@@ -459,6 +525,12 @@ class Options:
             raise UserError("--op score needs --records: one or more files that evaluation left in eval/")
         if self.op == "predict" and not self.file_path:
             raise UserError("--op predict needs --file_path: one or more audio files, folders or globs")
+        if self.op == "live" and len(self.file_path or [""]) > 1:
+            raise UserError(f"--op live takes one file, not {len(self.file_path)}: predict takes several")
+        if self.op == "live" and self.format not in ("text", "json"):
+            raise UserError(
+                f"--format {self.format} is of whole recordings: --op predict; --op live writes text or json"
+            )
         if self.max_audio_s is not None and not 1 <= self.max_audio_s < math.inf:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
         if self.model.peft_config and not (self.model.load_peft or self.training.peft_method):
@@ -535,7 +607,9 @@ GROUPS: dict[str, type] = {
     "data": DataOptions,
     "training": TrainingOptions,
     "decoding": DecodingOptions,
+    "live": LiveOptions,
     "machine": MachineOptions,
+    "serving": ServingOptions,
 }
 
 

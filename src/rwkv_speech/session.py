@@ -76,6 +76,11 @@ class Conversation:
     def rounds(self) -> int:
         return self._now.rounds
 
+    @property
+    def max_audio_s(self) -> float:
+        """The longest recording, in seconds."""
+        return self._longest.seconds
+
     def listen(self, *said: Said) -> None:
         """Takes in what is said, without an answer to it; the round goes on with what is said next.
 
@@ -113,6 +118,13 @@ class Conversation:
             raise UserError("there is no round to take back: that is the last one, once, if it began since loading")
         self._now, self._before = self._before, None
 
+    @torch.inference_mode()
+    def ready(self) -> State:
+        """The state that reads what is said next: after an answer, its end of text has been read."""
+        if not self._answered:
+            return self._now.state
+        return self.model.language_model(self._end_of_text(), self._now.state)[1]
+
     def fork(self) -> "Conversation":
         """Another conversation that goes on from here, independently."""
         return copy(self)  # states are never changed in place
@@ -141,7 +153,7 @@ class Conversation:
             raise UserError(f"{path}: {what}; expected a saved conversation") from None
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: is damaged, or no saved conversation ({reason(error)})") from None
-        loaded = Conversation(self.model, mission=made_by.get("mission"), max_audio_s=self._longest.seconds)
+        loaded = Conversation(self.model, mission=made_by.get("mission"), max_audio_s=self.max_audio_s)
         for what, here in loaded._made_by().items():
             if made_by.get(what) != here:
                 raise UserError(
@@ -164,13 +176,20 @@ class Conversation:
         x = model.embed(batch, model.embed_audio(batch)[0])  # (1, T, C), with "#" at its end
         if not asked:
             x = x[:, :-1]
-        if now.rounds and not now.begun:
-            end = torch.tensor([[END_OF_TEXT]], device=model.device)
-            x = torch.cat([model.language_model.embed(end).to(x.dtype), x], dim=1)
+        if self._answered:
+            x = torch.cat([model.language_model.embed(self._end_of_text()).to(x.dtype), x], dim=1)
         if not x.shape[1]:
             return x, now
         hidden, state = model.language_model(x, now.state)
         return hidden[:, -1], _Turn(state, now.rounds, begun=True, samples=now.samples + sum(batch.samples))
+
+    @property
+    def _answered(self) -> bool:
+        """An answer came last, whose end of text has not been read."""
+        return self._now.rounds > 0 and not self._now.begun
+
+    def _end_of_text(self) -> Tensor:
+        return torch.tensor([[END_OF_TEXT]], device=self.model.device)
 
     def _part(self, part: Said, name: str) -> Audio | str:
         if isinstance(part, Path):

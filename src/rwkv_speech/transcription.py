@@ -176,6 +176,12 @@ def _decoded(pieces: Iterable[AudioSegment | _End], decode: DecodeFn, batch_size
     yield from decoded()
 
 
+def json_line(content: dict[str, Any]) -> str:
+    """One object on one line that a terminal can be shown."""
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
+
+
 def as_text(transcript: Transcript) -> str:
     """One line, empty where nothing is said."""
     return _line(transcript.text) + "\n"
@@ -189,8 +195,7 @@ def as_json(transcript: Transcript) -> str:
 
     segments = [asdict(segment, dict_factory=known) for segment in transcript.segments]
     content = {"name": transcript.name, "text": transcript.text, "segments": segments}
-    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
+    return json_line(content)
 
 
 def as_srt(transcript: Transcript) -> str:

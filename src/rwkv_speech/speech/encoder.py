@@ -45,9 +45,9 @@ _LEFT_OUT = {
 Convolutions = Sequence[tuple[int, int]]  # kernel and stride of each step on the way from samples to frames
 
 
-def shortest_input(convolutions: Convolutions) -> int:
-    """The samples that one frame takes."""
-    samples = 1
+def shortest_input(convolutions: Convolutions, frames: int = 1) -> int:
+    """The samples that so many frames take at least."""
+    samples = frames
     for kernel, stride in reversed(convolutions):
         samples = (samples - 1) * stride + kernel
     return samples

@@ -80,12 +80,12 @@ def _is_silent(samples: Tensor) -> bool:
 
 
 def _cut_at_pauses(blocks: Iterable[Tensor], longest: int) -> Iterator[AudioSegment]:
-    held = _Held()
+    held = Held()
     for samples, voice in _with_voice(blocks):
         held.add(samples, voice)
         while len(held.voice) > longest:
-            yield held.take(_place_to_cut(held.voice, longest))
-    if len(_speech(held.voice)):
+            yield held.take(place_to_cut(held.voice, longest))
+    if len(speech_frames(held.voice)):
         yield held.take(len(held.voice))
 
 
@@ -104,13 +104,24 @@ def _with_voice(blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         yield rest, network(rest, memory)[0]
 
 
-class _Held:
-    """What of the recording is looked at: it begins with speech, a margin before it aside, or is all silence."""
+class Held:
+    """What of the recording is looked at: it begins with speech, a margin before it aside, or is all silence.
 
-    def __init__(self) -> None:
+    margin: quiet frames that stay beside speech.
+    samples: (frames * 512,), fewer at the end of the recording.
+    voice: (frames,) probabilities of speech.
+    """
+
+    def __init__(self, margin: int = MARGIN) -> None:
+        self.margin = margin
         self.start = 0  # in frames, from the beginning of the recording
         self.samples = torch.zeros(0)
-        self.voice = torch.zeros(0)  # probability of speech in each frame
+        self.voice = torch.zeros(0)
+
+    @property
+    def seconds(self) -> float:
+        """Where it begins, from the beginning of the recording."""
+        return self.start * FRAME / SAMPLE_RATE
 
     def add(self, samples: Tensor, voice: Tensor) -> None:
         self.samples = torch.cat([self.samples, samples])
@@ -119,30 +130,31 @@ class _Held:
 
     def take(self, end: int) -> AudioSegment:
         """The segment of the first `end` frames, which hold speech; they, and the silence after them, leave."""
-        trimmed = min(end, int(_speech(self.voice[:end])[-1]) + 1 + MARGIN)
-        segment = AudioSegment(self.start * FRAME / SAMPLE_RATE, self.samples[: trimmed * FRAME].clone())
-        self._drop(end)
+        trimmed = min(end, int(speech_frames(self.voice[:end])[-1]) + 1 + self.margin)
+        segment = AudioSegment(self.seconds, self.samples[: trimmed * FRAME].clone())
+        self.drop(end)
         self._drop_silence()
         return segment
 
     def _drop_silence(self) -> None:
-        speech = _speech(self.voice)
-        self._drop(max(0, (int(speech[0]) if len(speech) else len(self.voice)) - MARGIN))
+        speech = speech_frames(self.voice)
+        self.drop(max(0, (int(speech[0]) if len(speech) else len(self.voice)) - self.margin))
 
-    def _drop(self, frames: int) -> None:
+    def drop(self, frames: int) -> None:
+        """The first frames leave."""
         self.start += frames
         self.samples = self.samples[frames * FRAME :]
         self.voice = self.voice[frames:]
 
 
-def _speech(voice: Tensor) -> Tensor:
+def speech_frames(voice: Tensor) -> Tensor:
     """Indices of the frames that are not quiet."""
     return (voice >= QUIET).nonzero().flatten()
 
 
-def _place_to_cut(voice: Tensor, longest: int) -> int:
+def place_to_cut(voice: Tensor, longest: int) -> int:
     """The middle of the last pause within reach or, without one, the quietest frame of the second half."""
-    speech = _speech(voice)
+    speech = speech_frames(voice)
     begins, ends = speech + 1, torch.cat([speech[1:], torch.tensor([len(voice)])])  # of the silence after each frame
     within = ((ends - begins >= PAUSE) & (begins + PAUSE // 2 <= longest)).nonzero().flatten()
     if len(within):
