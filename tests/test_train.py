@@ -490,7 +490,11 @@ def test_a_finished_run_is_not_continued_nor_overwritten(world, tmp_path):
 
 def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
     module = SimpleNamespace(
-        model=SimpleNamespace(trainable_state_dict=lambda task, published: {"x": torch.zeros(1)}, trained_tensors=dict)
+        model=SimpleNamespace(
+            trainable_state_dict=lambda task, published: {"x": torch.zeros(1)},
+            trained_tensors=dict,
+            peft_weights=lambda: None,
+        )
     )
     foreign = ["rwkv-adapter-2.pth", "rwkv-adapter-2.json", "rwkv-adapter-9.pth", "other.pth"]
     for name in foreign:
