@@ -60,8 +60,7 @@ class Server:
     def ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        with contextlib.suppress(BrokenPipeError):  # it need not read all of what it refuses
-            connection.request(method, path, body, {"Authorization": f"Bearer {KEY}"} | headers)
+        connection.request(method, path, body, {"Authorization": f"Bearer {KEY}"} | headers)
         response = connection.getresponse()
         found = response.status, response.read()
         connection.close()
@@ -521,9 +520,9 @@ def test_a_body_without_a_length_is_counted(server):
         raw.sendall(
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n{kind}".encode()
         )
-        with contextlib.suppress(OSError):  # it may hang up while we talk
-            for _ in range(30):
-                raw.sendall(b"19000\r\n" + b" " * 0x19000 + b"\r\n")
+        for _ in range(30):
+            raw.sendall(b"19000\r\n" + b" " * 0x19000 + b"\r\n")
+        raw.sendall(b"0\r\n\r\n")
         assert b" 413 " in raw.recv(100)
 
 
