@@ -24,6 +24,7 @@ from rwkv_speech.lm import extension, wkv
 site = Path(sys.argv[1])
 assert Path(rwkv_speech.__file__).is_relative_to(site)
 assert extension.SOURCES == site / "rwkv_speech/cuda"
+assert (site / "rwkv_speech/serve/page/index.html").is_file()
 assert wkv.backend("cpu").name == "cpu"
 # And where nothing can be built:
 os.environ |= {"CXX": "no-compiler", "XDG_CACHE_HOME": str(site / "cache")}

@@ -14,11 +14,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rwkv_speech.data.sample import Message, Sample
-from rwkv_speech.decoding import DecodingResult
 from rwkv_speech.live import Live
 from rwkv_speech.missions.task import Task
 from rwkv_speech.options import DecodingOptions, ServingOptions
-from rwkv_speech.serve.engine import Engine
+from rwkv_speech.serve.engine import Answer, Engine
 from rwkv_speech.serve.errors import ApiError, error_body
 from rwkv_speech.serve.guard import Places
 from rwkv_speech.serve.recordings import Reader, Transcribing
@@ -167,7 +166,7 @@ class _Conversing:
 
     def __init__(self, served: Served, task: Task, asked: ChatRequest) -> None:
         self._served, self._task, self._asked = served, task, asked
-        self._prompt_tokens, self._result = 0, None
+        self._answer: Answer | None = None
 
     async def __aiter__(self) -> AsyncIterator[str]:
         served, left = self._served, self._served.serving.max_request_s
@@ -186,17 +185,15 @@ class _Conversing:
         with served.engine.answer(sample, decoding_options(served.options, self._asked.search)) as answer:
             async for piece in answer:
                 yield piece
-        self._prompt_tokens, self._result = answer.prompt_tokens, answer.result
-
-    _result: DecodingResult | None
+        self._answer = answer
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self._result.finished else "length"
+        return "stop" if self._answer.result.finished else "length"
 
     @property
     def usage(self) -> dict[str, int]:
-        return _usage(self._prompt_tokens, self._result.n_scored)
+        return _usage(self._answer.prompt_tokens, self._answer.result.n_scored)
 
 
 def _usage(asked: int, said: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from rwkv_speech.serve.errors import ApiError, error_response
 KEY_PROTOCOL = (
     "openai-insecure-api-key."  # browsers can't send headers with a websocket: the key is one of its protocols
 )
+PATIENCE = 10.0  # s
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -38,6 +39,7 @@ class Guard:
             self._check(scope["path"], headers)
         except ApiError as error:
             if scope["type"] == "http":
+                await self._drain(receive)
                 await error_response(None, error)(scope, receive, send)
             else:
                 await send({"type": "websocket.close", "code": 1008, "reason": str(error)})  # HTTP 403: not accepted
@@ -73,10 +75,19 @@ class Guard:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.most:  # of a body whose length was not said
+                await self._drain(receive)
                 raise self._too_large()
             return message
 
         return bounded
+
+    async def _drain(self, receive: Receive) -> None:
+        """Lets a client that is refused say what it has to: one that is hung up on doesn't hear why."""
+        taken = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while taken < 4 * self.most and (message := await receive()).get("more_body"):
+                    taken += len(message["body"])
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than the {self.options.max_body_mb:g} MB that are taken here")

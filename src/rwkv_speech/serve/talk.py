@@ -30,13 +30,13 @@ from rwkv_speech.serve.api import Served
 from rwkv_speech.serve.errors import ApiError, error_body
 from rwkv_speech.serve.listening import Pace, Samples
 from rwkv_speech.serve.requests import decoding_options
+from rwkv_speech.session import Conversation
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.endpoint import Endpointer
 
 log = logging.getLogger("rwkv_speech")
 
 BACKLOG, MESSAGES = 2_000_000, 1000  # bytes of audio, and messages, that wait at most; then the sender waits
-GONE: dict[str, Any] = {"type": "gone"}
 PAUSE = 0.6  # s of silence after which an answer is due
 
 
@@ -47,11 +47,13 @@ async def talk(websocket: WebSocket) -> None:
     session = _Session(served, websocket)
     try:
         with served.sessions.one():
-            reading = asyncio.create_task(session.read())
+            tasks = [asyncio.create_task(work) for work in (session.read(), session.work())]
             try:
-                await session.work()
+                over, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                over.pop().result()
             finally:
-                reading.cancel()
+                for task in tasks:
+                    task.cancel()
     except ApiError as error:
         await session.tell("error", message=str(error))
     except WebSocketDisconnect:
@@ -74,47 +76,43 @@ class _Session:
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self._interrupted = False
         self._pace = Pace()
-        self._samples: Samples | None = None
+        self._samples: Samples | None = None  # once there was a start
+        self.task: Task | None = None
+        self._talk: Conversation | None = None
+        self._hands_free = True
 
     async def tell(self, type: str, **what: Any) -> None:
         await self.websocket.send_text(json.dumps({"type": type} | what))
 
     async def read(self) -> None:
-        """Takes what comes in, so that a `cancel` is heard while an answer is being written."""
+        """Takes what comes in until the other side goes, so that a `cancel` is heard while an answer is written."""
         while True:
             try:
                 async with asyncio.timeout(self.served.serving.request_timeout):
                     message = await self.websocket.receive()
             except TimeoutError:
                 self.reason = "nothing came for a long time"
-                message = {"type": "websocket.disconnect"}
+                return
             if message["type"] == "websocket.disconnect":
-                self._interrupted = True
-                self._put(GONE)
                 return
             found = message.get("bytes")
             if found is None:
                 found = _command(message.get("text") or "")
                 self._interrupted = self._interrupted or found.get("type") in ("cancel", "reset")
-            self._put(found)
+            self._inbox.append(found)
+            self._news.set()
             while sum(map(len, self._inbox)) > BACKLOG or len(self._inbox) > MESSAGES:
                 self._room.clear()
                 await self._room.wait()
 
-    def _put(self, message: bytes | dict[str, Any]) -> None:
-        self._inbox.append(message)
-        self._news.set()
-
     async def work(self) -> None:
-        """Does what comes in, in order, until the other side goes."""
+        """Does what comes in, in order."""
         while True:
             while not self._inbox:
                 self._news.clear()
                 await self._news.wait()
             message = self._inbox.popleft()
             self._room.set()
-            if message == GONE:
-                return
             try:
                 if isinstance(message, bytes):
                     await self._hear(message)
@@ -125,12 +123,14 @@ class _Session:
                 await self.tell("error", message=str(error))
 
     async def _obey(self, command: dict[str, Any]) -> None:
+        if command.get("type") in ("cancel", "reset"):
+            self._interrupted = False
         match command:
             case {"type": "start", "mission": str(mission)}:
                 task = self.served.task(mission)
                 self._samples = Samples(command.get("rate"), self._pace)
                 self._hands_free = command.get("hands_free") is not False
-                if getattr(self, "task", None) != task:
+                if self.task != task:
                     self.task = task
                     self._begin()
                 self._listen()
@@ -140,7 +140,6 @@ class _Session:
             case {"type": "end"}:
                 await self._hear(b"", last=True)
             case {"type": "cancel"}:
-                self._interrupted = False
                 self._listen()
                 await self._ready()
             case {"type": "undo"}:
@@ -149,7 +148,6 @@ class _Session:
                 self._talk.undo()
                 await self._ready()
             case {"type": "reset"}:
-                self._interrupted = False
                 self._begin()
                 self._listen()
                 await self._ready()
