@@ -28,7 +28,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from itertools import cycle, pairwise
+from itertools import chain, cycle, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,10 @@ def word_delays(segment: Shown, texts: Callable[[Partial | Final], str]) -> list
     return delays
 
 
-def changed(texts: list[str]) -> int:
-    """Words of each text that the next one doesn't have in their place."""
-    pairs = ((old.split(), new.split()) for old, new in pairwise(texts))
-    return sum(
-        word != there for old, new in pairs for word, there in zip(old, [*new, *[None] * len(old)], strict=False)
-    )
+def changed(segment: Shown, texts: Callable[[Partial | Final], str]) -> int:
+    """Words of the text of each event that the next one doesn't have in their place."""
+    pairs = pairwise(texts(event).split() for _, event in segment)
+    return sum(word != there for old, new in pairs for word, there in zip(old, chain(new, repeat(None)), strict=False))
 
 
 def wer(references: list[str], texts: list[str]) -> float:
@@ -127,7 +125,8 @@ def wer(references: list[str], texts: list[str]) -> float:
 def measure(model: SpeechRWKV, audio: Tensor, references: list[str], **how: Any) -> dict[str, Any]:
     shown, busy = spoken(model.live(**how), audio)
     found = segments(shown)
-    finals = [segment[-1][1] for segment in found]
+    ends = [segment[-1] for segment in found]
+    finals = [final for _, final in ends]
     late = segments(spoken(model.live(**how, pause=LATE), audio)[0])
     partials = [next((event.text for _, event in reversed(segment[:-1])), "") for segment in late]
     words = sum(len(final.text.split()) for final in finals)
@@ -141,11 +140,9 @@ def measure(model: SpeechRWKV, audio: Tensor, references: list[str], **how: Any)
         "wer_partials": wer([" ".join(references)], [" ".join(partials)]),
         "first_partial_s": round(float(np.median(firsts)), 2),
         **{name: [round(float(x), 2) for x in both] for name, both in delays.items()},
-        "final_s": round(
-            float(np.median([clock - final.end + BESIDE for (clock, final) in (s[-1] for s in found)])), 2
-        ),
-        "words_changed": round(sum(changed([shown_text(e) for _, e in s]) for s in found) / words, 3),
-        "stable_changed": round(sum(changed([stable_text(e) for _, e in s]) for s in found) / words, 3),
+        "final_s": round(float(np.median([clock - final.end + BESIDE for clock, final in ends])), 2),
+        "words_changed": round(sum(changed(segment, shown_text) for segment in found) / words, 3),
+        "stable_changed": round(sum(changed(segment, stable_text) for segment in found) / words, 3),
         "real_time_factor": round(busy / (len(audio) / SAMPLE_RATE), 3),
     }
 

@@ -11,7 +11,7 @@
   before (`left`), some positions that are new (`step`) and what comes after these (`right`). New positions go into the
   recurrent state once and for all; the text is decoded from there each time, after the words that are `stable` already.
 - Words are stable once two texts in a row have them (Liu et al. 2020, "local agreement"). Holding back just the last
-  word was 0.2 s faster, but one in 12 such words was wrong rather than one in 30 (bench/live.py).
+  word was 0.1 s faster, but finals changed twice as many of those words.
 - What is in memory is one segment and one state.
 
 Models of the size that answers within a step on a CPU are fastest with one thread: `torch.set_num_threads(1)`.
