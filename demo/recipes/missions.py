@@ -122,9 +122,10 @@ def write_manifests(line: str, data: Path, out: Path) -> None:
     for half in ("train", "test"):
         rows = load_split(str(data / folder / name.format(half)))
         if line == "sums":
-            rows = sums(rows, SUMS[half], out / half)
+            rows = sums(rows, min(SUMS[half], 2 * len(rows)), out / half)
         if line == "rounds":
-            rows = [row for kind in TALKS for row in rounds(rows, kind, CONVERSATIONS[half])]
+            count = min(CONVERSATIONS[half], 2 * len(rows))
+            rows = [row for kind in TALKS for row in rounds(rows, kind, count)]
         else:
             rows = [replace(change(row), mission=mission) for row in rows]
         write_manifest(out / f"{half}.jsonl", rows)
@@ -219,7 +220,7 @@ def print_table(project: Path) -> None:
             continue
         others = sorted((project / line / "baselines").glob("*.jsonl"))
         mission, cells = get_mission(kind), {}
-        for name, path in {"ours": ours} | {path.stem: path for path in others}.items():
+        for name, path in [("ours", ours), *((path.stem, path) for path in others)]:
             records = read_records(path)
             scores = mission.score(records)
             metrics = scores.metrics[:2] if kind == "translate" else scores.metrics[:1]
