@@ -32,6 +32,7 @@ from rwkv_speech.data.sample import Message, Sample
 from rwkv_speech.live import Final
 from rwkv_speech.mission_file import write_mission_file
 from rwkv_speech.options import DecodingOptions
+from rwkv_speech.serve.voice import sentences
 from rwkv_speech.speech.audio import load_audio
 from rwkv_speech.transcription import FORMATS
 from tests.tiny import at_door
@@ -41,6 +42,18 @@ MISSIONS = ["transcribe", "translate", "label", "converse"]
 KEY = "a-key"
 MOST_S = 20  # seconds of audio in a request
 TOKENS = 30
+VOICE = """
+import numpy
+
+class Hibari:  # in the place of the package hibari-tts: speaks characters as samples
+    sample_rate = 8000
+
+    def __init__(self, threads):
+        pass
+
+    def __call__(self, text):
+        return numpy.array([min(ord(c), 32767) for c in text]) / 32767
+"""
 WORK = ("requests", "sessions", "running", "waiting")  # what /health counts
 
 
@@ -98,7 +111,9 @@ def server(world, tmp_path_factory) -> Iterator[Server]:
         "--max_body_mb=2",
         "--max_queue=20",
     ]
-    environment = os.environ | {"PATH": str(folder)}  # no ffmpeg
+    flags.append("--speak")
+    (folder / "hibari.py").write_text(VOICE)
+    environment = os.environ | {"PATH": str(folder), "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, ROOT / "train.py", "--op=serve", *flags], stderr=errors, env=environment, cwd=folder
@@ -340,7 +355,8 @@ def session(server: Server, **how):
         def until(type: str) -> list[dict]:
             events = []
             while not events or events[-1]["type"] != type:
-                events.append(json.loads(socket.recv(timeout=30)))
+                found = socket.recv(timeout=30)
+                events.append({"type": "voice", "pcm": found} if isinstance(found, bytes) else json.loads(found))
                 assert events[-1]["type"] != "error" or type == "error", events
             return events
 
@@ -366,6 +382,15 @@ def test_the_pages_session_hears_what_live_hears(server, said):
         assert not [event for event in until("ready") + until("ready") if event["type"] == "final"]
 
 
+def letters(text) -> list[str]:
+    return [c for c in text if c.isalnum() and ord(c) < 32767]
+
+
+def test_text_is_spoken_by_sentences():
+    assert sentences("It is 3.5 or so. Is it? Ye") == (["It is 3.5 or so.", "Is it?"], "Ye")
+    assert sentences("Well...") == ([], "Well..."), "there may be more of it"
+
+
 def test_the_pages_session_converses(server, said, paths):
     with session(server) as (socket, tell, until), session(server) as (other, tell_other, until_other):
         first, second = ((load_audio(path).numpy() * 32767).astype("<i2") for path in (paths[1], paths[3]))
@@ -379,6 +404,8 @@ def test_the_pages_session_converses(server, said, paths):
             until("ready")
             deltas = [event["text"] for event in events if event["type"] == "answer.delta"]
             assert "".join(deltas) == events[-1]["text"]
+            spoken = np.concatenate([np.frombuffer(x["pcm"], "<i2") for x in events if x["type"] == "voice"])
+            assert letters(map(chr, spoken)) == letters(events[-1]["text"]), "and it is spoken"
             return events[-1]["text"]
 
         def answered(samples: np.ndarray) -> str:

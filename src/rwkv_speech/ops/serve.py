@@ -22,6 +22,8 @@ def serve(options: Options) -> int:
     """Answers requests until it is interrupted."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"--op serve needs {', '.join(missing)}: sh demo/setup.sh serve, or pip install '.[serve]'")
+    if options.serving.speak and importlib.util.find_spec("hibari") is None:
+        raise UserError("--speak needs the package hibari-tts: pip install hibari-tts")
     import uvicorn
 
     from rwkv_speech.serve.app import make_app

@@ -340,6 +340,9 @@ class ServingOptions:
     max_sessions: int = flag(8, "serve: live sessions at a time", op="serve", type=positive)
     max_batch: int = flag(32, "serve: answers that are decoded together", op="serve", type=positive)
     request_timeout: float = flag(300.0, "serve: seconds that a request may take", op="serve", type=seconds)
+    speak: bool = flag(
+        False, "serve: the page speaks the answers of conversations, in English, by the package hibari-tts", op="serve"
+    )
 
     def __post_init__(self) -> None:
         if self.port > 65535:

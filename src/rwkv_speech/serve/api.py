@@ -29,6 +29,7 @@ from rwkv_speech.serve.requests import (
     one_recording,
     transcription_request,
 )
+from rwkv_speech.serve.voice import Voice
 from rwkv_speech.speech.audio import SAMPLE_RATE, Longest
 from rwkv_speech.transcription import FORMATS, Transcript
 
@@ -42,6 +43,7 @@ class Served:
     names: what a request may call each mission.
     longest: seconds of audio that are decoded in one go, for each mission.
     options: of the search, unless a request says otherwise.
+    voice: speaks the answers of conversations; None: they stay text.
     """
 
     engine: Engine
@@ -52,6 +54,7 @@ class Served:
     names: dict[str, str]
     longest: dict[str, float]
     options: DecodingOptions
+    voice: Voice | None
     since: int
 
     def task(self, name: str) -> Task:

@@ -24,6 +24,7 @@ from rwkv_speech.serve.guard import Guard, Places
 from rwkv_speech.serve.realtime import realtime
 from rwkv_speech.serve.recordings import Reader
 from rwkv_speech.serve.talk import talk
+from rwkv_speech.serve.voice import Voice
 
 PAGE = Path(__file__).with_name("page")
 PAGE_HEADERS = {  # nothing of it comes from elsewhere, and no other page may show it
@@ -66,6 +67,7 @@ def make_app(
         names=dict(files or {}) | {name: name for name in model.tasks},
         longest=dict(longest or {name: model.longest_piece(None, name) for name in model.tasks}),
         options=options,
+        voice=Voice() if serving.speak else None,
         since=int(time.time()),
     )
 

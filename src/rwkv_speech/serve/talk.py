@@ -4,8 +4,11 @@
                 end       what is heard so far is all
                 cancel    forget what is being said, and stop answering
                 undo      take back the last round;   reset    begin the conversation anew
-    back        ready{mission, rounds}, partial{text, stable, audio_ms}, final{text, start, end}, answer.delta{text},
-                answer.done{text, rounds}, error{message}, closed{reason}
+    back        ready{mission, rounds, voice_rate}, partial{text, stable, audio_ms}, final{text, start, end},
+                answer.delta{text}, answer.done{text, rounds}, error{message}, closed{reason}
+
+Where there is a voice, binary messages back are the answer of a conversation as it is spoken, sentence by sentence:
+16-bit little-endian samples at `voice_rate`.
 
 Where the mission is no transcription, what somebody says is shown by the first one that is, if there is any.
 """
@@ -30,6 +33,7 @@ from rwkv_speech.serve.api import Served
 from rwkv_speech.serve.errors import ApiError, error_body
 from rwkv_speech.serve.listening import Pace, Samples
 from rwkv_speech.serve.requests import decoding_options
+from rwkv_speech.serve.voice import sentences
 from rwkv_speech.session import Conversation
 from rwkv_speech.speech.audio import SAMPLE_RATE
 from rwkv_speech.speech.endpoint import Endpointer
@@ -155,7 +159,9 @@ class _Session:
                 raise ApiError(400, "expected start{rate, mission}, end, cancel, undo or reset")
 
     async def _ready(self) -> None:
-        await self.tell("ready", mission=self.task.name, rounds=self._talk.rounds if self._talk else 0)
+        voice = self.served.voice
+        rounds = self._talk.rounds if self._talk else 0
+        await self.tell("ready", mission=self.task.name, rounds=rounds, voice_rate=voice.rate if voice else None)
 
     def _begin(self) -> None:
         """A conversation from its beginning, where the mission is one."""
@@ -215,13 +221,26 @@ class _Session:
     async def _answer(self, waveform: torch.Tensor) -> None:
         """Writes the answer to what was said; one that is interrupted is as if nothing had been asked."""
         pieces = self._reply(waveform) if self._talk else self._once(waveform)
-        text = ""
+        text = unspoken = ""
         async for piece in pieces:
             if self._interrupted:
                 return
             text += piece
             await self.tell("answer.delta", text=piece)
+            over, unspoken = sentences(unspoken + piece)
+            for sentence in over:
+                await self._say(sentence)
+        await self._say(unspoken)
         await self.tell("answer.done", text=text, rounds=self._talk.rounds if self._talk else 0)
+
+    async def _say(self, sentence: str) -> None:
+        if (
+            self._talk
+            and self.served.voice
+            and not self._interrupted
+            and (pcm := await self.served.voice.pcm(sentence))
+        ):
+            await self.websocket.send_bytes(pcm)
 
     async def _reply(self, waveform: torch.Tensor) -> AsyncIterator[str]:
         search = vars(self.served.options)

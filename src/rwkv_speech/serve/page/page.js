@@ -12,6 +12,7 @@ let sending = false;
 let wanted = false; // somebody holds the button, or is hands-free
 let heard = null; // the line of what is being said
 let answer = null; // the line of what is being written
+let voice = null; // {context, rate, until, playing}, once the server speaks its answers
 
 function complain(text) {
   problem.textContent = text;
@@ -54,7 +55,7 @@ function connect() {
     const made = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/ws`, protocols);
     made.binaryType = "arraybuffer";
     made.onopen = () => resolve(made);
-    made.onmessage = ({ data }) => take(JSON.parse(data));
+    made.onmessage = ({ data }) => (data instanceof ArrayBuffer ? speak(data) : take(JSON.parse(data)));
     made.onclose = () => {
       socket = null;
       stopSending();
@@ -68,6 +69,10 @@ function take(event) {
   switch (event.type) {
     case "ready":
       undo.disabled = !event.rounds;
+      if (event.voice_rate) {
+        voice ??= { context: new AudioContext(), rate: event.voice_rate, until: 0, playing: new Set() };
+        microphone?.source.mediaStream.getAudioTracks()[0].applyConstraints({ echoCancellation: true });
+      }
       break;
     case "partial":
       heard ??= line("heard");
@@ -93,6 +98,27 @@ function take(event) {
     case "closed":
       if (event.reason) complain(`The session is over: ${event.reason}.`);
   }
+}
+
+// 16-bit samples of a spoken answer, behind what is being spoken.
+function speak(data) {
+  const samples = Float32Array.from(new Int16Array(data), (x) => x / 32768);
+  const buffer = voice.context.createBuffer(1, samples.length, voice.rate);
+  buffer.copyToChannel(samples, 0);
+  const source = voice.context.createBufferSource();
+  source.buffer = buffer;
+  source.connect(voice.context.destination);
+  source.onended = () => voice.playing.delete(source);
+  voice.playing.add(source);
+  voice.until = Math.max(voice.until, voice.context.currentTime);
+  source.start(voice.until);
+  voice.until += buffer.duration;
+  voice.context.resume();
+}
+
+function hush() {
+  for (const source of voice?.playing ?? []) source.stop();
+  if (voice) voice.until = 0;
 }
 
 async function say(command) {
@@ -134,6 +160,7 @@ async function openMicrophone() {
 }
 
 async function startSending(free) {
+  hush();
   wanted = true;
   complain("");
   try {
@@ -166,6 +193,7 @@ async function endSending() {
 
 async function renew() {
   stopSending();
+  hush();
   talk.replaceChildren();
   heard = answer = null;
   hint.hidden = false;
