@@ -91,7 +91,7 @@ def test_standardised_frames_are_those_of_the_published_weights(length):
     torch.manual_seed(0)
     adapter, plain = (Adapter(3, 4, downsample_k=2, hidden=8).double() for _ in range(2))
     frames = 5 * torch.randn(1, length, 3, dtype=torch.double) + 7
-    mean, std = torch.tensor([7.0, -1.0, 0.5]), torch.tensor([5.0, 0.5, 2.0])
+    mean, std = torch.tensor([70.0, -1.0, 0.5]), torch.tensor([5.0, 0.5, 2.0])
     before, _ = adapter(frames, torch.tensor([length]))
     adapter.standardise(mean, std)
     got, _ = adapter(frames, torch.tensor([length]))
@@ -99,5 +99,30 @@ def test_standardised_frames_are_those_of_the_published_weights(length):
     plain.layers.load_state_dict(adapter.published())
     torch.testing.assert_close(plain(frames, torch.tensor([length]))[0], got)
     if length > 1:  # by the layers, on frames standardised outside
-        adapter.mean = None
+        adapter.layers[0].mean = None
         torch.testing.assert_close(adapter((frames - mean) / std, torch.tensor([length]))[0], got)
+
+
+def test_in_half_precision_too_the_published_weights_do_the_same():
+    torch.manual_seed(0)
+    adapter, plain = (Adapter(3, 4, downsample_k=2, hidden=8) for _ in range(2))
+    mean, std = torch.tensor([100.0, -20.0, 7.0]), torch.tensor([2.0, 0.5, 0.1])
+    adapter.standardise(mean, std)
+    plain.layers.load_state_dict(adapter.published())
+    frames = (mean + std * torch.randn(2, 8, 3)).bfloat16()
+    lengths = torch.tensor([8, 5])
+    assert torch.equal(plain(frames, lengths)[0], adapter(frames, lengths)[0])
+
+
+def test_standardised_weights_learn_as_on_standardised_frames():
+    """The gradients of the weights themselves, which are of the size that optimisers expect."""
+    torch.manual_seed(0)
+    adapter, plain = (Adapter(3, 4, downsample_k=2, hidden=8).double() for _ in range(2))
+    plain.load_state_dict(adapter.state_dict())
+    mean, std = torch.tensor([70.0, -1.0, 0.5]), torch.tensor([5.0, 0.5, 2.0])
+    adapter.standardise(mean, std)
+    frames, lengths = mean + std * torch.randn(2, 8, 3, dtype=torch.double), torch.tensor([8, 8])
+    adapter(frames, lengths)[0].square().sum().backward()
+    plain((frames - mean) / std, lengths)[0].square().sum().backward()
+    for (name, x), (_, y) in zip(adapter.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(x.grad, y.grad, msg=name)

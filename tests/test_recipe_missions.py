@@ -113,6 +113,8 @@ def test_the_recipe_of_missions(data, world, tmp_path):
     assert "logistic regression 100.0" in done.stdout
     assert "majority 50.0" in done.stdout
     assert cells(done.stdout, "speaker")
+    other = subprocess.run(command, env=os.environ | settings | {"lr_init": "3e-3"}, capture_output=True, text=True)
+    assert (other.returncode, "was trained with other settings" in other.stderr) == (2, True), other.stderr
     kept = json.loads((project / "table.json").read_text())["speaker"]
     assert kept["logistic regression"][0]["value"] == 1
     assert list(kept) == ["ours", "logistic regression", "majority"]

@@ -48,7 +48,9 @@ def sums(rows: Sequence[Row], count: int, folder: Path) -> list[Row]:
         if not path.exists():
             first, second = (row.audio.waveform().numpy() for row in both)
             pause = np.zeros(int(PAUSE * SAMPLE_RATE), np.float32)
-            soundfile.write(path, np.concatenate([first, pause, second]), SAMPLE_RATE)
+            unfinished = path.with_suffix(".part")
+            soundfile.write(unfinished, np.concatenate([first, pause, second]), SAMPLE_RATE, format="FLAC")
+            unfinished.replace(path)
         total = sum(ONES.index(row.text) for row in both)
         audio = Recording(str(path))
         made.append(Row(f"{number}-{both[0].id}-{both[1].id}", ONES[total], audio, speaker, "en", prompt="add: "))

@@ -7,7 +7,7 @@
 # Each line trains adapter and state on the training half, and decodes the test half; beside it stand logistic
 # regression on mean and deviation of the frames, and the majority class (labels), a CTC probe and Whisper's own decoder
 # (transcripts), the best constant answer and Whisper's translation. Interrupted, the same command goes on. Every other
-# setting of train.py can be given in the environment, too.
+# setting of train.py can be given in the environment, too; a line that was trained under other settings is refused.
 
 data_dir="${data_dir:-}"              # folder of the sets: see README.md
 tiny="${tiny:-openai/whisper-tiny.en}" # Hugging Face name or folder: hears English, and what isn't language
@@ -49,11 +49,16 @@ line() { # name, Whisper, seconds of its window, and settings, where the environ
         "$python" "$recipes/shorten_whisper.py" --encoder "$decoder" --seconds "$seconds" --out "$encoder"
     fi
     "$python" "$recipes/missions.py" manifests "$name" "$data_dir" "$folder"
+    settings="$data_dir $encoder$given $("$python" "$recipes/settings.py")"
+    if [ -e "$folder/trained" ] && [ "$(cat "$folder/trained")" != "$settings" ]; then
+        printf '%s: %s was trained with other settings: choose another proj_dir, or remove it\n' "${0##*/}" "$folder" >&2
+        exit 2
+    fi
     if [ ! -e "$folder/trained" ]; then
         # shellcheck disable=SC2086  # settings have no spaces
         env $given OP=train encoder="$encoder" data_dir='' proj_dir="$folder" train_split="$folder/train.jsonl" \
             sh "$root/demo/demo-state-tuning.sh"
-        : >"$folder/trained"
+        printf '%s\n' "$settings" >"$folder/trained"
     fi
     splits=''
     for split in "$folder"/test*.jsonl; do

@@ -43,13 +43,7 @@ export eval_bsz="${eval_bsz:-24}" beam="${beam:-8}" random_seed="${random_seed:-
 probe_steps="${probe_steps:-2000}"
 
 # Speakers set aside must stay those that the training never saw, so a trained project keeps its settings.
-settings="$data_dir $held_out $more_data $repeat $decoder $probe_steps $("$python" -c '
-import os
-from rwkv_speech.options import setting_fields
-for group, f in setting_fields():
-    if group in ("model", "data", "training") and not f.metadata["resume_ignored"] and os.environ.get(f.name):
-        print(f"{f.name}={os.environ[f.name]}")
-')"
+settings="$data_dir $held_out $more_data $repeat $decoder $probe_steps $("$python" "$recipes/settings.py")"
 if [ -e "$proj_dir/trained" ] && [ "$(cat "$proj_dir/trained")" != "$settings" ]; then
     fail "$proj_dir was trained with other settings ($proj_dir/trained): choose another proj_dir"
 fi

@@ -16,33 +16,25 @@ class Adapter(nn.Module):
         n_embd: width of the language model.
         downsample_k: frames per position, K.
         hidden: units between the two matrices.
-
-    mean, std: (width,) of the frames, which the adapter takes off and divides by, channel by channel; None: it takes
-        frames as they are. `published` has adapters of the second kind only.
     """
-
-    mean: Tensor | None
-    std: Tensor | None
 
     def __init__(self, width: int, n_embd: int, *, downsample_k: int = 5, hidden: int = 2048) -> None:
         super().__init__()
         self.downsample_k = downsample_k
-        self.layers = nn.Sequential(_Linear(downsample_k * width, hidden), nn.ReLU(), _Linear(hidden, n_embd))
-        for name in ("mean", "std"):
-            self.register_buffer(name, None, persistent=False)
+        self.layers = nn.Sequential(_First(downsample_k * width, hidden), nn.ReLU(), _Linear(hidden, n_embd))
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Sets `mean` and `std`, where no channel's is zero."""
-        self.mean, self.std = (x.to(self.layers[0].weight.device, torch.float32) for x in (mean, std))
+        """From now on each channel of the frames has `mean` (width,) taken off and is divided by `std` (width,)."""
+        first = self.layers[0]
+        first.mean, first.std = (x.to(first.weight.device, torch.float32) for x in (mean, std))
 
     def published(self) -> dict[str, Tensor]:
-        """The weights by their names in `layers`, of an adapter without `mean` and `std` that does the same."""
+        """The weights by their names in `layers`, of an adapter of frames as they are that does the same."""
         # Not named_parameters: those that don't learn may be buffers.
         found = {f"{i}.{name}": getattr(self.layers[i], name) for i in (0, 2) for name in ("weight", "bias")}
-        if self.mean is not None:
-            weight = found["0.weight"].detach().unflatten(1, (len(self.mean), self.downsample_k)) / self.std[:, None]
-            found["0.weight"] = weight.flatten(1)
-            found["0.bias"] = found["0.bias"].detach() - weight.sum(2) @ self.mean.to(weight.dtype)
+        if self.layers[0].mean is not None:
+            with torch.no_grad():
+                found["0.weight"], found["0.bias"] = self.layers[0].of_frames_as_they_are()
         return found
 
     def group_count(self, frames: int) -> int:
@@ -64,8 +56,6 @@ class Adapter(nn.Module):
         padding = torch.arange(frames.shape[1], device=frames.device) >= lengths[:, None]  # (B, F)
         frames = frames.masked_fill(padding[..., None], 0)
         frames = F.pad(frames, (0, 0, 0, max(0, K - frames.shape[1])))
-        if self.mean is not None:  # of the padding, too, as what `published` gives has it
-            frames = (frames - self.mean.to(frames.dtype)) / self.std.to(frames.dtype)
         stacked = frames.unfold(1, K, K).flatten(2)  # (B, G, width * K), input = channel * K + offset
         return self.layers(stacked), (lengths // K).clamp(min=1)
 
@@ -75,3 +65,30 @@ class _Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _First(_Linear):
+    """The matrix that reads stacked frames.
+
+    mean, std: (width,), which the channels of the frames are standardised by; None: they aren't. The matrix that does
+        that to frames as they are is what computes: in half precision, too, it is what a mission file will hold.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        for name in ("mean", "std"):
+            self.register_buffer(name, None, persistent=False)
+
+    def of_frames_as_they_are(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias: W (x - mean) / std + b = (W / std) x + (b - (W / std) mean)."""
+        weight = self.weight.unflatten(1, (len(self.mean), -1)) / self.std[:, None]
+        return weight.flatten(1), self.bias - weight.sum(2) @ self.mean.to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is None:
+            return super().forward(x)
+        weight, bias = self.of_frames_as_they_are()
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
