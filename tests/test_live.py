@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -220,6 +221,17 @@ def test_stable_text_only_grows(model, speech, voiced):
 def test_stable_is_what_two_texts_agree_on(text, before, agreed, model):
     encode, decode = model.tokenizer.encode, model.tokenizer.decode
     assert decode(encode(text)[: model.live()._agreed(encode(text), encode(before))]) == agreed
+
+
+def test_half_a_character_is_not_stable(model):
+    half = model.tokenizer.encode("ab 你")[:4]
+    assert model.live()._agreed(half, half) == 3
+
+
+def test_bounds_that_cannot_be(model):
+    for seconds in (0.5, math.nan):
+        with pytest.raises(UserError, match="max_audio_s"):
+            model.live(max_audio_s=seconds)
 
 
 # --- sessions --------------------------------------------------------------------------------------------------------

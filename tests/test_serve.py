@@ -418,21 +418,33 @@ def test_the_pages_session_converses(server, said, paths):
         # Another one begins with the same words, knowing nothing of the first.
         assert ask(other, tell_other, until_other, second) != then
         tell("undo")
-        assert until("ready")[0]["rounds"] == 1
+        assert [event["type"] for event in until("ready")] == ["undone", "ready"]
+        tell("undo")
+        assert "no round to take back" in until("error")[-1]["message"]
         talk = before
         assert ask(socket, tell, until, second) == answered(second) == then
         tell("reset")
-        assert until("ready")[0]["rounds"] == 0
+        assert not until("ready")[0]["can_undo"]
         for nonsense in ("[", "{}", '{"type": "start"}', '{"type": "start", "rate": 1e9, "mission": "converse"}'):
             socket.send(nonsense)
             assert until("error")
+        socket.send(json.dumps({"type": "undo", "why": "x" * 1000}))
+        assert "expected start" in until("error")[-1]["message"]
+        # What is too long is refused to its end: nothing is answered.
+        tell("start", rate=16_000, mission="converse", hands_free=False)
+        until("ready")
+        for _ in range(7):
+            socket.send(said.tobytes())
+        assert "answered in one go" in until("error")[-1]["message"]
+        tell("end")
+        assert {event["type"] for event in until("ready")} <= {"final", "ready"}, "no answer, only what was heard"
         socket.send(b"odd")
         assert "odd number" in until("error")[-1]["message"]
         # Hands-free: an answer to each sentence, of which the mission that transcribes shows the words.
         tell("start", rate=16_000, mission="converse")
         socket.send(said.tobytes())
         events = until("answer.done") + until("answer.done")
-        assert events[-1]["rounds"] == 2
+        assert events[-1]["can_undo"]
         assert "final" in [event["type"] for event in events]
 
 
@@ -580,7 +592,8 @@ def test_what_cannot_be_served_is_one_line(world, monkeypatch, capsys, server):
         ("--missions=a.pth", "--adapter=b.pth"): "leave one out",
         (f"--port={server.port}",): "--port 0 takes any",
         ("--port=70000",): "expected 0 to 65535",
-        ("--api_key=two words",): "without spaces",
+        ("--api_key=two words",): "which browsers can send",
+        ("--api_key=c2VjcmV0a2V5=",): "which browsers can send",
         ("--op=predict", "--file_path=x", "--missions=a"): "--missions goes with --op serve",
     }.items():
         op = () if "--op=predict" in flags else ("--op=serve",)

@@ -114,6 +114,8 @@ class Live:
         if self.task.mission.rounds and conversation is None:
             conversation = model.conversation(mission=self.task.name, max_audio_s=max_audio_s)
         self.conversation = conversation
+        if max_audio_s is not None and not 1 <= max_audio_s < math.inf:
+            raise UserError(f"live: max_audio_s is {max_audio_s:g} s; expected at least 1")
         self._search, self._options = search, DecodingOptions(**search)
         longest = model.longest_piece(max_audio_s, self.task.name)
         self._max_audio_s = min(longest, conversation.max_audio_s) if conversation else longest
@@ -256,7 +258,9 @@ class Live:
                 end = begin if end else 0  # with the space before it
                 break
             end = begin + len(word)
-        return next((n for n in range(len(tokens), 0, -1) if text[:end].startswith(decode(tokens[:n]))), 0)
+        parts = ((n, decode(tokens[:n])) for n in range(len(tokens), 0, -1))
+        # What ends within a character may go on as another one.
+        return next((n for n, part in parts if text[:end].startswith(part) and not part.endswith("\ufffd")), 0)
 
     def _text(self, tokens: list[int]) -> str:
         return self.model.tokenizer.decode(tokens).strip()

@@ -108,6 +108,11 @@ class Conversation:
         hidden, turn = self._read(said, asked=True)
         return self._answer(self._now, hidden, turn, options)
 
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is a round to take back."""
+        return self._before is not None
+
     def undo(self) -> None:
         """Takes back the last round, or what was listened to since the last answer; once, not again.
 

@@ -347,8 +347,11 @@ class ServingOptions:
     def __post_init__(self) -> None:
         if self.port > 65535:
             raise UserError(f"--port {self.port}: expected 0 to 65535")
-        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise UserError("--api_key: expected ASCII characters without spaces, as a header can hold them")
+        if self.api_key is not None and not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", self.api_key, re.ASCII):
+            raise UserError(
+                "--api_key: expected letters, digits and !#$%&'*+-.^_`|~, which browsers can send to a websocket: "
+                "openssl rand -hex 32 makes such a key"
+            )
 
 
 GROUPS: dict[str, type] = {

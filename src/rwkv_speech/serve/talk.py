@@ -4,8 +4,8 @@
                 end       what is heard so far is all
                 cancel    forget what is being said, and stop answering
                 undo      take back the last round;   reset    begin the conversation anew
-    back        ready{mission, rounds, voice_rate}, partial{text, stable, audio_ms}, final{text, start, end},
-                answer.delta{text}, answer.done{text, rounds}, error{message}, closed{reason}
+    back        ready{mission, can_undo, voice_rate}, undone, partial{text, stable, audio_ms}, final{text, start, end},
+                answer.delta{text}, answer.done{text, can_undo}, error{message}, closed{reason}
 
 Where there is a voice, binary messages back are the answer of a conversation as it is spoken, sentence by sentence:
 16-bit little-endian samples at `voice_rate`.
@@ -41,6 +41,7 @@ from rwkv_speech.speech.endpoint import Endpointer
 log = logging.getLogger("rwkv_speech")
 
 BACKLOG, MESSAGES = 2_000_000, 1000  # bytes of audio, and messages, that wait at most; then the sender waits
+COMMAND = 1000  # characters of the longest command
 PAUSE = 0.6  # s of silence after which an answer is due
 
 
@@ -150,6 +151,7 @@ class _Session:
                 if not self._talk:
                     raise ApiError(400, f"{self.task.name} is no conversation: there is nothing to take back")
                 self._talk.undo()
+                await self.tell("undone")
                 await self._ready()
             case {"type": "reset"}:
                 self._begin()
@@ -160,8 +162,8 @@ class _Session:
 
     async def _ready(self) -> None:
         voice = self.served.voice
-        rounds = self._talk.rounds if self._talk else 0
-        await self.tell("ready", mission=self.task.name, rounds=rounds, voice_rate=voice.rate if voice else None)
+        can_undo = self._talk is not None and self._talk.can_undo
+        await self.tell("ready", mission=self.task.name, can_undo=can_undo, voice_rate=voice.rate if voice else None)
 
     def _begin(self) -> None:
         """A conversation from its beginning, where the mission is one."""
@@ -178,6 +180,7 @@ class _Session:
             self._live = self.served.live(spelling)
         self._ends = Endpointer(pause=PAUSE, longest=longest[self.task.name])
         self._held: list[np.ndarray] = []
+        self._refused = False  # until the end of what was too long
 
     async def _hear(self, pcm: bytes, *, last: bool = False) -> None:
         if not self._samples:
@@ -200,9 +203,11 @@ class _Session:
             for segment in await self.engine.call(lambda: self._ends.feed(torch.from_numpy(piece))):
                 await self._answer(segment.waveform)
             return
+        if self._refused:
+            return
         self._held.append(piece)
         if sum(map(len, self._held)) > self.served.longest[self.task.name] * SAMPLE_RATE:
-            self._listen()
+            self._held, self._refused = [], True
             raise ApiError(400, f"more than the {self.served.longest[self.task.name]:g} s that are answered in one go")
 
     async def _answer_rest(self) -> None:
@@ -211,7 +216,7 @@ class _Session:
                 await self._answer(segment.waveform)
         elif self._held:
             await self._answer(torch.from_numpy(np.concatenate(self._held)))
-        else:
+        elif not self._refused:
             raise ApiError(400, "nothing was heard")
 
     async def _show(self, events: list[Any]) -> None:
@@ -231,7 +236,7 @@ class _Session:
             for sentence in over:
                 await self._say(sentence)
         await self._say(unspoken)
-        await self.tell("answer.done", text=text, rounds=self._talk.rounds if self._talk else 0)
+        await self.tell("answer.done", text=text, can_undo=self._talk is not None)
 
     async def _say(self, sentence: str) -> None:
         if (
@@ -243,7 +248,7 @@ class _Session:
             await self.websocket.send_bytes(pcm)
 
     async def _reply(self, waveform: torch.Tensor) -> AsyncIterator[str]:
-        search = vars(self.served.options)
+        search = vars(decoding_options(self.served.options, {}))
         pieces: Iterator[str] = await self.engine.call(lambda: self._talk.reply(waveform, **search))
         while (piece := await self.engine.call(lambda: next(pieces, None))) is not None:
             yield piece
@@ -257,7 +262,7 @@ class _Session:
 
 def _command(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = json.loads(text) if len(text) <= COMMAND else None
     except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}

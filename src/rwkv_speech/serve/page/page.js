@@ -50,29 +50,39 @@ const converses = () => missions.get(mission.value) === "converse";
 const spells = () => ["transcribe", "translate"].includes(missions.get(mission.value));
 
 function connect() {
-  socket ??= new Promise((resolve, reject) => {
+  if (socket) return socket;
+  const mine = new Promise((resolve, reject) => {
     const protocols = ["rwkv-speech", ...(key ? [`openai-insecure-api-key.${key}`] : [])];
     const made = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/ws`, protocols);
     made.binaryType = "arraybuffer";
     made.onopen = () => resolve(made);
-    made.onmessage = ({ data }) => (data instanceof ArrayBuffer ? speak(data) : take(JSON.parse(data)));
+    made.onmessage = ({ data }) => {
+      if (socket === mine) data instanceof ArrayBuffer ? speak(data) : take(JSON.parse(data));
+    };
     made.onclose = () => {
-      socket = null;
-      stopSending();
+      if (socket === mine) {
+        socket = null;
+        stopSending();
+      }
       reject(new Error("The server can't be reached."));
     };
   });
-  return socket;
+  return (socket = mine);
 }
 
 function take(event) {
   switch (event.type) {
     case "ready":
-      undo.disabled = !event.rounds;
+      undo.disabled = !event.can_undo;
       if (event.voice_rate) {
         voice ??= { context: new AudioContext(), rate: event.voice_rate, until: 0, playing: new Set() };
         microphone?.source.mediaStream.getAudioTracks()[0].applyConstraints({ echoCancellation: true });
       }
+      break;
+    case "undone":
+      while (talk.lastElementChild && !talk.lastElementChild.matches(".answer")) talk.lastElementChild.remove();
+      talk.lastElementChild?.remove();
+      if (talk.lastElementChild?.matches(".heard")) talk.lastElementChild.remove();
       break;
     case "partial":
       heard ??= line("heard");
@@ -90,7 +100,7 @@ function take(event) {
     case "answer.done":
       show(answer ?? line("answer"), event.text || "(no answer)", false);
       answer = null;
-      undo.disabled = !event.rounds;
+      undo.disabled = !event.can_undo;
       break;
     case "error":
       complain(event.message);
@@ -191,7 +201,7 @@ async function endSending() {
   if (was) await say({ type: "end" }).catch((error) => complain(error.message));
 }
 
-async function renew() {
+function renew() {
   stopSending();
   hush();
   talk.replaceChildren();
@@ -200,14 +210,9 @@ async function renew() {
   undo.disabled = true;
   undo.hidden = !converses();
   complain("");
-  if (socket) {
-    try {
-      (await socket).close();
-    } catch {
-      // it never was open
-    }
-    socket = null;
-  }
+  const old = socket;
+  socket = null; // what still comes of it is not shown
+  old?.then((open) => open.close()).catch(() => {}); // it never was open
 }
 
 async function upload(chosen) {
@@ -216,7 +221,9 @@ async function upload(chosen) {
   const context = new AudioContext();
   try {
     const audio = await context.decodeAudioData(await chosen.arrayBuffer());
-    const samples = Int16Array.from(audio.getChannelData(0), (x) => Math.max(-1, Math.min(1, x)) * 32767);
+    const channels = Array.from({ length: audio.numberOfChannels }, (_, i) => audio.getChannelData(i));
+    const mean = channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length);
+    const samples = Int16Array.from(mean, (x) => Math.max(-1, Math.min(1, x)) * 32767);
     await start(audio.sampleRate, false);
     const open = await connect();
     for (let i = 0; i < samples.length; i += 32768) open.send(samples.slice(i, i + 32768));
@@ -281,11 +288,9 @@ file.addEventListener("change", async () => {
   file.value = "";
   if (chosen) await upload(chosen).catch((error) => complain(error.message));
 });
-undo.addEventListener("click", async () => {
-  await say({ type: "undo" }).catch((error) => complain(error.message));
-  while (talk.lastElementChild && !talk.lastElementChild.matches(".answer")) talk.lastElementChild.remove();
-  talk.lastElementChild?.remove();
-  if (talk.lastElementChild?.matches(".heard")) talk.lastElementChild.remove();
+undo.addEventListener("click", () => {
+  undo.disabled = true; // until the server says that there is one more
+  say({ type: "undo" }).catch((error) => complain(error.message));
 });
 anew.addEventListener("click", renew);
 mission.addEventListener("change", renew);
