@@ -16,7 +16,7 @@ TINY = Path(__file__).parents[1] / "demo" / "tiny"
 
 
 @pytest.mark.parametrize(
-    "file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth", "rwkv7-tiny-listening.pth"]
+    "file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth", "rwkv7-tiny-missions.pth"]
 )
 @pytest.mark.parametrize("said", ["only don't blame me", "it is an actual matter of fact", "choose what you will"])
 def test_it_copies_reserved_sentences(said, file):
