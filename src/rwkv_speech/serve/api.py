@@ -82,13 +82,14 @@ class Served:
     async def heard(self, live: Live, work: Iterator[AudioSegment | Partial]) -> AsyncIterator[Partial | Final]:
         """What a live session makes of audio, of which `live.hear` or `live.hear_rest` is the work.
 
-        Only this waits for the engine's thread; the answers to segments are rows of the batch of all.
+        The work is one call of the engine; the answers to segments are rows of the batch that all share.
         """
         for event in await self.engine.call(lambda: list(work)):
             if isinstance(event, AudioSegment):
                 sample = self.engine.model.sample(Row("", None, event.waveform, mission=live.task.name))
                 with self.engine.answer(sample, self.options) as answer:
-                    event = final(event, "".join([piece async for piece in answer]))
+                    await _all(answer)
+                event = final(event, self.engine.model.text(answer.result))
             yield event
 
     def transcribing(self, audio: bytes, task: Task, search: dict[str, Any], prompt: str | None) -> Transcribing:
@@ -339,8 +340,9 @@ async def _stream(
 ) -> Response:
     """Server-sent events. What is wrong before the first one is a status; after that it is an event."""
     lines = _lines(served, events, done)
+    over = time.monotonic() + served.serving.request_timeout + SENDING
     first = await _while_connected(request, anext(lines))
-    return _Stream(first, lines, served.serving.request_timeout + SENDING)
+    return _Stream(first, lines, over - time.monotonic())
 
 
 async def _lines(served: Served, events: AsyncIterator[dict[str, Any]], done: str | None) -> AsyncIterator[str]:

@@ -81,6 +81,7 @@ class Engine:
         self._work = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], asyncio.Future]] = deque()
+        self._new: list[Answer] = []  # that are being read
         self._running: list[Answer] = []
         self._rows = Rows(model.language_model)
         self._news: list[tuple[Answer, str | DecodingResult | Exception]] = []
@@ -145,19 +146,20 @@ class Engine:
                 return
             call = self._calls.popleft() if self._calls else None
             room = min(PROMPTS, self.most - len(self._running))
-            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            self._new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         if call:
             self._do(*call)
-        self._begin([answer for answer in new if not answer.cancelled])
+        self._begin([answer for answer in self._new if not answer.cancelled])
+        self._new = []
         self._step()
         self._tell()
 
     def _give_up(self, error: Exception) -> None:
         with self._work:
-            answers, calls = [*self._running, *self._waiting], [*self._calls]
+            answers, calls = [*self._running, *self._new, *self._waiting], [*self._calls]
             self._waiting.clear()
             self._calls.clear()
-        self._running, self._rows = [], Rows(self.model.language_model)
+        self._running, self._new, self._rows = [], [], Rows(self.model.language_model)
         self._news += [(answer, error) for answer in answers]
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self._tell()
