@@ -167,6 +167,12 @@ def changes(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [new for old, new in zip([("", ""), *texts], texts, strict=False) if new != old]
 
 
+def test_a_partial_is_no_longer_than_what_can_be_said_by_then(model, speech, voiced):
+    _, partials = session(model.live(), speech[12_345:].split(1600))
+    assert max(len(partial.text) for partial in partials) > 10
+    assert all(len(partial.text) <= 50 * partial.audio_ms / 1000 for partial in partials)  # a letter is a token
+
+
 @pytest.mark.parametrize("mission", ["transcribe", "answer"])
 @pytest.mark.parametrize(("family", "last"), [("wavlm", 400), ("whisper", 320)])
 @pytest.mark.parametrize(("right", "left"), [(0.0, None), (0.32, 0.5)])

@@ -1,5 +1,6 @@
 """The server, in a process of its own: by the official client, by many at a time, by clients that mean no good."""
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -12,9 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +26,25 @@ import pytest
 import soundfile
 import soxr
 import torch
+import uvicorn
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from rwkv_speech import SpeechRWKV
 from rwkv_speech.data.sample import Message, Sample
-from rwkv_speech.live import Final
+from rwkv_speech.decoding import Rows
+from rwkv_speech.live import Final, Live
+from rwkv_speech.lm.tokenizer import END_OF_TEXT
 from rwkv_speech.mission_file import write_mission_file
-from rwkv_speech.options import DecodingOptions
+from rwkv_speech.ops.serve import _listening
+from rwkv_speech.options import DecodingOptions, ServingOptions
+from rwkv_speech.serve.api import Served, _Stream
+from rwkv_speech.serve.app import make_app
+from rwkv_speech.serve.engine import Engine
+from rwkv_speech.serve.errors import ApiError
+from rwkv_speech.serve.guard import Guard
 from rwkv_speech.serve.voice import sentences
+from rwkv_speech.session import StrippedStream
 from rwkv_speech.speech.audio import load_audio
 from rwkv_speech.transcription import FORMATS
 from tests.tiny import at_door
@@ -65,6 +77,7 @@ class Server:
     process: subprocess.Popen
     log: Path
     model: SpeechRWKV
+    silent: list[socket.socket]  # connections in which no request has come since the server began
 
     @property
     def client(self) -> openai.OpenAI:
@@ -124,7 +137,11 @@ def server(world, tmp_path_factory) -> Iterator[Server]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     model = world.speech_rwkv(adapter=files)
-    yield Server(int(found[1]), process, log, model)
+    silent = [socket.create_connection(("127.0.0.1", int(found[1]))) for _ in range(2)]
+    silent[1].sendall(b"GET / HTTP/1.1\r\nHost: loc")
+    yield Server(int(found[1]), process, log, model, silent)
+    for connection in silent:
+        connection.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(20) in (0, 128 + signal.SIGINT)
     assert "Traceback" not in log.read_text()
@@ -263,6 +280,24 @@ def test_what_is_wrong_is_said_in_the_apis_form(server, paths, how, words):
     assert error["type"] == ("not_found_error" if caught.value.status_code == 404 else "invalid_request_error")
 
 
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"top_p": 0.5}, "top_p: goes with a temperature above 0"),
+        ({"seed": 1}, "seed: goes with a temperature above 0"),
+        ({"temperature": 0, "seed": 1}, "seed: goes with a temperature above 0"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "differ: leave one out"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "include_usage: expected true or false"),
+        ({"model": "label", "temperature": 0.5}, "label chooses among labels"),
+        ({"model": "label", "max_tokens": 5}, "label chooses among labels"),
+    ],
+)
+def test_a_field_that_would_change_nothing_is_refused(server, paths, how, words):
+    messages = [{"role": "user", "content": [audio_part(paths[0])]}]
+    with pytest.raises(openai.BadRequestError, match=re.escape(words)):
+        server.client.chat.completions.create(**{"model": "converse", "messages": messages} | how)
+
+
 # --- many at a time --------------------------------------------------------------------------------------------------
 
 
@@ -291,14 +326,158 @@ def test_more_than_the_queue_holds_are_told_to_come_back(server):
     assert (busy["code"], busy["type"]) == ("busy", "rate_limit_error")
 
 
-def test_a_client_that_goes_frees_its_place(server, paths):
-    body, kind = multipart({"model": "transcribe", "stream": "true"}, long_wav())
-    for _ in range(5):
-        with socket.create_connection(("127.0.0.1", server.port)) as raw:
-            raw.sendall(head("/v1/audio/transcriptions", len(body), kind) + body)
-            time.sleep(0.05)
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # as a killed one leaves it
+def test_more_bodies_than_the_queue_holds_are_not_read(server):
+    kind = "application/json"
+    with contextlib.ExitStack() as uploads:
+        for _ in range(20):
+            raw = uploads.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            raw.sendall(head("/v1/chat/completions", 1000, kind) + b"{")
+        deadline = time.monotonic() + 5
+        while (found := server.ask("POST", "/v1/chat/completions", b"{}", Content_Type=kind))[0] != 429:
+            assert time.monotonic() < deadline, found
+        assert b"busy with 20 uploads" in found[1]
     server.wait_until_idle()
+    while server.ask("POST", "/v1/chat/completions", b"{}", Content_Type=kind)[0] != 400:
+        assert time.monotonic() < deadline
+
+
+@pytest.fixture(scope="module")
+def endless(world) -> SpeechRWKV:
+    """A model whose answers don't end."""
+    model = world.speech_rwkv(mission=["transcribe", "converse"], adapter_hidden=16)
+    with torch.no_grad():
+        model.language_model.head.weight[END_OF_TEXT] = 0  # of 257, some have a logit above 0
+    return model
+
+
+def test_a_client_that_goes_frees_its_place(endless):
+    app = make_app(endless, ServingOptions(max_queue=4, max_batch=2))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    served: Served = app.state.served
+
+    def wait(requests: int, running: int, waiting: int) -> None:
+        deadline = time.monotonic() + 2
+        wanted = {"requests": requests, "running": running, "waiting": waiting}
+        while (found := {"requests": served.places.taken} | served.engine.counts) != wanted:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.01)
+
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with contextlib.ExitStack() as clients:
+            for stream in (True, False, True, False):
+                asked = {"model": "converse", "messages": [{"role": "user", "content": "x"}], "max_tokens": 10**6}
+                body = json.dumps(asked | {"stream": stream}).encode()
+                raw = clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+                raw.sendall(head("/v1/chat/completions", len(body), "application/json") + body)
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # as a killed one leaves it
+            wait(requests=4, running=2, waiting=2)
+        wait(requests=0, running=0, waiting=0)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_reader_who_stops_reading_is_given_up():
+    over = []
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            yield "more"
+        finally:
+            over.append(True)
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    made = lines()
+
+    async def main() -> None:
+        await asyncio.wait_for(_Stream(await anext(made), made, 0.05)({"type": "http"}, never, never), 5)
+
+    asyncio.run(main())
+    assert over
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+ASKED = Sample("", (Message("user", ("hello",)),), "converse")
+
+
+def test_an_answer_that_is_given_up_waits_no_more(endless):
+    engine = Engine(endless, most=1)
+    with engine.answer(ASKED, DecodingOptions()):
+        assert engine.counts["waiting"] == 1
+    assert engine.counts["waiting"] == 0
+
+
+def test_the_engine_outlives_what_fails(endless, monkeypatch):
+    async def main() -> None:
+        engine = Engine(endless, most=4)
+        engine.start(asyncio.get_running_loop())
+
+        async def ask() -> str:
+            with engine.answer(ASKED, DecodingOptions(max_new_tokens=5)) as answer:
+                return "".join([piece async for piece in answer])
+
+        async def fail(*_: object) -> None:
+            for found in await asyncio.gather(ask(), ask(), return_exceptions=True):
+                assert "out of order" in str(found)
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("out of order")
+
+        wanted = await ask()
+        for owner, name in ((StrippedStream, "flush"), (Rows, "step"), (Engine, "_begin"), (Engine, "_step")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, broken)
+                await fail()
+            assert await ask() == wanted
+            assert engine.counts == {"running": 0, "waiting": 0}
+        engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_the_end_of_a_live_segment_keeps_nobody_waiting(endless, said):
+    served: Served = make_app(endless, ServingOptions()).state.served
+    steps, calls, do = 0, [], served.engine._do
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    def counted(*call: object) -> None:
+        before = steps
+        do(*call)
+        calls.append(steps - before)
+
+    served.engine._do = counted
+
+    def live() -> Live:
+        return served.live(served.task("transcribe"), step=60)  # no partials
+
+    async def main() -> list[Final]:
+        served.engine.start(asyncio.get_running_loop())
+        session, finals = live(), []
+        for work in (session.hear(said), session.hear_rest()):
+            finals += [event async for event in served.heard(session, work)]
+        served.engine.close()
+        return finals
+
+    hook = endless.language_model.register_forward_hook(count)
+    found = asyncio.run(asyncio.wait_for(main(), 30))
+    hook.remove()
+    assert steps >= 200, "two answers of 100 tokens"
+    assert len(calls) == 2
+    assert max(calls) == 0, "none of them while others wait for a call"
+    alone = live()
+    assert found == alone.feed(said) + alone.finish()
 
 
 def long_wav() -> bytes:
@@ -467,11 +646,13 @@ def test_a_session_that_floods_delays_nobody(server, paths, said):
     with session(server) as (socket, tell, until):
         tell("start", rate=16_000, mission="transcribe")
         until("ready")
-        for _ in range(4):  # half a minute at once
-            socket.send(said.tobytes())
         start = time.monotonic()
+        socket.send(said.tobytes() + bytes(2 * (14 * 16_000 - len(said))))  # 14 s at once, most of them silence
+        tell("end")
         assert server.client.audio.transcriptions.create(file=paths[4], model="transcribe").text == wanted
         assert time.monotonic() - start < 5
+        until("ready")
+        assert time.monotonic() - start >= (14 - 10) / 2, "10 s at once, then 2 s of it in a second"
 
 
 def test_realtime_transcription_by_the_official_client(server, said):
@@ -487,12 +668,18 @@ def test_realtime_transcription_by_the_official_client(server, said):
             piece = base64.b64encode(said[start : start + 8000].tobytes()).decode()
             connection.input_audio_buffer.append(audio=piece)
         connection.input_audio_buffer.commit()
+        connection.send_raw(b"no text")
         connection.input_audio_buffer.append(audio="!!!")
+        while (event := connection.recv()).type != "error":
+            found.setdefault(event.type, []).append(event)
+        assert "expected text events" in event.error.message
         while (event := connection.recv()).type != "error":
             found.setdefault(event.type, []).append(event)
         assert "no base64" in event.error.message
     kind = "conversation.item.input_audio_transcription"
     assert [event.transcript for event in found[f"{kind}.completed"]] == [final.text for final in wanted]
+    first, second = found["input_audio_buffer.committed"]
+    assert (first.previous_item_id, second.previous_item_id) == (None, first.item_id)
     for event in found[f"{kind}.completed"]:
         deltas = "".join(x.delta for x in found.get(f"{kind}.delta", ()) if x.item_id == event.item_id)
         assert deltas  # of a model of random weights, stable words need not begin the whole
@@ -506,6 +693,10 @@ def flac_bomb() -> bytes:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(8000 * 3600, np.int16), 8000, format="FLAC")
     return file.getvalue()
+
+
+def chat_body(content: object) -> bytes:
+    return json.dumps({"model": "converse", "messages": [{"role": "user", "content": content}]}).encode()
 
 
 def hostile() -> dict[str, tuple[str, bytes, dict[str, str]]]:
@@ -532,6 +723,8 @@ def hostile() -> dict[str, tuple[str, bytes, dict[str, str]]]:
         "no-base64": json.dumps({"model": "converse", "messages": [{"role": "user", "content": [part]}]}).encode(),
         "wrong-types": json.dumps({"model": 3, "messages": {"role": "user"}}).encode(),
         "message-is-text": json.dumps({"model": "converse", "messages": ["hello"]}).encode(),
+        "many-recordings": chat_body([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}] * 65),
+        "many-values": b"[" + b"{}," * 100_000 + b"0]",
         "system": json.dumps({"model": "converse", "messages": [{"role": "system", "content": "x"}]}).encode(),
         "much-text": json.dumps(
             {"model": "converse", "messages": [{"role": "user", "content": "x" * 99_999}]}
@@ -548,6 +741,8 @@ def hostile() -> dict[str, tuple[str, bytes, dict[str, str]]]:
         "too-large": (audio, b"x" * 2_100_000, form),
         "other-origin": (audio, whole, form | {"Origin": "http://evil.example"}),
         "other-host": (audio, whole, form | {"Host": "evil.example"}),
+        "no-origin": (audio, whole, form | {"Origin": "http://["}),
+        "no-host": (audio, whole, form | {"Host": "["}),
         "long-header": (audio, whole, form | {"X_Long": "x" * 100_000}),
     }
 
@@ -569,7 +764,9 @@ def test_hostile_requests_are_refused(server, name):
     status, found = server.ask("POST", path, body, **headers)
     assert status in wanted.get(name, {400}), found
     if status != 200 and name != "long-header":
-        assert json.loads(found)["error"]["message"].count("\n") == 0
+        message = json.loads(found)["error"]["message"]
+        assert message.count("\n") == 0
+        assert {"many-recordings": "64 recordings", "many-values": "100000 values"}.get(name, "") in message
 
 
 def test_a_body_without_a_length_is_counted(server):
@@ -584,13 +781,39 @@ def test_a_body_without_a_length_is_counted(server):
         assert b" 413 " in raw.recv(100)
 
 
+def test_connections_without_a_request_are_closed(server):
+    for connection in server.silent:
+        connection.settimeout(15)
+        assert connection.recv(100) == b""
+
+
+@pytest.mark.parametrize(
+    ("host", "called", "allowed"),
+    [
+        ("127.0.0.1", "localhost:8000", True),
+        ("127.0.0.2", "127.0.0.2:8000", True),
+        ("127.0.0.2", "evil.example", False),
+        ("localhost", "evil.example", False),
+        ("::1", "[::1]:8000", True),
+        ("0.0.0.0", "speech.example", True),
+    ],
+)
+def test_names_of_a_server_that_is_local(host, called, allowed):
+    guard = Guard(None, ServingOptions(host=host))
+    with contextlib.nullcontext() if allowed else pytest.raises(ApiError, match="its own machine"):
+        guard._check("/", {"host": called})
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_served_is_one_line(world, monkeypatch, capsys, server):
+    loading = _listening("127.0.0.1", 0)  # a server that has not read its model yet
     for flags, words in {
         ("--missions=a.pth", "--adapter=b.pth"): "leave one out",
         (f"--port={server.port}",): "--port 0 takes any",
+        (f"--port={loading.getsockname()[1]}",): "--port 0 takes any",
+        (f"--host={'a' * 70}",): f"--host {'a' * 70} --port 8000: ",
         ("--port=70000",): "expected 0 to 65535",
         ("--api_key=two words",): "which browsers can send",
         ("--api_key=c2VjcmV0a2V5=",): "which browsers can send",

@@ -18,8 +18,8 @@ Models of the size that answers within a step on a CPU are fastest with one thre
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,7 @@ from rwkv_speech.data.sample import Row
 from rwkv_speech.decoding import complete
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.state import State
+from rwkv_speech.missions.mission import TOKENS_PER_SECOND
 from rwkv_speech.options import DecodingOptions
 from rwkv_speech.scoring.languages import units
 from rwkv_speech.speech.audio import SAMPLE_RATE, check_waveform
@@ -148,21 +149,27 @@ class Live:
         Raises:
             AudioError: samples that can't be used.
         """
-        waveform = _waveform(samples)
-        if not len(waveform):
-            return []
-        self._samples += len(waveform)
-        events: list[Partial | Final] = [self._final(segment) for segment in self._endpointer.feed(waveform)]
-        if partial := self._partial():
-            events.append(partial)
-        return events
+        return [x if isinstance(x, Partial) else self._final(x) for x in self.hear(samples)]
 
     def finish(self) -> list[Partial | Final]:
         """The end of the audio: what is left becomes final. What is fed then begins anew, as time goes on."""
-        events: list[Partial | Final] = [self._final(segment) for segment in self._endpointer.finish()]
+        return [self._final(segment) for segment in self.hear_rest()]
+
+    def hear(self, samples: Tensor | np.ndarray | Sequence[float]) -> Iterator[AudioSegment | Partial]:
+        """As `feed`, with the audio of finals in the place of their texts, for whoever decodes it elsewhere."""
+        waveform = _waveform(samples)
+        if not len(waveform):
+            return
+        self._samples += len(waveform)
+        yield from map(self._in_session, self._endpointer.feed(waveform))
+        if partial := self._partial():
+            yield partial
+
+    def hear_rest(self) -> Iterator[AudioSegment]:
+        """As `finish`, with audio as of `hear`."""
+        yield from map(self._in_session, self._endpointer.finish())
         self._began += self._samples / SAMPLE_RATE
         self._restart()
-        return events
 
     def cancel(self) -> None:
         """Forgets the segment that is being spoken."""
@@ -174,13 +181,16 @@ class Live:
         self._samples = 0
         self._heard: _Heard | None = None
 
+    def _in_session(self, segment: AudioSegment) -> AudioSegment:
+        return replace(segment, start=self._began + segment.start)
+
     def _final(self, segment: AudioSegment) -> Final:
         if self.conversation:
             text = "".join(self.conversation.reply(segment.waveform, **self._search))
         else:
             how = {"max_audio_s": self._max_audio_s, "mission": self.task.name}
             (text,) = self.model.transcribe([segment.waveform], **how, **self._search)
-        return Final(text, round(self._began + segment.start, 3), round(self._began + segment.end, 3))
+        return final(segment, text)
 
     @torch.inference_mode()
     def _partial(self) -> Partial | None:
@@ -238,7 +248,10 @@ class Live:
         """The tokens that follow the stable ones, from a copy of the state."""
         model = self.model.language_model
         seconds = heard.positions * self._hop / SAMPLE_RATE
-        limit = self._options.max_new_tokens or self.task.mission.max_new_tokens(seconds)
+        if self.task.mission.cut:  # no more than can be said by then: on a server, others wait for it
+            limit = self._options.max_new_tokens or math.ceil(TOKENS_PER_SECOND * seconds)
+        else:
+            limit = self._options.max_new_tokens or self.task.mission.max_new_tokens(seconds)
         if heard.stable >= limit:
             return []
         asked = torch.tensor([[SEPARATOR_ID, *heard.tokens[: heard.stable]]], device=self.model.device)
@@ -264,6 +277,11 @@ class Live:
 
     def _text(self, tokens: list[int]) -> str:
         return self.model.tokenizer.decode(tokens).strip()
+
+
+def final(segment: AudioSegment, text: str) -> Final:
+    """What a segment that `Live.hear` gave has come to."""
+    return Final(text, round(segment.start, 3), round(segment.end, 3))
 
 
 def _waveform(samples: Tensor | np.ndarray | Sequence[float]) -> Tensor:

@@ -27,6 +27,8 @@ def serve(options: Options) -> int:
     import uvicorn
 
     from rwkv_speech.serve.app import make_app
+    from rwkv_speech.serve.connections import Connection
+    from rwkv_speech.serve.guard import is_local
 
     serving = options.serving
     if serving.missions and options.model.adapter:
@@ -49,10 +51,11 @@ def serve(options: Options) -> int:
         )
         host, port = listening.getsockname()[:2]
         log.info("serving %s at http://%s:%d", ", ".join(model.tasks), f"[{host}]" if ":" in host else host, port)
-        if not serving.api_key and not host.startswith("127.") and host != "::1":
+        if not serving.api_key and not is_local(host):
             log.warning("whoever reaches %s may use this server: --api_key asks them for a key", host)
         config = uvicorn.Config(
             app,
+            http=Connection,
             ws="websockets-sansio",
             ws_max_size=MESSAGE,
             log_level="warning",
@@ -77,6 +80,8 @@ def _listening(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free") from None
+        listening.listen()  # from now on, nobody else can
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: {reason}; --port 0 takes any that is free") from None
     return listening

@@ -1,10 +1,12 @@
 """The HTTP interface: OpenAI's forms of transcription, translation, models and chat; and whether the server is well."""
 
 import asyncio
+import contextlib
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,27 +15,33 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rwkv_speech.data.sample import Message, Sample
-from rwkv_speech.live import Live
+from rwkv_speech.data.sample import Message, Row, Sample
+from rwkv_speech.live import Final, Live, Partial, final
 from rwkv_speech.missions.task import Task
 from rwkv_speech.options import DecodingOptions, ServingOptions
 from rwkv_speech.serve.engine import Answer, Engine
 from rwkv_speech.serve.errors import ApiError, error_body
-from rwkv_speech.serve.guard import Places
+from rwkv_speech.serve.guard import PATIENCE, BusyError, Places
 from rwkv_speech.serve.recordings import Reader, Transcribing
 from rwkv_speech.serve.requests import (
     ChatRequest,
     chat_request,
     check_prompt,
+    check_search,
     decoding_options,
     one_recording,
     transcription_request,
 )
 from rwkv_speech.serve.voice import Voice
 from rwkv_speech.speech.audio import SAMPLE_RATE, Longest
+from rwkv_speech.speech.segments import AudioSegment
 from rwkv_speech.transcription import FORMATS, Transcript
 
+log = logging.getLogger("rwkv_speech")
+
 T = TypeVar("T")
+
+SENDING = 5.0  # s beyond the time of a request in which a stream may say that it is over
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Served:
     engine: Engine
     reader: Reader
     places: Places
+    uploads: Places
     sessions: Places
     serving: ServingOptions
     names: dict[str, str]
@@ -70,7 +79,21 @@ class Served:
         longest = self.longest[task.name]
         return self.engine.model.live(mission=task.name, max_audio_s=longest, **times, **vars(self.options))
 
+    async def heard(self, live: Live, work: Iterator[AudioSegment | Partial]) -> AsyncIterator[Partial | Final]:
+        """What a live session makes of audio, of which `live.hear` or `live.hear_rest` is the work.
+
+        The work is one call of the engine; the answers to segments are rows of the batch that all share.
+        """
+        for event in await self.engine.call(lambda: list(work)):
+            if isinstance(event, AudioSegment):
+                sample = self.engine.model.sample(Row("", None, event.waveform, mission=live.task.name))
+                with self.engine.answer(sample, self.options) as answer:
+                    await _all(answer)
+                event = final(event, self.engine.model.text(answer.result))
+            yield event
+
     def transcribing(self, audio: bytes, task: Task, search: dict[str, Any], prompt: str | None) -> Transcribing:
+        check_search(search, task)
         return Transcribing(
             *(self.engine, self.reader, audio),
             mission=task.name,
@@ -90,7 +113,7 @@ async def translations(request: Request) -> Response:
 
 async def _transcribe(request: Request, *, translates: bool) -> Response:
     served: Served = request.app.state.served
-    asked = await _in_time(served, transcription_request(request))
+    asked = await _read(request, served, transcription_request)
     task = served.task(asked.model)
     if translates and task.mission.name != "translate":
         raise ApiError(400, f"{task.name} is no translation: transcriptions serves it", param="model")
@@ -133,7 +156,7 @@ async def _transcript_events(work: Transcribing) -> AsyncIterator[dict[str, Any]
 
 async def chat(request: Request) -> Response:
     served: Served = request.app.state.served
-    asked = await _in_time(served, chat_request(request))
+    asked = await _read(request, served, chat_request)
     task = served.task(asked.model)
     answering = _Conversing(served, task, asked) if task.mission.rounds else _OneRound(served, task, asked)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
@@ -271,6 +294,19 @@ async def _in_time(served: Served, work: Awaitable[T]) -> T:
         raise ApiError(408, message, code="timeout") from None
 
 
+async def _read(request: Request, served: Served, read: Callable[[Request], Awaitable[T]]) -> T:
+    """What a body asks for. So many of them are in memory at a time; others are let pass by unread."""
+    try:
+        with served.uploads.one():
+            return await _in_time(served, read(request))
+    except BusyError:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                async for _ in request.stream():
+                    pass
+        raise
+
+
 async def _whole(request: Request, served: Served, work: Awaitable[T]) -> T:
     """What is asked, in a place of its own."""
     with served.places.one():
@@ -304,7 +340,9 @@ async def _stream(
 ) -> Response:
     """Server-sent events. What is wrong before the first one is a status; after that it is an event."""
     lines = _lines(served, events, done)
-    return _Stream(await _while_connected(request, anext(lines)), lines)
+    over = time.monotonic() + served.serving.request_timeout + SENDING
+    first = await _while_connected(request, anext(lines))
+    return _Stream(first, lines, over - time.monotonic())
 
 
 async def _lines(served: Served, events: AsyncIterator[dict[str, Any]], done: str | None) -> AsyncIterator[str]:
@@ -332,10 +370,10 @@ async def _lines(served: Served, events: AsyncIterator[dict[str, Any]], done: st
 
 
 class _Stream(StreamingResponse):
-    """Ends what makes it when the client goes."""
+    """Ends what makes it when the client goes, or reads on so slowly that it takes longer than it may."""
 
-    def __init__(self, first: str, lines: AsyncIterator[str]) -> None:
-        self._made_by = lines
+    def __init__(self, first: str, lines: AsyncIterator[str], seconds: float) -> None:
+        self._made_by, self._seconds = lines, seconds
 
         async def body() -> AsyncIterator[str]:
             yield first
@@ -346,6 +384,9 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a stream was given up that nobody read for too long")
         finally:
             await self._made_by.aclose()

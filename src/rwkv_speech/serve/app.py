@@ -62,6 +62,7 @@ def make_app(
         engine=engine,
         reader=Reader(serving.max_request_s),
         places=Places(serving.max_queue, "requests"),
+        uploads=Places(serving.max_queue, "uploads"),
         sessions=Places(serving.max_sessions, "live sessions"),
         serving=serving,
         names=dict(files or {}) | {name: name for name in model.tasks},

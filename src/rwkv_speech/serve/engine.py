@@ -6,8 +6,9 @@
             print(piece, end="")
     answer.result
 
-Between two tokens it does one of the calls that wait: pieces of live sessions, rounds of conversations. So none of them
-waits longer than for one call of each of the others.
+Between two tokens it does one of the calls that wait: a piece of a live session with the text so far (`live.Partial`),
+a token of a conversation. So none of them waits longer than for one call of each of the others. What a live session has
+heard to its end is answered as a row of the batch.
 """
 
 import asyncio
@@ -80,6 +81,7 @@ class Engine:
         self._work = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], asyncio.Future]] = deque()
+        self._new: list[Answer] = []  # that are being read
         self._running: list[Answer] = []
         self._rows = Rows(model.language_model)
         self._news: list[tuple[Answer, str | DecodingResult | Exception]] = []
@@ -117,6 +119,8 @@ class Engine:
             yield answer
         finally:
             answer.cancelled = True
+            with self._work, contextlib.suppress(ValueError):  # where it was begun
+                self._waiting.remove(answer)
 
     async def call(self, function: Callable[[], T]) -> T:
         """What a function gives that uses the model, once it is its turn."""
@@ -128,29 +132,51 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while True:
-            with self._work:
-                self._work.wait_for(lambda: self._closed or self._calls or self._waiting or self._running)
-                if self._closed:
-                    return
-                call = self._calls.popleft() if self._calls else None
-                room = min(PROMPTS, self.most - len(self._running))
-                new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-            if call:
-                self._do(*call)
-            self._begin([answer for answer in new if not answer.cancelled])
-            self._step()
+        while not self._closed:
+            try:
+                self._turn()
+            except Exception as error:  # of this file's own: without its thread, the server would answer nobody
+                log.exception("the engine gave up all that it had")
+                self._give_up(error)
+
+    def _turn(self) -> None:
+        with self._work:
+            self._work.wait_for(lambda: self._closed or self._calls or self._waiting or self._running)
+            if self._closed:
+                return
+            call = self._calls.popleft() if self._calls else None
+            room = min(PROMPTS, self.most - len(self._running))
+            self._new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        if call:
+            self._do(*call)
+        self._begin([answer for answer in self._new if not answer.cancelled])
+        self._new = []
+        self._step()
+        self._tell()
+
+    def _give_up(self, error: Exception) -> None:
+        with self._work:
+            answers, calls = [*self._running, *self._new, *self._waiting], [*self._calls]
+            self._waiting.clear()
+            self._calls.clear()
+        self._running, self._new, self._rows = [], [], Rows(self.model.language_model)
+        self._news += [(answer, error) for answer in answers]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self._tell()
+            for _, future in calls:
+                self._settle(future, error=error)
 
     def _do(self, function: Callable[[], Any], future: asyncio.Future) -> None:
         if future.cancelled():
             return
-        result = error = None
         try:
             result = function()
-        except Exception as caught:
-            error = caught
+        except Exception as error:
+            self._settle(future, error=error)
+        else:
+            self._settle(future, result)
 
+    def _settle(self, future: asyncio.Future, result: Any = None, *, error: Exception | None = None) -> None:
         def settle() -> None:
             if future.done():
                 return
@@ -202,27 +228,26 @@ class Engine:
 
     def _step(self) -> None:
         """One token more for each answer."""
-        if gone := [answer for answer in self._running if answer.cancelled]:
-            self._running = [answer for answer in self._running if not answer.cancelled]
-            self._rows.drop([answer.search for answer in gone])
-        if not self._running:
-            return
         try:
+            if gone := [answer for answer in self._running if answer.cancelled]:
+                self._running = [answer for answer in self._running if not answer.cancelled]
+                self._rows.drop([answer.search for answer in gone])
+            if not self._running:
+                return
             self._rows.step()
+            for answer in self._running:
+                piece = "".join(map(answer.text.feed, answer.search.newly_decided()))
+                if not answer.search.live:
+                    piece += answer.text.flush()
+                if piece:
+                    self._news.append((answer, piece))
+                if not answer.search.live:
+                    self._news.append((answer, answer.search.result()))
+            self._running = [answer for answer in self._running if answer.search.live]
         except Exception as error:
             log.error("%d answers were given up: %s", len(self._running), error)
             self._news += [(answer, error) for answer in self._running]
             self._running, self._rows = [], Rows(self.model.language_model)
-            return
-        for answer in self._running:
-            piece = "".join(map(answer.text.feed, answer.search.newly_decided()))
-            if not answer.search.live:
-                piece += answer.text.flush()
-            if piece:
-                self._news.append((answer, piece))
-            if not answer.search.live:
-                self._news.append((answer, answer.search.result()))
-        self._running = [answer for answer in self._running if answer.search.live]
 
     def _tell(self) -> None:
         """Hands over what is new, all at once."""

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
+import socket
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
@@ -16,7 +18,7 @@ KEY_PROTOCOL = (
     "openai-insecure-api-key."  # browsers can't send headers with a websocket: the key is one of its protocols
 )
 PATIENCE = 10.0  # s
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
 class Guard:
@@ -28,6 +30,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, options: ServingOptions) -> None:
         self.app, self.options = app, options
+        self.names = LOCAL | {options.host.lower()} if is_local(options.host) else None  # None: any
         self.most = round(options.max_body_mb * 1e6)  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,11 +54,14 @@ class Guard:
             await self.app(scope, receive, send)
 
     def _check(self, path: str, headers: Mapping[str, str]) -> None:
-        host = headers.get("host", "")
-        if self.options.host in LOCAL and urlsplit(f"//{host}").hostname not in LOCAL:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name, asking = urlsplit(f"//{host}").hostname, origin and urlsplit(origin).netloc
+        except ValueError:
+            raise ApiError(400, "Host or Origin: expected a name or an address") from None
+        if self.names and name not in self.names:
             raise ApiError(403, "this server is for programs on its own machine; --host lets others in")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and asking != host:
             raise ApiError(403, "pages of other hosts may not use this server", code="origin")
         if self.options.api_key and (path.startswith("/v1/") or path == "/ws"):
             given = (*_protocols(headers), headers.get("authorization", "").removeprefix("Bearer "))
@@ -93,9 +99,19 @@ class Guard:
         return ApiError(413, f"the request is larger than the {self.options.max_body_mb:g} MB that are taken here")
 
 
+def is_local(host: str) -> bool:
+    """Whether only programs on this machine reach a server that listens at an address, or at that of a name."""
+    address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    return ipaddress.ip_address(address).is_loopback
+
+
 def _protocols(headers: Mapping[str, str]) -> list[str]:
     names = [name.strip() for name in headers.get("sec-websocket-protocol", "").split(",")]
     return [name for name in names if name.startswith(KEY_PROTOCOL)]
+
+
+class BusyError(ApiError):
+    """All places are taken."""
 
 
 class Places:
@@ -110,10 +126,10 @@ class Places:
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
         """Raises:
-        ApiError: all are taken.
+        BusyError: all are taken.
         """
         if self.taken >= self.count:
-            raise ApiError(429, f"the server is busy with {self.count} {self.what}: try again", code="busy")
+            raise BusyError(429, f"the server is busy with {self.count} {self.what}: try again", code="busy")
         self.taken += 1
         try:
             yield

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -20,6 +21,7 @@ from rwkv_speech.serve.errors import ApiError, error_body
 from rwkv_speech.serve.guard import KEY_PROTOCOL
 from rwkv_speech.serve.listening import Pace, Samples
 from rwkv_speech.serve.requests import base64_bytes
+from rwkv_speech.speech.segments import AudioSegment
 
 log = logging.getLogger("rwkv_speech")
 
@@ -68,9 +70,13 @@ class _Session:
         await self._tell("session.created", session=self._described())
         while True:
             async with asyncio.timeout(self.served.serving.request_timeout):
-                text = await self.websocket.receive_text()
+                message = await self.websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
             event: Any = None
             try:
+                if (text := message.get("text")) is None:
+                    raise ApiError(400, "expected text events, of which audio is base64")
                 try:
                     event = json.loads(text)
                 except (ValueError, RecursionError):
@@ -86,7 +92,7 @@ class _Session:
                 await self._hear(base64_bytes(audio, "audio"))
             case {"type": "input_audio_buffer.commit"}:
                 await self._hear(b"", last=True)
-                await self._show(await self.served.engine.call(self._live.finish))
+                await self._show(self._live.hear_rest())
             case {"type": "input_audio_buffer.clear"}:
                 self._live.cancel()
                 self._sent = ""
@@ -100,20 +106,24 @@ class _Session:
 
     async def _hear(self, pcm: bytes, *, last: bool = False) -> None:
         async for piece in self._samples.pieces(pcm, last=last):
-            await self._show(await self.served.engine.call(lambda piece=piece: self._live.feed(piece)))
+            await self._show(self._live.hear(piece))
 
-    async def _show(self, events: list[Partial | Final]) -> None:
-        for event in events:
-            item = {"item_id": f"item_{self.id[5:17]}_{self._items}", "content_index": 0}
+    async def _show(self, work: Iterator[AudioSegment | Partial]) -> None:
+        async for event in self.served.heard(self._live, work):
+            item = {"item_id": self._item(self._items), "content_index": 0}
             text = event.stable if isinstance(event, Partial) else event.text
             if text.startswith(self._sent) and (new := text[len(self._sent) :]):
                 await self._tell(f"{_TRANSCRIPTION}.delta", **item, delta=new)
                 self._sent = text
             if isinstance(event, Final):
-                await self._tell("input_audio_buffer.committed", item_id=item["item_id"], previous_item_id=None)
+                before = self._item(self._items - 1) if self._items else None
+                await self._tell("input_audio_buffer.committed", item_id=item["item_id"], previous_item_id=before)
                 usage = {"type": "duration", "seconds": round(event.end - event.start, 3)}
                 await self._tell(f"{_TRANSCRIPTION}.completed", **item, transcript=event.text, usage=usage)
                 self._items, self._sent = self._items + 1, ""
+
+    def _item(self, number: int) -> str:
+        return f"item_{self.id[5:17]}_{number}"
 
     def _begin(self, model: str, *, pause: float, rate: object = RATE) -> None:
         task = self.served.task(model)

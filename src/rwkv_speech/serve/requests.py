@@ -18,6 +18,8 @@ from rwkv_speech.serve.errors import ApiError
 
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 MOST_TEXT = 16_384  # characters that are typed in a request
+MOST_RECORDINGS = 64  # in a request: they are padded to the longest
+_MOST_VALUES = 100_000  # of a body: reading millions of them keeps all others waiting
 _FIELDS = 32  # of a form
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
 _TRANSCRIPTION = {
@@ -111,8 +113,11 @@ async def chat_request(request: Request) -> ChatRequest:
     """Raises:
     ApiError: a field that is wrong, or can't be had here.
     """
+    encoded = await request.body()
+    if sum(map(encoded.count, (b",", b"[", b"{"))) > _MOST_VALUES:  # which base64 has none of
+        raise ApiError(400, f"the body has more than {_MOST_VALUES} values")
     try:
-        body = json.loads(await request.body())
+        body = json.loads(encoded)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is no JSON") from None
     if not isinstance(body, dict):
@@ -128,14 +133,19 @@ async def chat_request(request: Request) -> ChatRequest:
     if not isinstance(options, dict) or {*options} - {"include_usage"} or (options and not stream):
         message = "stream_options: expected include_usage, and stream beside it"
         raise ApiError(400, message, param="stream_options")
+    usage = options.get("include_usage", False)
+    if not isinstance(usage, bool):
+        raise ApiError(400, "include_usage: expected true or false", param="stream_options")
     search: dict[str, Any] = {}
     if (temperature := _temperature(body.get("temperature"))) is not None:
         search["temperature"] = temperature
     if "top_p" in body and (top_p := _number(body["top_p"], "top_p", 0, 1)) < 1:
         search["top_p"] = top_p or 1e-9  # the likeliest alone
-    for name in ("max_tokens", "max_completion_tokens"):
-        if name in body:
-            search["max_new_tokens"] = _integer(body[name], name, 1)
+    limits = {_integer(body[name], name, 1) for name in ("max_tokens", "max_completion_tokens") if name in body}
+    if len(limits) > 1:
+        raise ApiError(400, "max_tokens and max_completion_tokens differ: leave one out", param="max_tokens")
+    if limits:
+        (search["max_new_tokens"],) = limits
     if "seed" in body:
         search["sampling_seed"] = _integer(body["seed"], "seed", 0)
     messages = _messages(body.get("messages"))
@@ -143,18 +153,23 @@ async def chat_request(request: Request) -> ChatRequest:
         model=_text(body, "model", required=True),
         messages=messages,
         stream=stream,
-        usage=options.get("include_usage") is True,
+        usage=usage,
         search=search,
     )
 
 
 def decoding_options(base: DecodingOptions, search: Mapping[str, Any]) -> DecodingOptions:
-    """The server's options with those of a request; draws without a seed are new ones each time."""
-    search = {"sampling_seed": secrets.randbits(31)} | dict(search)
-    temperature = search.get("temperature", base.temperature)
-    if not temperature:
-        return replace(base, **search | {"temperature": 0.0, "top_p": 1.0})
-    return replace(base, **search, beam=1)
+    """The server's options with those of a request; draws without a seed are new ones each time.
+
+    Raises:
+        ApiError: top_p or a seed where nothing is drawn.
+    """
+    if search.get("temperature", base.temperature):
+        return replace(base, **{"sampling_seed": secrets.randbits(31)} | dict(search), beam=1)
+    for field, param in (("top_p", "top_p"), ("sampling_seed", "seed")):
+        if field in search:
+            raise ApiError(400, f"{param}: goes with a temperature above 0", param=param)
+    return replace(base, **search | {"temperature": 0.0, "top_p": 1.0})
 
 
 def one_recording(request: ChatRequest, task: Task) -> tuple[bytes, str | None]:
@@ -183,6 +198,14 @@ def check_prompt(prompt: str | None, task: Task) -> None:
         raise ApiError(400, f"prompt: goes with the mission answer, not {task.name}", param="prompt")
 
 
+def check_search(search: Mapping[str, Any], task: Task) -> None:
+    """Raises:
+    ApiError: the search has a setting, and the mission chooses among labels.
+    """
+    if task.mission.chooses and any(search.values()):
+        raise ApiError(400, f"{task.name} chooses among labels: there is no temperature and no limit of tokens")
+
+
 def _messages(given: Any) -> list[tuple[str, list[str | bytes]]]:
     if not isinstance(given, list) or not given:
         raise ApiError(400, "messages: expected a list of them", param="messages")
@@ -195,6 +218,8 @@ def _messages(given: Any) -> list[tuple[str, list[str | bytes]]]:
         found.append((role, _parts(message.get("content"), role)))
     if len(found) % 2 == 0:
         raise ApiError(400, "messages: the last one is the assistant's; expected the user's", param="messages")
+    if sum(isinstance(part, bytes) for _, parts in found for part in parts) > MOST_RECORDINGS:
+        raise ApiError(400, f"messages: more than {MOST_RECORDINGS} recordings", param="messages")
     if sum(len(part) for _, parts in found for part in parts if isinstance(part, str)) > MOST_TEXT:
         raise ApiError(400, f"messages: more than {MOST_TEXT} characters of text", param="messages")
     return found

@@ -187,12 +187,12 @@ class _Session:
             raise ApiError(400, "expected start before audio")
         async for piece in self._samples.pieces(pcm, last=last):
             if self._live:
-                await self._show(await self.engine.call(lambda piece=piece: self._live.feed(piece)))
+                await self._show(self._live.hear(piece))
             if not self.task.mission.cut:
                 await self._take(piece)
         if last:
             if self._live:
-                await self._show(await self.engine.call(self._live.finish))
+                await self._show(self._live.hear_rest())
             if not self.task.mission.cut:
                 await self._answer_rest()
             self._listen()
@@ -219,8 +219,8 @@ class _Session:
         elif not self._refused:
             raise ApiError(400, "nothing was heard")
 
-    async def _show(self, events: list[Any]) -> None:
-        for event in events:
+    async def _show(self, work: Iterator[Any]) -> None:
+        async for event in self.served.heard(self._live, work):
             await self.tell(type(event).__name__.lower(), **event._asdict())
 
     async def _answer(self, waveform: torch.Tensor) -> None:
