@@ -230,10 +230,12 @@ def write_mission_file(
 
 
 def remove_mission_file(path: Path) -> None:
-    """Removes what `write_mission_file` wrote; the weights first."""
+    """Removes what `write_mission_file` wrote; the weights first. A folder that its JSON doesn't tell of stays."""
+    with_folder = _info_beside(path).get("peft")
     path.unlink(missing_ok=True)
     path.with_suffix(".json").unlink(missing_ok=True)
-    peft.remove_folder(path.with_suffix(""))
+    if with_folder:
+        peft.remove_folder(path.with_suffix(""))
 
 
 def newest_mission_file(folder: Path) -> Path:
