@@ -141,7 +141,8 @@ def load(
         if merge or (merge is None and not language_model.quant):
             peft.merge(language_model)
     if load_state is not None:
-        states = read_states(load_state, language_model.sizes)
+        sizes = language_model.sizes
+        states = read_states(load_state, sizes.n_layer, (sizes.n_head, sizes.head_size, sizes.head_size))
         for name in names:
             model.load_trained(states, name)
     return model
