@@ -268,13 +268,11 @@ def test_a_lora_file_of_rwkv_peft_loads_with_its_alpha(world, learnt, tmp_path, 
     with pytest.raises(UserError, match=r"lora\.pth: does not hold its lora_alpha"):
         world.speech_rwkv(load_peft=tmp_path / "lora.pth")
     flags = [*world.flags, "--op=eval", f"--adapter={learnt['miss'][0] / 'rwkv-adapter-4.pth'}", "--num_workers=0"]
-    flags += [
-        f"--proj_dir={tmp_path / 'out'}",
-        "--max_new_tokens=2",
-        "--eval_bsz=24",
-        f"--load_peft={tmp_path / 'lora.pth'}",
-    ]
+    flags += [f"--proj_dir={tmp_path / 'out'}", f"--load_peft={tmp_path / 'lora.pth'}", "--quant=nf4"]
+    flags += ["--max_new_tokens=2", "--eval_bsz=24"]
     assert at_door(monkeypatch, capsys, *flags, "--peft_config=lora_alpha=12")[0] == 0
+    status, printed = at_door(monkeypatch, capsys, *flags, "--peft_config=lora_alpha=11", "--resume")
+    assert (status, "--resume, but" in printed.err, "another one: adapter was" in printed.err) == (2, True, True)
     status, printed = at_door(monkeypatch, capsys, *flags)
     assert (status, printed.err.count("\n")) == (2, 1)
 
@@ -282,6 +280,8 @@ def test_a_lora_file_of_rwkv_peft_loads_with_its_alpha(world, learnt, tmp_path, 
 @pytest.mark.parametrize("how", ["ours", "theirs"])
 def test_the_weights_of_every_method_go_through_a_file_and_are_merged(world, tmp_path, how):
     """theirs: of the methods that change frozen matrices, as the library itself writes them."""
+    with pytest.raises(UserError, match="weights of the method 'shira' of peft: expected lora, "):
+        peft.inject(lm.load(world.model), {"peft_type": "SHIRA"})
     needs = {"ia3": {"feedforward_modules": ["value"]}, "c3a": {"block_size": 32}, "road": {"group_size": 32}}
     for method in PEFT_METHODS if how == "ours" else ("pissa", "olora"):
         model = lm.load(world.model)
