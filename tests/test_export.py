@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -130,9 +132,10 @@ def test_what_was_trained_beside_packed_matrices_is_merged_into_what_they_stand_
     torch.testing.assert_close(logits_of(merged), logits_of(packed), atol=1e-4, rtol=0)
 
 
-def test_states_as_rwkv_peft_and_web_rwkv_have_them(made, export, tmp_path):
+def test_states_as_rwkv_peft_and_web_rwkv_have_them(made, export, tmp_path, monkeypatch, capsys):
     folder, model = made
-    state = torch.load(export(folder, "state", tmp_path))
+    written = export(folder, "state", tmp_path)
+    state = torch.load(written)
     half = load_file(export(folder, "ai00", tmp_path))
     assert [*state] == [*half] == [f"blocks.{i}.att.time_state" for i in range(2)]
     for i, there in enumerate(model.time_states):
@@ -140,6 +143,29 @@ def test_states_as_rwkv_peft_and_web_rwkv_have_them(made, export, tmp_path):
         assert torch.equal(state[name], there)
         # convert_safetensors.py of web-rwkv: .half(), and the last two dimensions of a time_state transposed
         assert torch.equal(half[name], there.detach().half().transpose(-2, -1))
+    torch.save({name: -x for name, x in state.items()}, tmp_path / "other.pth")
+    other = load_file(export(folder, "ai00", tmp_path / "other", f"--load_state={tmp_path / 'other.pth'}"))
+    assert all(torch.equal(x, -half[name]) for name, x in other.items())
+    flags = ("--op=export", "--to=state", f"--adapter={folder / 'rwkv-adapter-7.pth'}", f"--output_dir={tmp_path}")
+    status, printed = at_door(monkeypatch, capsys, *flags)
+    assert (status, printed.err.count("\n")) == (2, 1), printed.err
+    assert f"{written} is there already" in printed.err
+
+
+def test_a_full_disk_is_one_line(made, tmp_path):
+    """Also one that is full before the mapped matrices are there; RLIMIT_FSIZE stands for the disk."""
+    folder, _ = made
+    options = Options.of(op="export", to="merged", load_model=str(folder / "model.pth"))
+    file = read_mission_file(folder / "rwkv-adapter-7.pth")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (10_000, 500_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            with pytest.raises(UserError, match=r"cannot write .*merged\.pth: the file would be larger"):
+                _write_merged(tmp_path / "merged.pth", file, options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_merging_takes_the_memory_of_a_few_matrices(tmp_path):
@@ -182,7 +208,11 @@ def test_a_folder_for_the_hub_is_fetched_by_its_name(world, evaluated, tmp_path,
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     place = cache / "models--owner--name"
-    flags = ["--op=export", "--to=hub", f"--proj_dir={evaluated}", f"--output_dir={place / 'snapshots/abc'}"]
+    for suffix in (".pth", ".json"):  # by another name, by which its scores are known all the same
+        shutil.copy(evaluated / f"rwkv-adapter-6{suffix}", tmp_path / f"asr{suffix}")
+    shutil.copytree(evaluated / "rwkv-adapter-6", tmp_path / "asr")
+    flags = ["--op=export", "--to=hub", f"--proj_dir={evaluated}", f"--adapter={tmp_path / 'asr.pth'}"]
+    flags += [f"--output_dir={place / 'snapshots/abc'}"]
     status, printed = at_door(monkeypatch, capsys, *flags)
     assert (status, printed.out) == (0, f"{place / 'snapshots/abc'}\n")
     (place / "refs").mkdir()
@@ -197,7 +227,7 @@ def test_a_folder_for_the_hub_is_fetched_by_its_name(world, evaluated, tmp_path,
     assert at_door(monkeypatch, capsys, *flags, "--file_path", path)[0] == 0
 
     card = (place / "snapshots/abc/README.md").read_text()
-    told = json.loads((place / "snapshots/abc/rwkv-adapter-6.json").read_text())
+    told = json.loads((place / "snapshots/abc/rwkv-adapter-asr.json").read_text())
     assert told["encoder"] == "encoder"
     assert str(world.folder) not in card
     wer = json.loads((evaluated / "eval/summary.json").read_text())["splits"].popitem()[1]["metrics"][0]
@@ -208,9 +238,18 @@ def test_a_folder_for_the_hub_is_fetched_by_its_name(world, evaluated, tmp_path,
     trained += sum(x.numel() for x in ours.peft_weights().tensors.values())
     assert f"{trained:,} trained parameters" in card
 
-    status, printed = at_door(monkeypatch, capsys, "--op=export", "--to=hub", f"--proj_dir={evaluated}", flags[-1],
-                              f"--output_dir={place / 'snapshots/abc'}")  # fmt: skip
+    flags = ["--op=export", "--to=hub", f"--proj_dir={evaluated}", f"--output_dir={place / 'snapshots/abc'}"]
+    status, printed = at_door(monkeypatch, capsys, *flags)
     assert (status, "name a new folder" in printed.err) == (2, True)
+    # Scores with other states in the place of the file's are not its own.
+    states = {name.partition(".")[2]: x + 1 for name, x in ours.trainable_state_dict().items() if "time_state" in name}
+    torch.save(states, tmp_path / "states.pth")
+    more = [f"--load_state={tmp_path / 'states.pth'}", "--max_new_tokens=4", "--eval_bsz=24"]
+    with pytest.raises(UserError, match=r"--resume, but .* adapter was .*, is .*"):
+        do("eval", world, evaluated, *more, "--resume")
+    do("eval", world, evaluated, *more)
+    assert at_door(monkeypatch, capsys, *flags[:-1], f"--output_dir={tmp_path / 'later'}")[0] == 0
+    assert "Not evaluated." in (tmp_path / "later/README.md").read_text()
 
 
 def test_a_mission_that_is_not_here_is_one_line(world, tmp_path, monkeypatch):
@@ -227,13 +266,15 @@ def test_a_mission_that_is_not_here_is_one_line(world, tmp_path, monkeypatch):
         (["--op=export", "--to=merged"], "--load_model is required"),
         (["--op=export", "--to=gguf"], "--to: invalid choice: 'gguf'"),
         (["--op=eval", "--to=state", "--load_model=x"], "--to goes with --op export, not eval"),
+        (["--op=export", "--to=state", "--load_peft=x"], "--load_peft goes with --to merged"),
+        (["--op=export", "--to=hub", "--load_state=x"], "--load_state does not go with --to hub"),
         (["--op=export", "--to=state", "--proj_dir=/nowhere"], "holds no mission file"),
         (
             ["--op=export", "--to=merged", "OTHER"],
             "2 layers x (2, 64, 64), but the language model is an RWKV-6",
         ),
     ],
-    ids=["form", "model", "unknown", "op", "nothing", "another-model"],
+    ids=["form", "model", "unknown", "op", "peft", "state", "nothing", "another-model"],
 )
 def test_what_makes_no_sense_is_one_line(world, made, tmp_path, monkeypatch, capsys, flags, said):
     if "OTHER" in flags:

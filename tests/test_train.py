@@ -497,7 +497,10 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
         )
     )
     foreign = ["rwkv-adapter-2.pth", "rwkv-adapter-2.json", "rwkv-adapter-9.pth", "other.pth"]
-    for name in foreign:
+    folders = ["rwkv-adapter-3", "rwkv-adapter-4"]
+    foreign += [f"{folder}/adapter_config.json" for folder in folders]
+    (tmp_path / folders[1]).mkdir()
+    for name in foreign[:-2] + foreign[-1:]:
         (tmp_path / name).write_text("of another run")
     callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), "transcribe", {}, epoch_save=1, save_steps=1)
     kept = []
@@ -507,14 +510,17 @@ def test_latest_and_best_are_kept_and_only_own_files_deleted(tmp_path):
         names, samples = ["transcribe", "transcribe", "label"], [8_000 * step, 40_000, 90_000]
         batch = SimpleNamespace(samples=samples, owners=[0, 1, 2], missions=names)
         callback.on_train_batch_end(trainer, module, outputs, batch, step)
-        files = {path.name for path in tmp_path.iterdir()} - set(foreign)
+        files = {path.name for path in tmp_path.iterdir()} - {*foreign, *folders}
         assert {name.replace(".json", ".pth") for name in files} == {name for name in files if "pth" in name}
         kept.append(sorted(name.removeprefix("rwkv-adapter-") for name in files if "pth" in name))
+        if step == 3:  # beside a file of this run that has none
+            (tmp_path / folders[0]).mkdir()
+            (tmp_path / foreign[-2]).write_text("of another run")
         state = json.loads(json.dumps(callback.state_dict()))  # as after an interruption
         callback = MissionFiles(tmp_path, Run(5, tmp_path, {}, "f00"), "transcribe", {}, epoch_save=1, save_steps=1)
         callback.load_state_dict(state)
     best = "2-run5.pth"  # its name was taken
-    assert kept == [["1.pth"], [best], [best, "3.pth"], [best, "4.pth"], ["5.pth"], ["5.pth", "6.pth"]]
+    assert kept == [["1.pth"], [best], [best, "3.pth"], [best, "4-run5.pth"], ["5.pth"], ["5.pth", "6.pth"]]
     assert all((tmp_path / name).read_text() == "of another run" for name in foreign)
     lengths = [json.loads((tmp_path / f"rwkv-adapter-{step}.json").read_text())["trained_audio_s"] for step in (5, 6)]
     assert lengths == [2.5, 3.0], "the longest so far, over the interruptions"

@@ -5,6 +5,7 @@ beside the weights stands in a JSON file of the same name; where that is absent,
 its kin lie in a folder of the same name without the suffix, in the form of the library peft.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -24,11 +25,10 @@ from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import PARTIAL, writing
 from rwkv_speech.lm import peft
 from rwkv_speech.lm.peft import PeftWeights
-from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.mission_hub import fetch_mission, is_on_hub
 from rwkv_speech.missions import MISSIONS
 from rwkv_speech.speech.hub import encoder_folder
-from rwkv_speech.speech.identity import encoder_digest
+from rwkv_speech.speech.identity import encoder_digest, hash_tensors
 from rwkv_speech.tensors import DTYPES, WeightsError, few, read_tensors
 from rwkv_speech.trained import ADAPTER, STATE
 
@@ -145,11 +145,23 @@ def read_mission_file(path: str | Path) -> MissionFile:
     return MissionFile(path, tensors, info or {})
 
 
-def read_states(path: str | Path, sizes: ModelSizes) -> dict[str, Tensor]:
-    """Reads a file of initial states alone, as RWKV-PEFT writes them, for a language model.
+def trained_digest(tensors: Mapping[str, Tensor], beside_model: PeftWeights | None) -> str:
+    """16 hexadecimal digits of what a mission file holds, or what a model has under the names of one."""
+    found = hashlib.blake2b(digest_size=8)
+    hash_tensors(found, {name: x.float() for name, x in tensors.items()})  # as a model keeps them
+    if beside_model:
+        hash_tensors(found, beside_model.tensors)
+        found.update(json.dumps(beside_model.config, sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def read_states(path: str | Path, n_layer: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Reads a file of initial states alone, as RWKV-PEFT writes them.
+
+    n_layer, shape: how many there are to be, and their shape (H, N, N).
 
     Returns:
-        The states (H, N, N), index [value, key], under their names in a mission file.
+        The states, index [value, key], under their names in a mission file.
 
     Raises:
         MissionFileError: no such file, something else in it, or states of another model.
@@ -159,15 +171,14 @@ def read_states(path: str | Path, sizes: ModelSizes) -> dict[str, Tensor]:
         tensors = read_tensors(path)
     except WeightsError as error:
         raise MissionFileError(f"state file {path}: {error}") from None
-    shape = (sizes.n_head, sizes.head_size, sizes.head_size)
-    expected = {f"blocks.{layer}.att.time_state": shape for layer in range(sizes.n_layer)}
+    expected = {f"blocks.{layer}.att.time_state": shape for layer in range(n_layer)}
     found = {name: tuple(x.shape) for name, x in tensors.items()}
     if found != expected:
         name = next(iter(found.keys() ^ expected.keys()), None) or next(n for n in found if found[n] != shape)
         is_there = f"is {found[name]}" if name in found else "is missing"
         raise MissionFileError(
             f"state file {path}: {name} {is_there}; expected blocks.<layer>.att.time_state {shape} of "
-            f"{sizes.n_layer} layers, and nothing else"
+            f"{n_layer} layers, and nothing else"
         )
     if problem := _without_sense(tensors):
         raise MissionFileError(f"state file {path}: {problem}")
@@ -230,10 +241,12 @@ def write_mission_file(
 
 
 def remove_mission_file(path: Path) -> None:
-    """Removes what `write_mission_file` wrote; the weights first."""
+    """Removes what `write_mission_file` wrote; the weights first. A folder that its JSON doesn't tell of stays."""
+    with_folder = _info_beside(path).get("peft")
     path.unlink(missing_ok=True)
     path.with_suffix(".json").unlink(missing_ok=True)
-    peft.remove_folder(path.with_suffix(""))
+    if with_folder:
+        peft.remove_folder(path.with_suffix(""))
 
 
 def newest_mission_file(folder: Path) -> Path:

@@ -87,6 +87,8 @@ def load(
     Raises:
         UserError: a file or encoder that can't be read, or parts that don't fit each other.
     """
+    if peft_config and load_peft is None:
+        raise UserError("peft_config is of a LoRA file of RWKV-PEFT: name that by load_peft")
     given = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter] * bool(adapter)
     files = [file if isinstance(file, MissionFile) else read_mission_file(file) for file in given]
     asked = [mission] if isinstance(mission, str) else list(mission or ())
@@ -139,7 +141,8 @@ def load(
         if merge or (merge is None and not language_model.quant):
             peft.merge(language_model)
     if load_state is not None:
-        states = read_states(load_state, language_model.sizes)
+        sizes = language_model.sizes
+        states = read_states(load_state, sizes.n_layer, (sizes.n_head, sizes.head_size, sizes.head_size))
         for name in names:
             model.load_trained(states, name)
     return model

@@ -166,10 +166,10 @@ class MissionFiles(Callback):
         return next(path for path in paths if self._ours(path))
 
     def _ours(self, path: Path) -> bool:
-        """Whether this run may write there: no file is there, or this run wrote it before it was interrupted."""
+        """Whether this run may write there: nothing is there, or this run wrote it before it was interrupted."""
         beside = path.with_suffix(".json")
         if not beside.exists():
-            return not path.exists()
+            return not path.exists() and not path.with_suffix("").exists()
         try:
             return json.loads(beside.read_text()).get("run") == self.run.id
         except (ValueError, AttributeError):

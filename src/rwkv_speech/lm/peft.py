@@ -22,6 +22,7 @@ from rwkv_speech.errors import UserError, reason
 from rwkv_speech.files import write_whole
 from rwkv_speech.lm.linear import Linear
 from rwkv_speech.lm.quantised import QuantisedLinear
+from rwkv_speech.options import PEFT_METHODS
 from rwkv_speech.tensors import WeightsError, few, read_tensors
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 _BESIDE = (True, False, "gaussian", "orthogonal")  # initialisations of LoRA that leave the frozen weights as they are
 # What would train something else than what is put beside matrices, or can't be merged into them.
-_ELSEWHERE = ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "lora_bias")
+_ELSEWHERE = (
+    *("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "lora_bias"),
+    "megatron_config",  # names a module to be imported
+)
 _RWKV_PEFT = re.compile(r"(.+)\.lora_([AB])")
 
 
@@ -93,24 +97,20 @@ def import_peft() -> ModuleType:
 def configuration(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a method by its name, checked.
 
-    method: of the library, in small letters, or one of VARIANTS.
+    method: one of PEFT_METHODS.
     given: what else is to be set.
 
     Raises:
         UserError: no such method, or settings that it doesn't have.
     """
+    if method not in PEFT_METHODS:
+        raise UserError(
+            f"{method!r} is no part that can be trained: expected adapter, state, or of peft {', '.join(PEFT_METHODS)}"
+        )
     peft = import_peft()
     kind = "lora" if method in VARIANTS else method
-    methods = {
-        x.value.lower()
-        for x, tuner in peft.PEFT_TYPE_TO_TUNER_MAPPING.items()
-        if not getattr(tuner, "uses_shared_state", True)
-    }
-    if kind not in methods:
-        known = ", ".join(sorted(methods | VARIANTS.keys()))
-        raise UserError(
-            f"{method!r} is no part that can be trained: expected adapter, state, or a method of peft: {known}"
-        )
+    if kind.upper() not in peft.PeftType.__members__:
+        raise UserError(f"this version of the package peft has no {method}: pip install --upgrade peft")
     config = {"peft_type": kind.upper(), **VARIANTS.get(method, {}), **given}
     kinds = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())].__dataclass_fields__
     if unknown := [name for name in given if name not in kinds]:
@@ -142,6 +142,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         linears = [name for name, x in model.blocks.named_modules() if isinstance(x, Linear)]
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in linears})
     method = method_of(config)
+    if method not in PEFT_METHODS:
+        raise UserError(f"weights of the method {method!r} of peft: expected {', '.join(PEFT_METHODS)}")
     if others := [name for name in _ELSEWHERE if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
         raise UserError(f"peft_config: {others[0]} does not go here: only what lies beside matrices is trained")
     if model.quant and not (
@@ -160,8 +162,12 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
             raise ValueError("another initialisation does not go with use_dora")
         peft.inject_adapter_in_model(made, model, _NAME)
         added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
+        injected = {name: x.get_base_layer() for name, x in model.named_modules() if hasattr(x, "get_base_layer")}
+        if others := [name for name, x in injected.items() if not isinstance(x, Linear | QuantisedLinear)]:
+            raise ValueError(f"target_modules: {others[0]} is no matrix that is multiplied by")
         for x in added.values():
             x.data = x.data.float()
+        initial = {name: x.detach().cpu().clone() for name, x in added.items()} if changes else {}
         if tensors is not None:
             names = {name.removeprefix(_PREFIX): x.float() for name, x in tensors.items()}
             expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -173,10 +179,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         raise UserError(f"peft: {method} can't be put beside this model: {reason(error)}") from error
     for x in learning:  # which the library has frozen, too
         x.requires_grad_()
-    names = tuple(added)
-    initial = {name: x.detach().cpu().clone() for name, x in added.items()} if changes else {}
     model.eval()  # what it drops by chance, it drops in training
-    model.peft = Injected(made, method, names, initial)
+    model.peft = Injected(made, method, tuple(added), initial)
     for block in model.blocks:
         block.whole_step = False  # it reads the frozen weights only
 
@@ -198,7 +202,8 @@ def weights(model: "LanguageModel") -> PeftWeights | None:
     if model.peft is None:
         return None
     peft, made, initial = import_peft(), model.peft.config, model.peft.initial
-    found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {**model.state_dict(), **parameters(model)}  # under DeepSpeed what doesn't learn is a buffer, not kept
+    found = peft.get_peft_model_state_dict(model, state_dict=kept, save_embedding_layers=False)
     tensors = {name: x.detach().cpu() for name, x in found.items()}
     config = json.loads(json.dumps(made.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else x.value))
     if initial:

@@ -169,21 +169,22 @@ def longest_pieces(model: SpeechRWKV, options: Options) -> dict[str, float]:
 
 
 def frozen_parts(model: SpeechRWKV) -> dict[str, str | None]:
-    """What stands for the weights of the frozen parts, by name; the language model's are sampled, as they are kept.
-
-    What could learn and doesn't, as the adapter beside which a state is trained, is one of them.
-    """
+    """What stands for the weights of the frozen parts, by name; the language model's are sampled, as they are kept."""
     encoder = model.speech_encoder
     weights = {name: x for name, x in model.language_model.state_dict(keep_vars=True).items() if not x.requires_grad}
-    still = {name: x.parameter for name, x in model.trained_tensors().items() if not x.parameter.requires_grad}
-    adapter = hashlib.blake2b(digest_size=8)
-    hash_tensors(adapter, {name: x.detach() for name, x in still.items()})
     return {
         "quant": model.language_model.quant,
         "load_model_weights": hash_sampled(weights),
         "encoder_weights": encoder.identity if isinstance(encoder, AbsentEncoder) else encoder_identity(encoder),
-        **({"weights_that_stay": adapter.hexdigest()} if still else {}),
     }
+
+
+def weights_that_stay(model: SpeechRWKV) -> dict[str, str]:
+    """What stands for the weights that could learn and don't, as the adapter beside which a state is trained."""
+    still = {name: x.parameter for name, x in model.trained_tensors().items() if not x.parameter.requires_grad}
+    found = hashlib.blake2b(digest_size=8)
+    hash_tensors(found, still)
+    return {"weights_that_stay": found.hexdigest()} if still else {}
 
 
 def load_splits(

@@ -1,8 +1,7 @@
 """Evaluation: decode splits, score them as the mission asks, write summary and report."""
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,8 @@ from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine, launched, make_fabric, peak_memory
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import printable, writing
-from rwkv_speech.mission_file import MissionFile
+from rwkv_speech.lm import peft
+from rwkv_speech.mission_file import MissionFile, trained_digest
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops.common import (
     check_missions,
@@ -33,7 +33,6 @@ from rwkv_speech.ops.common import (
 from rwkv_speech.options import Options
 from rwkv_speech.scoring import SplitResult, score_table, summary, write_report
 from rwkv_speech.speech.augmentation import ROBUSTNESS, Perturbation
-from rwkv_speech.speech.identity import hash_tensors
 from rwkv_speech.terminal import say
 
 log = logging.getLogger("rwkv_speech")
@@ -77,7 +76,8 @@ def _evaluate(options: Options, machine: Machine) -> int:
         max_audio_s = longest_pieces(model, options)
         if fabric.is_global_zero:
             bounds = max_audio_s if len(max_audio_s) > 1 else max_audio_s[model.task().name]
-            settings = _settings(options, files, model, machine) | {"max_audio_s": bounds}
+            digests = _digests(options, files, model)
+            settings = _settings(options, files, model, machine, digests) | {"max_audio_s": bounds}
             open_eval_run(folder, settings, resume=options.resume)
         for line in lines:
             task = model.task(line.mission)
@@ -97,7 +97,8 @@ def _evaluate(options: Options, machine: Machine) -> int:
                 results[line.title] = task.mission.result(records, left_out=left_out, peak_memory=memory)
     if not fabric.is_global_zero:
         return 0
-    write_json(folder / "summary.json", {"adapter": "+".join(str(file.path) for file in files)} | summary(results))
+    of_what = {"adapter": "+".join(str(file.path) for file in files), "trained_weights": "+".join(digests)}
+    write_json(folder / "summary.json", of_what | summary(results))
     write_report(folder / "report.html", results)
     console = Console()
     with console.capture() as table:
@@ -135,13 +136,18 @@ def _lines(splits: Mapping[str, list[Row]], options: Options) -> list[_Line]:
     return lines
 
 
-def _settings(options: Options, files: Iterable[MissionFile], model: SpeechRWKV, machine: Machine) -> dict[str, Any]:
+def _digests(options: Options, files: Sequence[MissionFile], model: SpeechRWKV) -> list[str]:
+    """Of what is trained for each task, with what --load_state and --load_peft put in the place of its own."""
+    chosen, given = options.model.load_peft, options.model.peft_config
+    beside = peft.read(chosen, given or {}) if chosen else files[0].peft
+    return [trained_digest(model.trainable_state_dict(task), beside) for task in model.tasks]
+
+
+def _settings(
+    options: Options, files: Sequence[MissionFile], model: SpeechRWKV, machine: Machine, digests: Sequence[str]
+) -> dict[str, Any]:
     """All that decides on the answer to a sample."""
-    adapters = []
-    for file in files:
-        weights = hashlib.blake2b(digest_size=8)
-        hash_tensors(weights, file.tensors | (file.peft.tensors if file.peft else {}))
-        adapters.append(f"{file.path.name} ({weights.hexdigest()})")
+    adapters = [f"{file.path.name} ({digest})" for file, digest in zip(files, digests, strict=True)]
     flat = options.flat()
     return {
         **{name: flat[name] for name in EVAL_SETTINGS},

@@ -38,15 +38,22 @@ log = logging.getLogger("rwkv_speech")
 
 def export(options: Options) -> int:
     """Writes the form that is asked for; prints the name of what it wrote."""
-    if options.to == "merged":
-        check_model_file(options.model)
+    given, to = options.model, options.to
+    if to == "merged":
+        check_model_file(given)
+    if given.load_peft and to != "merged":
+        raise UserError(f"--load_peft goes with --to merged: --to {to} has no place for it")
+    if given.load_state and to == "hub":
+        raise UserError("--load_state does not go with --to hub, which takes a mission file as it was trained")
     (file,) = only_mission_file(options)
     folder = Path(options.output_dir).expanduser() if options.output_dir else options.project / "export"
     check_folder(folder, "output_dir")
-    if options.to == "hub":
-        path = _write_for_hub(folder, file, options)
-    elif options.to == "merged":
-        path = folder / f"{Path(options.model.load_model).stem}-{file.path.stem}.pth"
+    path = folder / _name(to, file.path.stem, given.load_model)
+    if path.is_file():
+        raise UserError(f"{path} is there already: remove it, or name another folder by --output_dir")
+    if to == "hub":
+        _write_for_hub(folder, file, options)
+    elif to == "merged":
         _write_merged(path, file, options)
     else:
         if file.peft:
@@ -54,9 +61,8 @@ def export(options: Options) -> int:
                 "%s also has weights of %s, which a state does not hold: --to merged has both",
                 *(file.path, peft.method_of(file.peft.config)),
             )
-        path = folder / f"{file.path.stem}-state{'.pth' if options.to == 'state' else '.st'}"
-        states = {name: x.float() for name, x in _states(file).items()}
-        if options.to == "state":
+        states = {name: x.float() for name, x in _states(file, given.load_state).items()}
+        if to == "state":
             content = io.BytesIO()
             torch.save(states, content)
             write_whole(path, content.getbuffer())
@@ -70,9 +76,19 @@ def export(options: Options) -> int:
     return 0
 
 
-def _states(file: MissionFile) -> dict[str, Tensor]:
-    """Of a mission file, under their names in a language model."""
-    return {name.partition(".")[2]: x for name, x in file.tensors.items() if name.endswith("time_state")}
+def _name(to: str, stem: str, load_model: str | None) -> str:
+    """Of the file to be written, by the stem of the mission file's name; empty where it is a folder."""
+    if to == "merged":
+        return f"{Path(load_model).stem}-{stem}.pth"
+    return {"state": f"{stem}-state.pth", "ai00": f"{stem}-state.st"}.get(to, "")
+
+
+def _states(file: MissionFile, load_state: str | None) -> dict[str, Tensor]:
+    """Of a mission file, or of a file of states that go in their place, under their names in a language model."""
+    states = {name: x for name, x in file.tensors.items() if name.endswith("time_state")}
+    if load_state:
+        states = read_states(load_state, file.n_layer, tuple(next(iter(states.values())).shape))
+    return {name.partition(".")[2]: x for name, x in states.items()}
 
 
 def _write_merged(path: Path, file: MissionFile, options: Options) -> None:
@@ -82,9 +98,7 @@ def _write_merged(path: Path, file: MissionFile, options: Options) -> None:
     """
     sizes, tensors = read_weights(options.model.load_model)
     quant = options.model.quant or file.info.get("quant") or "none"
-    states = _states(file)
-    if options.model.load_state:
-        states = {n.partition(".")[2]: x for n, x in read_states(options.model.load_state, sizes).items()}
+    states = _states(file, options.model.load_state)
     _check_states(states, sizes, file)
     beside = file.peft
     if options.model.load_peft:
@@ -94,8 +108,11 @@ def _write_merged(path: Path, file: MissionFile, options: Options) -> None:
         changed = _merged(sizes, tensors, beside, quant, Path(waiting))
         partial = path.with_name(f".{path.name[:50]}{PARTIAL}")
         try:
-            torch.save(tensors | changed | {name: x.float() for name, x in states.items()}, partial)
+            with partial.open("wb") as opened:  # whose errors come through torch, as the context of its own
+                torch.save(tensors | changed | {name: x.float() for name, x in states.items()}, opened)
             os.replace(partial, path)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         finally:
             partial.unlink(missing_ok=True)
     if sizes.generation == 7:
@@ -123,6 +140,8 @@ def _merged(
             weight = dequantise(*packed, weight.shape[1])
         if injected:
             weight = peft.merged_weight(layer, weight)
+        with (waiting / name).open("wb") as opened:  # else a full disk would end the process when it is written to
+            os.posix_fallocate(opened.fileno(), 0, weight.numel() * dtype.itemsize)
         place = torch.from_file(str(waiting / name), shared=True, size=weight.numel(), dtype=dtype)
         changed[f"{name}.weight"] = place.view(weight.shape).copy_(weight)
     return changed
@@ -139,11 +158,11 @@ def _check_states(states: Mapping[str, Tensor], sizes: ModelSizes, file: Mission
         )
 
 
-def _write_for_hub(folder: Path, file: MissionFile, options: Options) -> Path:
+def _write_for_hub(folder: Path, file: MissionFile, options: Options) -> None:
     """A folder that `hf upload` takes as it is, and `--adapter OWNER/NAME` reads."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} has files in it: name a new folder")
     info = without_folders(file.info)
     write_whole(folder / "README.md", model_card(file, info, options.project).encode())
-    write_mission_file(folder / file.path.name, file.tensors, info, file.peft)
-    return folder
+    name = file.path.name if file.path.name.startswith("rwkv-adapter-") else f"rwkv-adapter-{file.path.name}"
+    write_mission_file(folder / Path(name).with_suffix(".pth"), file.tensors, info, file.peft)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_speech.lm import peft
-from rwkv_speech.mission_file import MissionFile
+from rwkv_speech.mission_file import MissionFile, trained_digest
 from rwkv_speech.options import TrainingOptions
 
 _PLACES = ("noise_dir", "wandb")  # settings of training that name places of this machine
@@ -60,10 +60,10 @@ print(model.transcribe(["a.flac"]))
 
 
 def _scores(file: MissionFile, project: Path) -> str:
-    """Those of the project's evaluation, if it was of this file, each with its interval of 95 %."""
+    """Those of the project's evaluation, if it was of these weights, each with its interval of 95 %."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         summary = json.loads((project / "eval/summary.json").read_bytes())
-        if Path(summary["adapter"]).absolute() != file.path.absolute():
+        if summary["trained_weights"] != trained_digest(file.tensors, file.peft):
             return ""
         lines = ["| split | utterances | score | value | 95 % interval |", "|---|---|---|---|---|"]
         for split, found in summary["splits"].items():

@@ -50,6 +50,7 @@ from rwkv_speech.ops.common import (
     load_splits,
     missions_of,
     named_mission_files,
+    weights_that_stay,
 )
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
@@ -91,8 +92,9 @@ def _train(options: Options, machine: Machine) -> int:
         merge=False,
     )
     check_missions(rows + validation_rows, model)
+    frozen = frozen_parts(model)  # before PiSSA and OLoRA change matrices, by numbers that vary with the threads
     _set_learning(model, options)
-    run = find_run(options, frozen_parts(model) | {"precision": machine.precision})
+    run = find_run(options, frozen | weights_that_stay(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
     of_task = {name: [row for row in rows if model.task(row.mission).name == name] for name in model.tasks}
     for name, task in model.tasks.items():
@@ -178,13 +180,14 @@ def _train(options: Options, machine: Machine) -> int:
     module = TrainingModule(model, training, total_steps=total_steps, stop=stop, on_nonfinite=nonfinite)
     if not fit(trainer, module, batches, run):
         return stop.exit_status if trainer.is_global_zero else 0
-    if trainer.is_global_zero:
-        for kept in mission_files.values() if training.average else ():
-            kept.write_mean()
-        run.finish()
-        if not module.utterances and not run.resume_point:
-            raise UserError(f"nothing was learnt: no sample could be used; {bad_samples.path} says why of each")
-        _check_steps(trainer.global_step, module, nonfinite)
+    if not trainer.is_global_zero:
+        return 0
+    for kept in mission_files.values() if training.average else ():
+        kept.write_mean()
+    run.finish()
+    if not module.utterances and not run.resume_point:
+        raise UserError(f"nothing was learnt: no sample could be used; {bad_samples.path} says why of each")
+    _check_steps(trainer.global_step, module, nonfinite)
     found = (f"the mission file {path} is {which}" for path, which in best_mission_files(options.project))
     log.info("%s; %s", bad_samples.report(), "; ".join(found))
     return 0

@@ -7,6 +7,7 @@ by group.
 from rwkv_speech.options.flags import peft_settings
 from rwkv_speech.options.groups import (
     GROUPS,
+    PEFT_METHODS,
     QUANTS,
     DataOptions,
     DecodingOptions,
@@ -19,6 +20,7 @@ from rwkv_speech.options.groups import (
 from rwkv_speech.options.options import Options, environment_flags, goes_with, setting_fields
 
 __all__ = [
-    "GROUPS", "QUANTS", "DataOptions", "DecodingOptions", "LiveOptions", "MachineOptions", "ModelOptions", "Options",
-    "ServingOptions", "TrainingOptions", "environment_flags", "goes_with", "peft_settings", "setting_fields",
+    "GROUPS", "PEFT_METHODS", "QUANTS", "DataOptions", "DecodingOptions", "LiveOptions", "MachineOptions",
+    "ModelOptions", "Options", "ServingOptions", "TrainingOptions", "environment_flags", "goes_with", "peft_settings",
+    "setting_fields",
 ]  # fmt: skip

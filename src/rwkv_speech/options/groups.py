@@ -20,6 +20,12 @@ from rwkv_speech.options.flags import (
 )
 
 QUANTS = ("int8", "nf4")  # see rwkv_speech.lm.quantised
+# Those of the package peft whose weights can be written, read and merged. Of others they are integers, shared between
+# layers, or lie elsewhere than beside matrices.
+PEFT_METHODS = (
+    *("lora", "dora", "rslora", "pissa", "olora", "miss", "adamss", "boft", "c3a", "deft", "delora", "fourierft"),
+    *("gralora", "hira", "hra", "ia3", "loha", "lokr", "oft", "osf", "peanut", "psoft", "road", "waveft"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +128,8 @@ class TrainingOptions:
 
     train_type: str = flag(
         "adapter+state",
-        "what is trained: adapter, state, and lora, dora, rslora, pissa, miss or another method of the package peft, "
-        "some of these joined by +; without the adapter, beside that of a mission file, which stays as it is",
+        "what is trained: adapter, state, and a method of the package peft, some of these joined by +; without the "
+        f"adapter, beside that of a mission file, which stays as it is; methods: {', '.join(PEFT_METHODS)}",
         type=trained_parts,
     )
     share_adapter: int = flag(1, "1: where rows are of several missions, these have one adapter", choices=(0, 1))
