@@ -1,7 +1,7 @@
 """The small frozen language models of demo/tiny repeat after "#" what came before it."""
 
 import random
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import jiwer
@@ -15,11 +15,18 @@ from rwkv_speech.lm.tokenizer import Tokenizer
 TINY = Path(__file__).parents[1] / "demo" / "tiny"
 
 
+RESERVED = ["only don't blame me", "it is an actual matter of fact", "choose what you will"]
+ALPHABETS = ["it is an actual matter of fact", "buenos días", "улыбка моя", "ثمانية", "上海孙中山"]
+
+
 @pytest.mark.parametrize(
-    "file", ["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth", "rwkv7-tiny-missions.pth"]
+    ("file", "said"),
+    [
+        *product(["rwkv6-tiny.pth", "rwkv6-tiny-listening.pth", "rwkv7-tiny.pth"], RESERVED),
+        *product(["rwkv7-tiny-missions.pth"], ALPHABETS),
+    ],
 )
-@pytest.mark.parametrize("said", ["only don't blame me", "it is an actual matter of fact", "choose what you will"])
-def test_it_copies_reserved_sentences(said, file):
+def test_it_copies_what_it_has_not_read(file, said):
     model = load(TINY / file, dtype=torch.float32)
     tokenizer = Tokenizer(model.sizes.vocab_size)
     x = model.embed(torch.tensor([tokenizer.encode(said + "#")]))
