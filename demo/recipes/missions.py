@@ -185,7 +185,7 @@ def write_baselines(args: argparse.Namespace) -> None:
     folder = args.line / "baselines"
     folder.mkdir(exist_ok=True)
     config = import_transformers().AutoConfig.from_pretrained(args.decoder)
-    task = {"transcribe": "transcribe", "translate": "translate"}[kind] if kind in ("transcribe", "translate") else None
+    task = kind if kind in ("transcribe", "translate") else None  # what Whisper calls them, too
     multilingual = config.vocab_size > 51_864  # as many tokens have those that know English only
     found: dict[str, Callable[[], list[str]]] = {}
     if kind == "label":

@@ -17,6 +17,7 @@ import json
 import random
 import string
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,12 +189,40 @@ def validate(model: LanguageModel, weights: dict[str, Tensor], sentences: list[s
 
 def train(args: argparse.Namespace) -> None:
     sentences = read_sentences(args.text)
-    documents = MumbledDocuments(sentences.text, args.seed)
-    model = new_model(args.generation)
-    checkpoint = args.checkpoint or Path(OWN_CHECKPOINT.format(generation=args.generation))
+    course(
+        new_model(args.generation),
+        MumbledDocuments(sentences.text, args.seed),
+        args,
+        before=Path(args.first or CHECKPOINT.format(generation=args.generation)),
+        checkpoint=args.checkpoint or Path(OWN_CHECKPOINT.format(generation=args.generation)),
+        out=args.out or TINY / f"rwkv{args.generation}-tiny-listening.pth",
+        constant=0.4,
+        validate=lambda model, weights: validate(model, weights, sentences.validation),
+        validate_steps=500,
+    )
+
+
+def course(
+    model: LanguageModel,
+    documents: Documents,
+    args: argparse.Namespace,
+    *,
+    before: Path,
+    checkpoint: Path,
+    out: Path,
+    constant: float,
+    validate: Callable[[LanguageModel, dict[str, Tensor]], dict[str, float]],
+    validate_steps: int,
+) -> None:
+    """Trains on documents as `MumbledDocuments` gives them, prints how it goes, and writes the model in bf16.
+
+    args: steps, batch and lr.
+    before: checkpoint of the course before this.
+    checkpoint: of this one, every 500 steps; where it is there, the course goes on from it.
+    constant: part of the steps after which the learning rate falls.
+    """
     own = checkpoint.exists()
-    first = args.first or CHECKPOINT.format(generation=args.generation)
-    saved = torch.load(checkpoint if own else first, weights_only=True)
+    saved = torch.load(checkpoint if own else before, weights_only=True)
     learnt = {name: weight.detach().requires_grad_() for name, weight in saved["weights"].items()}
     weights = learnt | {n: torch.zeros_like(x) for n, x in model.state_dict().items() if n.endswith("time_state")}
     optimizer = new_optimizer(learnt, args.lr)
@@ -202,7 +231,7 @@ def train(args: argparse.Namespace) -> None:
     began, running = time.perf_counter(), None
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100, constant=0.4)
+            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100, constant=constant)
         loss = loss_of(model, weights, *documents.batch(step, args.batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(learnt.values()), 1.0)
@@ -214,11 +243,11 @@ def train(args: argparse.Namespace) -> None:
             now = spent + time.perf_counter() - began
             line = {"step": done, "loss": round(running, 4), "minutes": round(now / 60, 1)}
             if done % 500 == 0 or done == args.steps:
-                line |= validate(model, weights, sentences.validation)
                 state = {"weights": learnt, "optimizer": optimizer.state_dict(), "step": done, "seconds": now}
                 save(checkpoint, state)
+            if done % validate_steps == 0 or done == args.steps:
+                line |= validate(model, weights)
             print(json.dumps(line), flush=True)
-    out = args.out or TINY / f"rwkv{args.generation}-tiny-listening.pth"
     save(out, {name: weight.detach().bfloat16() for name, weight in learnt.items()})
 
 

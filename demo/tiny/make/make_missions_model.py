@@ -18,9 +18,7 @@ checkpoint.
 """
 
 import argparse
-import json
 import random
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,14 +34,11 @@ from make_language_model import (
     Documents,
     decode_bytes,
     encode,
-    learning_rate,
     new_model,
-    new_optimizer,
-    save,
     spelling,
 )
 from make_listening_model import OWN_CHECKPOINT as LISTENING_CHECKPOINT
-from make_listening_model import MumbledDocuments, Position, loss_of, mumble
+from make_listening_model import MumbledDocuments, Position, course, mumble
 from sentences import read_sentences
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -230,35 +225,17 @@ def validate(model: LanguageModel, weights: dict, sentences: list[str], document
 def train(args: argparse.Namespace) -> None:
     sentences = read_sentences(args.text)
     documents = MissionDocuments(sentences.text, read_languages(args.packages), args.seed)
-    model = new_model(7)
-    own = args.checkpoint.exists()
-    saved = torch.load(args.checkpoint if own else args.second, weights_only=True)
-    learnt = {name: weight.detach().requires_grad_() for name, weight in saved["weights"].items()}
-    weights = learnt | {n: torch.zeros_like(x) for n, x in model.state_dict().items() if n.endswith("time_state")}
-    optimizer = new_optimizer(learnt, args.lr)
-    optimizer.load_state_dict(saved["optimizer"])
-    start, spent = (saved["step"], saved["seconds"]) if own else (0, 0.0)
-    began, running = time.perf_counter(), None
-    for step in range(start, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100, constant=0.5)
-        loss = loss_of(model, weights, *documents.batch(step, args.batch))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(learnt.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        done = step + 1
-        if done % 100 == 0 or done == args.steps:
-            now = spent + time.perf_counter() - began
-            line = {"step": done, "loss": round(running, 4), "minutes": round(now / 60, 1)}
-            if done % 500 == 0 or done == args.steps:
-                state = {"weights": learnt, "optimizer": optimizer.state_dict(), "step": done, "seconds": now}
-                save(args.checkpoint, state)
-            if done % 1000 == 0 or done == args.steps:
-                line |= validate(model, weights, sentences.validation, documents)
-            print(json.dumps(line), flush=True)
-    save(args.out, {name: weight.detach().bfloat16() for name, weight in learnt.items()})
+    course(
+        new_model(7),
+        documents,
+        args,
+        before=args.second,
+        checkpoint=args.checkpoint,
+        out=args.out,
+        constant=0.5,
+        validate=lambda model, weights: validate(model, weights, sentences.validation, documents),
+        validate_steps=1000,
+    )
 
 
 def main() -> None:
