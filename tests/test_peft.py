@@ -1,6 +1,7 @@
 """LoRA and its kin: learnt by the program, kept as peft itself reads it, merged, resumed, beside packed matrices."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -282,6 +283,7 @@ def test_the_weights_of_every_method_go_through_a_file_and_are_merged(world, tmp
     """theirs: of the methods that change frozen matrices, as the library itself writes them."""
     with pytest.raises(UserError, match="weights of the method 'shira' of peft: expected lora, "):
         peft.inject(lm.load(world.model), {"peft_type": "SHIRA"})
+    compilers = os.environ.get("CC"), os.environ.get("CXX")
     needs = {"ia3": {"feedforward_modules": ["value"]}, "c3a": {"block_size": 32}, "road": {"group_size": 32}}
     for method in PEFT_METHODS if how == "ours" else ("pissa", "olora"):
         model = lm.load(world.model)
@@ -306,6 +308,7 @@ def test_the_weights_of_every_method_go_through_a_file_and_are_merged(world, tmp
             peft.write_folder(tmp_path, peft.weights(again))  # which is read in turn
         peft.merge(again)
         torch.testing.assert_close(logits_of(again), expected, atol=1e-4, rtol=0, msg=method)
+    assert (os.environ.get("CC"), os.environ.get("CXX")) == compilers  # BOFT sets them
 
 
 def test_on_two_processes_what_stays_is_written_too(world, learnt, tmp_path):

@@ -8,7 +8,7 @@ goes on from that script's last checkpoint and writes demo/tiny/rwkv7-tiny-missi
     mumbled      as in the second course, English
     alphabets    s h _ a n _ g h a i # 上海                   six languages, as they are written or as they sound
     translate    >en c l _ a v e d e _ ... # Security key.   to English
-    add          add: t h _ r e e f i v e # eight
+    add          add: t h _ r e e f i v e # eight         digits; later also a number below fifty and digits
     rounds       t h r e _ e # three  f i _ v e # five  first? # three       each answer ended by token 0; heard words
                  are repeated, and `first?` and `last?` ask for the first ones and those of the round before;
                  after `sum: ` an answer is the sum of the number heard and of the one before, after `total: ` of all
@@ -47,7 +47,15 @@ from rwkv_speech.decoding import decode
 from rwkv_speech.lm.language_model import LanguageModel
 
 CHECKPOINT = "output/tiny/rwkv7-missions.ckpt"
-KINDS = {"listening": 0.3, "alphabets": 0.3, "translate": 0.15, "add": 0.05, "rounds": 0.2}
+# shares of documents, until step ALPHABETS_STEPS and after it
+KINDS = {
+    "listening": (0.3, 0.15),
+    "alphabets": (0.3, 0.2),
+    "translate": (0.15, 0.1),
+    "add": (0.05, 0.15),
+    "rounds": (0.2, 0.4),
+}
+ALPHABETS_STEPS = 4500
 FOREIGN = {"es": 1, "fr": 1, "it": 1, "ru": 2, "ar": 1, "zh": 3}  # how often they come
 LONGEST = {"zh": 16, "ru": 90}  # characters of a source; of the others OTHERS
 OTHERS = 60
@@ -108,13 +116,15 @@ class MissionDocuments(Documents):
 
     def _made(self, group: int, size: int) -> list[list[Document]]:
         rng = random.Random(f"{self.seed}-{group}")
-        documents = sorted((self.document(rng) for _ in range(self.TOGETHER * size)), key=lambda d: len(d.positions))
+        phase = int(group * self.TOGETHER >= ALPHABETS_STEPS)
+        documents = [self.document(rng, phase) for _ in range(self.TOGETHER * size)]
+        documents.sort(key=lambda document: len(document.positions))
         batches = [documents[i * size : (i + 1) * size] for i in range(self.TOGETHER)]
         rng.shuffle(batches)
         return batches
 
-    def document(self, rng: random.Random, *_: object) -> Document:
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    def document(self, rng: random.Random, phase: int) -> Document:
+        kind = rng.choices(list(KINDS), [shares[phase] for shares in KINDS.values()])[0]
         if kind == "listening":
             tokens, heard, seconds, shares = self.listening.document(rng, 0)
             rest = len(tokens) - len(seconds)
@@ -122,6 +132,8 @@ class MissionDocuments(Documents):
             return Document(positions, [False] * (heard + 1) + [True] * (len(tokens) - heard - 1))
         if kind == "add":
             numbers = [rng.randrange(10) for _ in range(rng.choice((2, 2, 3)))]
+            if phase and rng.random() < 0.3:
+                numbers[0] = rng.randrange(50)
             return round_of([*written("add: "), *hear(" ".join(map(number, numbers)), rng)], number(sum(numbers)))
         if kind == "rounds":
             return self.rounds(rng)

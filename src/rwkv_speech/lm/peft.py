@@ -6,8 +6,10 @@ are. Unmerged, they work in training and in decoding; merged, the model is one a
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -160,7 +162,8 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         changes = made.peft_type == "LORA" and made.init_lora_weights not in _BESIDE
         if changes and made.use_dora:
             raise ValueError("another initialisation does not go with use_dora")
-        peft.inject_adapter_in_model(made, model, _NAME)
+        with _environment_kept():
+            peft.inject_adapter_in_model(made, model, _NAME)
         added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
         injected = {name: x.get_base_layer() for name, x in model.named_modules() if hasattr(x, "get_base_layer")}
         if others := [name for name, x in injected.items() if not isinstance(x, Linear | QuantisedLinear)]:
@@ -183,6 +186,17 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
     model.peft = Injected(made, method, tuple(added), initial)
     for block in model.blocks:
         block.whole_step = False  # it reads the frozen weights only
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """For BOFT, which leaves CXX=gcc behind where its kernel can't be built."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def parameters(model: "LanguageModel") -> dict[str, nn.Parameter]:
