@@ -27,6 +27,7 @@ from rwkv_speech.ops import OPS
 from rwkv_speech.options import Options
 from rwkv_speech.speech.audio import SAMPLE_RATE, load_audio
 from rwkv_speech.speech.augmentation import SPEEDS, Masks, SpecAugment, WaveformAugmentation, apply_masks
+from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.recording import Recording
 from tests.tiny import last, write_world
 
@@ -401,10 +402,24 @@ def test_flags_of_augmentation_and_of_batches_by_seconds(world, noises, batches)
     assert len(by_seconds) < 10
 
 
+def test_cached_frames_at_the_drawn_speed(world, tmp_path, batches):
+    """What is read of a cache is what the encoder makes of the audio that training without one takes."""
+    encoder = SpeechEncoder.from_pretrained(str(world[0] / "encoder"))
+    expected = {}
+    for batch in batches("--speed_perturb"):
+        frames, lengths = encoder(list(batch.audio.split(batch.audio_sizes)))
+        expected |= {name: x[:n] for name, x, n in zip(batch.names, frames, lengths, strict=True)}
+    speeds = set()
+    for batch in batches("--speed_perturb", f"--cache_features={tmp_path / 'cache'}"):
+        for name, x, n in zip(batch.names, batch.audio.split(batch.audio_sizes), batch.samples, strict=True):
+            torch.testing.assert_close(x.float(), expected.pop(name), rtol=2e-3, atol=2e-3)
+            speeds.add(round(len(load_audio(world[0] / f"{name[1:]}.wav")) / n, 2))
+    assert (expected, speeds) == ({}, {0.9, 1.0, 1.1})
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--cache_features=x --speed_perturb", "--speed_perturb changes the audio"),
         ("--cache_features=x --noise_dir=y", "--noise_dir changes the audio"),
         ("--noise_snr=0,10", "--noise_snr needs --noise_dir"),
         ("--noise_dir=y --noise_snr=10,0", "expected LOW,HIGH"),

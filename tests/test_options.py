@@ -226,7 +226,6 @@ def test_values_lie_in_groups():
         ("--early_stop 3", ["--early_stop", "3", "--valid_split"]),
         ("--max_batch_s inf", ["--max_batch_s", "inf", "positive"]),
         ("--max_audio_s 0.5", ["--max_audio_s", "0.5", "at least 1"]),
-        ("--cache_features x --speed_perturb", ["--cache_features", "--speed_perturb"]),
         ("--cache_features x --noise_dir y", ["--cache_features", "--noise_dir"]),
         ("--op eval --cache_features x", ["--cache_features", "--op train", "eval"]),
         ("--output_dir x", ["--output_dir", "--op predict", "train"]),

@@ -168,8 +168,8 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
     renderer: of the model.
     extract: a waveform -> what the encoder's network takes; None where frames are cached.
     cache: where the encoder's frames are cached; nothing is decoded then.
-    transform: makes another waveform of one, given the sample's id, the waveform and the epoch; cached frames are
-        taken as they are.
+    transform: makes another waveform of one, given the sample's id, the waveform and the epoch.
+    speed: where frames are cached, at which of its speeds a recording is taken, given the sample's id and the epoch.
     filter: says why a sample with its waveforms' samples (before `transform`) can't be used, or None.
     spec_augment: draws masks.
     needs_answer: whether a sample without an answer to learn from is a bad one.
@@ -187,6 +187,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         extract: Callable[[Tensor], Tensor] | None = None,
         cache: FrameCache | None = None,
         transform: Callable[[str, Tensor, int], Tensor] | None = None,
+        speed: Callable[[str, int], float] | None = None,
         filter: Callable[[Rendered, Sequence[int]], str | None] | None = None,
         spec_augment: SpecAugment | None = None,
         needs_answer: bool = False,
@@ -201,7 +202,7 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         self.sample_of = sample_of
         self.renderer = renderer
         self.extract, self.cache = extract, cache
-        self.transform, self.filter, self.spec_augment = transform, filter, spec_augment
+        self.transform, self.speed, self.filter, self.spec_augment = transform, speed, filter, spec_augment
         self.needs_answer = needs_answer
         self.aligned = aligned
         self.longest, self.set_apart = longest, set_apart
@@ -235,9 +236,15 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
             raise SampleError("text with no tokens")
         drawn = copy_id(sample.id, copy)
         if self.cache is not None:
-            cached = [self.cache.read(x, self.longest) for x in sample.audio]
+            recordings = sample.audio
+            rendered = self._rendered(sample, [self.cache.samples(x, self.longest) for x in recordings])
+            if self.speed is not None:
+                speeds = [self.speed(_draw(drawn, i), self.epoch) for i in range(len(recordings))]
+                recordings = [replace(x, speed=speed) for x, speed in zip(recordings, speeds, strict=True)]
+            cached = [self.cache.read(x, self.longest) for x in recordings]
             audio, samples = [x for x, _ in cached], [n for _, n in cached]
-            rendered = self._rendered(sample, samples)
+            if self.speed is not None:
+                rendered = self.renderer(sample, samples)
         else:
             waveforms = [x.waveform(self.longest) if isinstance(x, Recording) else x for x in sample.audio]
             samples = [len(x) for x in waveforms]

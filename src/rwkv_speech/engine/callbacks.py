@@ -37,30 +37,36 @@ class FillFrames(Callback):
     """Computes the encoder's frames that the cache lacks, all processes together before the first step.
 
     cache: opened, with the encoder of the run.
-    rows: all that the run will read from it.
+    wanted: all recordings that the run will read from it, and their rows.
     bad_samples: takes those that can't be used.
     longest: of these, recordings that are longer.
     log_every: seconds between lines of progress.
     """
 
     def __init__(
-        self, cache: FrameCache, rows: Sequence[Row], bad_samples: BadSamples, longest: Longest, *, log_every: float
+        self,
+        cache: FrameCache,
+        wanted: Sequence[tuple[Recording, Row]],
+        bad_samples: BadSamples,
+        longest: Longest,
+        *,
+        log_every: float,
     ) -> None:
         self.cache = cache
-        self.rows = rows
+        self.wanted = wanted
         self.longest = longest
         self.bad_samples = bad_samples
         self.log_every = log_every
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        rows = {str(recording): row for row in self.rows for recording in row.recordings}
+        rows = {str(recording): row for recording, row in self.wanted}
 
         def on_bad(recording: Recording, error: Exception) -> None:
             row = rows[str(recording)]
             self.bad_samples.add([BadSample(row.id, row.place, str(error))])
 
         self.cache.fill(
-            [recording for row in self.rows for recording in row.recordings],
+            [recording for recording, _ in self.wanted],
             longest=self.longest,
             device=trainer.strategy.root_device,
             rank=trainer.global_rank,

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -125,9 +126,10 @@ def _train(options: Options, machine: Machine) -> int:
     callbacks = [ReportBadSamples(bad_samples), metrics, shown, *mission_files.values()]
     if cache:
         usable = [row for row in rows if (row.text or "").strip()]
-        filling = FillFrames(
-            *(cache, usable + validation_rows, bad_samples, _longest(training, model)), log_every=options.log_every
-        )
+        speeds = _speeds(training)
+        wanted = [(replace(x, speed=speed), row) for row in usable for x in row.recordings for speed in speeds]
+        wanted += [(x, row) for row in validation_rows for x in row.recordings]
+        filling = FillFrames(cache, wanted, bad_samples, _longest(training, model), log_every=options.log_every)
         callbacks.insert(0, filling)
     if validation_rows:
         validation = Validation(
@@ -333,7 +335,7 @@ def _training_batches(
     training = options.training
     augmentation = WaveformAugmentation(
         training.random_seed,
-        speeds=SPEEDS if training.speed_perturb else (1.0,),
+        speeds=_speeds(training),
         noise=_noise_files(training.noise_dir, skip=options.data.on_bad_audio == "skip") if training.noise_dir else (),
         snr_db=training.noise_snr or NOISE_SNR_DB,
     )
@@ -350,7 +352,8 @@ def _training_batches(
         model,
         rows,
         cache,
-        transform=augmentation if training.speed_perturb or training.noise_dir else None,
+        transform=augmentation if not cache and (training.speed_perturb or training.noise_dir) else None,
+        speed=augmentation.speed if cache and training.speed_perturb else None,
         filter=_too_long(training, slowest),
         longest=_longest(training, model, slowest),
         spec_augment=SpecAugment(training.random_seed, model.speech_encoder.width) if training.spec_augment else None,
@@ -377,6 +380,10 @@ def _training_batches(
         100 * padding_waste(batches.batch_sampler, lengths(0)),
     )
     return batches
+
+
+def _speeds(training: TrainingOptions) -> tuple[float, ...]:
+    return SPEEDS if training.speed_perturb else (1.0,)
 
 
 def _noise_files(folder: str, *, skip: bool) -> list[Path]:

@@ -120,11 +120,10 @@ class Options:
             raise UserError(f"--max_audio_s {self.max_audio_s:g}: expected seconds, at least 1")
         if self.model.peft_config and not (self.model.load_peft or self.training.peft_method):
             raise UserError("--peft_config goes with a method of peft in --train_type, or with --load_peft")
-        if self.data.cache_features and (self.training.speed_perturb or self.training.noise_dir):
-            changer = "--speed_perturb" if self.training.speed_perturb else "--noise_dir"
+        if self.data.cache_features and self.training.noise_dir:
             raise UserError(
-                f"{changer} changes the audio in each epoch, so there are no frames for --cache_features to keep: "
-                "leave one of them out; --spec_augment goes with it"
+                "--noise_dir changes the audio in each epoch, so there are no frames for --cache_features to keep: "
+                "leave one of them out; --speed_perturb and --spec_augment go with it"
             )
 
     @classmethod

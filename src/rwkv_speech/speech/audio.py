@@ -240,6 +240,11 @@ def to_mono_16k(waveform: np.ndarray, rate: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mono))
 
 
+def at_speed(waveform: Tensor, speed: float) -> Tensor:
+    """As if played so many times as fast, the pitch going with it: (samples,) at 16 kHz -> (samples / speed,)."""
+    return waveform if speed == 1.0 else to_mono_16k(waveform.numpy(), round(SAMPLE_RATE * speed))
+
+
 def check_waveform(
     waveform: np.ndarray | Tensor | Sequence[float], name: str = "waveform", longest: Longest | None = None
 ) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rwkv_speech.files import printable
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, check_waveform, load_audio, to_mono_16k
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, at_speed, check_waveform, load_audio, to_mono_16k
 
 log = logging.getLogger("rwkv_speech")
 
@@ -166,11 +166,6 @@ def _number(seed: int, epoch: int, id: str, what: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {what} {id}".encode(), digest_size=8).digest())
 
 
-def at_speed(waveform: Tensor, speed: float) -> Tensor:
-    """As if played so many times as fast, the pitch going with it: (samples,) at 16 kHz -> (samples / speed,)."""
-    return waveform if speed == 1.0 else to_mono_16k(waveform.numpy(), round(SAMPLE_RATE * speed))
-
-
 def with_noise(waveform: Tensor, noise: Tensor, snr_db: float) -> Tensor:
     """Adds noise (samples,) at such a level that the mean power of the waveform (samples,) is `snr_db` above its.
 
@@ -185,7 +180,7 @@ class Perturbation:
     """One way to change a recording.
 
     name: as reports call it.
-    speed: see `at_speed`.
+    speed: see `audio.at_speed`.
     snr_db: white noise so many decibels below the mean power of the speech; None: no noise.
     """
 

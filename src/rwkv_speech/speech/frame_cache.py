@@ -5,8 +5,9 @@
 
 - The identity of an encoder is the hash of its weights, configuration, feature extractor and type of computation. It is
   computed whenever the encoder is loaded; only where its files are untouched since, it needn't be.
-- A recording is known by the hash of its encoded bytes, a segment of one by its place and the hash of its samples. Its
-  file's stamp saves reading it; a file that was touched is read, and if its content is the same its frames stay.
+- A recording is known by the hash of its encoded bytes; a segment of one, or one at another speed, by its name's end
+  and the hash of its samples. Its file's stamp saves reading it; a file that was touched is read, and if its content is
+  the same its frames stay.
 - With a full cache the encoder isn't loaded: an `AbsentEncoder` stands in for it.
 """
 
@@ -167,6 +168,17 @@ class FrameCache:
         Raises:
             AudioError: it can't be used, is longer than `longest`, changed since, or its frames are damaged.
         """
+        record = self._record(recording, longest)
+        try:
+            return self._shards.read(record), int(record["samples"])
+        except UserError as error:  # in one of the loader's workers, from where only bad samples come back as one line
+            raise AudioError(f"{recording}: {error}") from error
+
+    def samples(self, recording: Recording, longest: Longest | None = None) -> int:
+        """The samples of a recording at 16 kHz; raises as `read` does."""
+        return int(self._record(recording, longest)["samples"])
+
+    def _record(self, recording: Recording, longest: Longest | None) -> Any:
         record = self._find_stamp(recording.stamp())
         if record is None:
             key, _, content = _read(recording, longest)
@@ -174,10 +186,7 @@ class FrameCache:
             if record is None:
                 _decode(content, recording, longest)  # says what is wrong with it
                 raise AudioError(f"{recording}: changed since its frames were cached; start again to renew them")
-        try:
-            return self._shards.read(record), int(record["samples"])
-        except UserError as error:  # in one of the loader's workers, from where only bad samples come back as one line
-            raise AudioError(f"{recording}: {error}") from error
+        return record
 
     def _find_stamp(self, stamp: str | None) -> Any:
         return None if stamp is None else self._shards.find(_key("stamp", stamp.encode()))
@@ -319,8 +328,8 @@ def _key(kind: str, content: bytes) -> bytes:
 
 
 def _read(recording: Recording, longest: Longest | None = None) -> tuple[bytes, str | None, bytes | Tensor]:
-    """The key of a recording's content, its stamp, and the content: encoded, or the samples of a segment."""
-    if recording.segment is None:
+    """The key of a recording's content, its stamp, and the content: encoded, or the samples of a part or a speed."""
+    if not recording.place:
         content, stamp = recording.read()
         return _key("audio", content), stamp, content
     stamp, waveform = recording.stamp(), recording.waveform(longest)

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rwkv_speech.files import printable
-from rwkv_speech.speech.audio import AudioError, Longest, Segment, audio_blocks, duration, load_audio
+from rwkv_speech.speech.audio import AudioError, Longest, Segment, at_speed, audio_blocks, duration, load_audio
 from rwkv_speech.speech.decoders import open_file
 from rwkv_speech.speech.identity import file_stamp
 
@@ -34,11 +34,13 @@ class Recording:
     duration: length in seconds, where the data source gives it.
     offset: of a segment, where it begins in its file, in seconds; it lasts `duration`, or as far as the file goes. None
         for all of the file, whatever `duration` says.
+    speed: see `audio.at_speed`; `duration` and `offset` are those of the file all the same.
     """
 
     source: Path | EncodedAudio
     duration: float | None = None
     offset: float | None = None
+    speed: float = 1.0
 
     def __str__(self) -> str:
         return printable(str(self.source)) + self.place
@@ -49,10 +51,11 @@ class Recording:
 
     @property
     def place(self) -> str:
-        """Of a segment, what its name has behind that of its file; else nothing."""
+        """What its name has behind that of its file: of a segment its place, and its speed; else nothing."""
+        speed = "" if self.speed == 1 else f" at {self.speed} of its speed"
         if self.offset is None:
-            return ""
-        return f" [{'' if self.duration is None else f'{self.duration} s '}from {self.offset} s]"
+            return speed
+        return f" [{'' if self.duration is None else f'{self.duration} s '}from {self.offset} s]{speed}"
 
     def waveform(self, longest: Longest | None = None) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
@@ -61,10 +64,14 @@ class Recording:
             AudioError: the recording is missing or can't be decoded.
             TooLongError: it is longer than `longest`; no more of it has been decoded.
         """
-        return load_audio(self._encoded(), name=str(self), longest=longest, segment=self.segment)
+        waveform = load_audio(self._encoded(), name=str(self), longest=longest, segment=self.segment)
+        return at_speed(waveform, self.speed)
 
     def blocks(self, longest: Longest | None = None) -> Iterator[Tensor]:
-        """The same block by block, see `audio_blocks`."""
+        """The same block by block, see `audio_blocks`; at another speed as one block."""
+        if self.speed != 1:
+            yield self.waveform(longest)
+            return
         yield from audio_blocks(self._encoded(), name=str(self), longest=longest, segment=self.segment)
 
     def seconds(self, longest: Longest | None = None) -> float:
@@ -75,8 +82,8 @@ class Recording:
             TooLongError: by its header it is longer than `longest`.
         """
         if self.duration is not None and not (longest and self.duration > longest.seconds):
-            return self.duration
-        return duration(self._encoded(), name=str(self), longest=longest, segment=self.segment)
+            return self.duration / self.speed
+        return duration(self._encoded(), name=str(self), longest=longest, segment=self.segment) / self.speed
 
     def stamp(self, *, strict: bool = True) -> str | None:
         """Stands for the recording's content until that changes; None where only reading it can show a change.
