@@ -25,7 +25,7 @@ from rwkv_speech.engine.validation import Validation
 from rwkv_speech.errors import UserError
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.model import SpeechRWKV
-from rwkv_speech.ops.train import _longest
+from rwkv_speech.ops.train_data import longest_of
 from rwkv_speech.options import Options, TrainingOptions
 from rwkv_speech.scoring import EvalRecord
 from rwkv_speech.speech.adapter import Adapter
@@ -674,14 +674,14 @@ CONVOLUTIONS = {
 def test_only_what_has_no_room_is_left_undecoded(convolutions, k, ctx_len):
     encoder, adapter = AbsentEncoder("x", width=4, convolutions=convolutions), Adapter(4, 4, downsample_k=k, hidden=4)
     options = TrainingOptions(ctx_len=ctx_len, max_batch_s=ctx_len)
-    longest = _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter))
+    longest = longest_of(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter))
 
     def positions(samples):
         return adapter.group_count(encoder.frame_count(samples)) + 1  # the separator
 
     assert ctx_len < positions(longest.samples + 1)
     assert positions(longest.samples) <= ctx_len + 3
-    assert _longest(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter), 0.9).seconds <= 0.9 * ctx_len
+    assert longest_of(options, SimpleNamespace(speech_encoder=encoder, adapter=adapter), 0.9).seconds <= 0.9 * ctx_len
 
 
 def test_what_is_no_file_is_a_bad_sample_everywhere(world, tmp_path, monkeypatch, capsys):

@@ -4,29 +4,15 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader
 
-from rwkv_speech.alignment import fits
-from rwkv_speech.data import librispeech
 from rwkv_speech.data.bad_samples import BadSamples
-from rwkv_speech.data.batches import Batch, SpeechDataset, copy_id
-from rwkv_speech.data.buckets import bucketed_loader, padding_waste
 from rwkv_speech.data.durations import read_durations
-from rwkv_speech.data.listing import audio_files
 from rwkv_speech.data.loading import AccumulationLoader, loader
-from rwkv_speech.data.mixing import Mix
-from rwkv_speech.data.rendering import Rendered
-from rwkv_speech.data.sample import Row, SampleError, fingerprint
-from rwkv_speech.data.sources import split_weights
+from rwkv_speech.data.sample import Row, fingerprint
 from rwkv_speech.engine.callbacks import FillFrames, NonFiniteLosses, ReportBadSamples
 from rwkv_speech.engine.lock import project_lock
 from rwkv_speech.engine.machine import Machine, fit_to_machine
@@ -53,14 +39,18 @@ from rwkv_speech.ops.common import (
     named_mission_files,
     weights_that_stay,
 )
-from rwkv_speech.options import Options, TrainingOptions
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, duration
-from rwkv_speech.speech.augmentation import NOISE_SNR_DB, SPEEDS, SpecAugment, WaveformAugmentation
+from rwkv_speech.ops.train_data import (
+    check_alignment,
+    dataset_of,
+    longest_of,
+    recordings_to_cache,
+    training_batches,
+    training_rows,
+)
+from rwkv_speech.options import Options
 from rwkv_speech.speech.frame_cache import FrameCache
 
 log = logging.getLogger("rwkv_speech")
-
-ALIGNMENTS = 10_000  # transcripts that are looked at, of a larger corpus, for whether CTC can align them
 
 
 def train(options: Options) -> int:
@@ -76,7 +66,7 @@ def train(options: Options) -> int:
 def _train(options: Options, machine: Machine) -> int:
     training, data = options.training, options.data
     bad_samples = BadSamples(data.on_bad_audio, options.project / "bad_audio.jsonl")
-    rows, mix = _training_rows(options, bad_samples)
+    rows, mix = training_rows(options, bad_samples)
     validation_rows = []
     if data.valid_split:
         validation_rows = load_splits(data, data.valid_split, (), bad_samples=bad_samples, join=True)["all"]
@@ -125,11 +115,8 @@ def _train(options: Options, machine: Machine) -> int:
     shown = Bar(metrics) if sys.stdout.isatty() else Lines(metrics, options.log_every)  # Lightning's bar goes there
     callbacks = [ReportBadSamples(bad_samples), metrics, shown, *mission_files.values()]
     if cache:
-        usable = [row for row in rows if (row.text or "").strip()]
-        speeds = _speeds(training)
-        wanted = [(replace(x, speed=speed), row) for row in usable for x in row.recordings for speed in speeds]
-        wanted += [(x, row) for row in validation_rows for x in row.recordings]
-        filling = FillFrames(cache, wanted, bad_samples, _longest(training, model), log_every=options.log_every)
+        wanted = recordings_to_cache(rows, validation_rows, training)
+        filling = FillFrames(cache, wanted, bad_samples, longest_of(training, model), log_every=options.log_every)
         callbacks.insert(0, filling)
     if validation_rows:
         validation = Validation(
@@ -144,7 +131,7 @@ def _train(options: Options, machine: Machine) -> int:
         callbacks.append(validation)
     if training.standardise:
         measured = random.Random(training.random_seed).sample(rows, min(RECORDINGS, len(rows)))
-        dataset = _dataset(model, measured, cache, longest=_longest(training, model))
+        dataset = dataset_of(model, measured, cache, longest=longest_of(training, model))
         callbacks.append(Standardise(loader(dataset, batch_size=8, shuffle=False, num_workers=0), model))
     stop = StopRequest()
     what = {
@@ -154,7 +141,7 @@ def _train(options: Options, machine: Machine) -> int:
     trainer = make_trainer(options, machine, run, callbacks, stop, what)
     if validation_rows:
         validation.batches = loader(
-            _dataset(model, validation_rows, cache, longest=_longest(training, model)),
+            dataset_of(model, validation_rows, cache, longest=longest_of(training, model)),
             batch_size=options.eval_bsz,
             shuffle=False,
             num_workers=data.num_workers,
@@ -164,9 +151,9 @@ def _train(options: Options, machine: Machine) -> int:
     durations = options.project / "durations.json"
     seconds = read_durations(rows, durations, log_every=options.log_every, first=trainer.is_global_zero)
     if training.ctc_align:
-        _check_alignment(rows, seconds, model, first=trainer.is_global_zero)
+        check_alignment(rows, seconds, model, first=trainer.is_global_zero)
     accumulate = training.accumulate_grad_batches
-    pass_batches = _training_batches(options, rows, mix, seconds, model, cache, trainer)
+    pass_batches = training_batches(options, rows, mix, seconds, model, cache, trainer)
     batches = AccumulationLoader(pass_batches, accumulate=accumulate, limit=training.epoch_steps)
     steps_to_epoch = math.ceil(len(batches) / accumulate)
     total_steps = steps_to_epoch * training.epoch_count
@@ -193,19 +180,6 @@ def _train(options: Options, machine: Machine) -> int:
     found = (f"the mission file {path} is {which}" for path, which in best_mission_files(options.project))
     log.info("%s; %s", bad_samples.report(), "; ".join(found))
     return 0
-
-
-def _training_rows(options: Options, bad_samples: BadSamples) -> tuple[list[Row], Mix | None]:
-    """The rows of the splits to train on, and which of them a pass takes, where that isn't all once."""
-    data = options.data
-    within = data.data_dir or data.data
-    weights = split_weights(data.train_split, within) if data.train_split else {}
-    asked = "+".join(weights) or None
-    splits = load_splits(data, asked, librispeech.TRAIN_SPLIT.split("+"), bad_samples=bad_samples)
-    rows = list(chain(*splits.values()))
-    if all(weight == 1 for weight in weights.values()):
-        return rows, None
-    return rows, Mix([*map(len, splits.values())], [*weights.values()], seed=options.training.random_seed)
 
 
 def _missions(rows: Sequence[Row], asked: str | None, files: Sequence[MissionFile]) -> list[str]:
@@ -270,44 +244,6 @@ def _set_labels(task: Task, rows: Sequence[Row], *, given: bool) -> None:
         raise UserError(f"the data has the label {unknown[0]!r}, which is not among --labels {','.join(task.labels)}")
 
 
-def _dataset(model: SpeechRWKV, rows: Sequence[Row], cache: FrameCache | None, **how: object) -> SpeechDataset:
-    return SpeechDataset(
-        rows,
-        sample_of=model.sample,
-        renderer=model.renderer,
-        extract=None if cache else model.speech_encoder.extract,
-        cache=cache,
-        aligned=model.aligned,
-        **how,
-    )
-
-
-def _check_alignment(rows: Sequence[Row], seconds: np.ndarray, model: SpeechRWKV, *, first: bool) -> None:
-    """Says how many transcripts the CTC loss can't align to their recordings' positions.
-
-    first: whether this is, of a run's processes, the one that says it.
-
-    Raises:
-        UserError: it can align none.
-    """
-    every = math.ceil(len(rows) / ALIGNMENTS)
-    found = []
-    for row, length in zip(rows[::every], seconds[::every], strict=True):
-        if not length or model.task(row.mission).name not in model.aligned:
-            continue  # it can't be opened, or isn't for CTC
-        with suppress(SampleError):
-            tokens = model.tokenizer.encode(model.sample(row).reference)
-            frames = model.speech_encoder.frame_count(round(length * SAMPLE_RATE))
-            found.append(fits(torch.tensor(tokens), model.adapter.group_count(frames)))
-    k = model.adapter.downsample_k
-    advice = f"lower --downsample_k, {k} here" if k > 1 else "leave --ctc_align out"
-    said = f"{sum(found)} of {len(found)} transcripts{' looked at' * (every > 1)} fit into their positions"
-    if found and not any(found):
-        raise UserError(f"{said}: {advice}")
-    if not all(found) and first:
-        log.warning("%s, and --ctc_align leaves out all others: %s", said, advice)
-
-
 def _check_steps(steps: int, module: TrainingModule, nonfinite: NonFiniteLosses) -> None:
     """Says of a run that is over where so many steps can have taught little.
 
@@ -320,119 +256,3 @@ def _check_steps(steps: int, module: TrainingModule, nonfinite: NonFiniteLosses)
             raise UserError(f"{said}: nothing was learnt; the model, the encoder or the precision may be at fault")
         log.warning("%s", said)
     warn_of_warm_up(module.options, steps, module.total_steps)
-
-
-def _training_batches(
-    options: Options,
-    rows: list[Row],
-    mix: Mix | None,
-    seconds: np.ndarray,
-    model: SpeechRWKV,
-    cache: FrameCache | None,
-    trainer: pl.Trainer,
-) -> DataLoader[Batch]:
-    """The batches of this process, augmented as asked; the log says how much of them is padding."""
-    training = options.training
-    augmentation = WaveformAugmentation(
-        training.random_seed,
-        speeds=_speeds(training),
-        noise=_noise_files(training.noise_dir, skip=options.data.on_bad_audio == "skip") if training.noise_dir else (),
-        snr_db=training.noise_snr or NOISE_SNR_DB,
-    )
-    slowest = min(augmentation.speeds)
-
-    def lengths(epoch: int) -> np.ndarray:
-        if mix is None:
-            return augmentation.lengths([row.id for row in rows], seconds, epoch)
-        taken = mix(epoch)
-        ids = [copy_id(rows[i].id, copy) for i, copy in zip(taken, mix.copies, strict=True)]
-        return augmentation.lengths(ids, seconds[taken], epoch)
-
-    dataset = _dataset(
-        model,
-        rows,
-        cache,
-        transform=augmentation if not cache and (training.speed_perturb or training.noise_dir) else None,
-        speed=augmentation.speed if cache and training.speed_perturb else None,
-        filter=_too_long(training, slowest),
-        longest=_longest(training, model, slowest),
-        spec_augment=SpecAugment(training.random_seed, model.speech_encoder.width) if training.spec_augment else None,
-        needs_answer=True,
-        mix=mix,
-    )
-    batches = bucketed_loader(
-        dataset,
-        lengths,
-        longest=(seconds if mix is None else mix.longest(seconds)) / slowest,
-        batch_size=training.micro_bsz,
-        max_seconds=training.max_batch_s,
-        accumulate=training.accumulate_grad_batches,
-        seed=training.random_seed,
-        num_workers=options.data.num_workers,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-    )
-    log.info(
-        "training on %d utterances, %.1f h, in %d batches to a pass; %.1f %% of them is padding",
-        len(dataset),
-        lengths(0).sum() / 3600,
-        len(batches),
-        100 * padding_waste(batches.batch_sampler, lengths(0)),
-    )
-    return batches
-
-
-def _speeds(training: TrainingOptions) -> tuple[float, ...]:
-    return SPEEDS if training.speed_perturb else (1.0,)
-
-
-def _noise_files(folder: str, *, skip: bool) -> list[Path]:
-    """The recordings of a folder that can be opened.
-
-    skip: whether others are left out, with a warning, or stop the run.
-    """
-    found = []
-    for path in audio_files(Path(folder).expanduser()):
-        try:
-            duration(path)
-        except AudioError as error:
-            if not skip:
-                raise UserError(
-                    f"--noise_dir: {error}; put it right or remove it, or go on without it by --on_bad_audio skip"
-                ) from error
-            log.warning("noise that is left out: %s", error)
-        else:
-            found.append(path)
-    if not found:
-        raise UserError(f"--noise_dir {folder}: no audio files there; expected recordings of noise")
-    return found
-
-
-def _longest(training: TrainingOptions, model: SpeechRWKV, slowest: float | None = None) -> Longest:
-    """What a recording certainly can't exceed, so that no more of it is read; `_too_long` then knows it exactly.
-
-    slowest: the lowest speed that augmentation draws; None: batches have no bound.
-    """
-    # Two positions more, since the frames of an encoder's edges, and of an incomplete last position, are missing.
-    seconds = (training.ctx_len + 2) * model.adapter.downsample_k / model.speech_encoder.frame_rate
-    context = Longest(seconds, f"--ctx_len {training.ctx_len} leaves")
-    if not slowest or not training.max_batch_s:
-        return context
-    return min(context, Longest(training.max_batch_s * slowest, "--max_batch_s leaves"))
-
-
-def _too_long(training: TrainingOptions, slowest: float) -> Callable[[Rendered, Sequence[int]], str | None]:
-    """Says of a rendered sample and its recordings' samples why it doesn't fit into the context, or into a batch.
-
-    slowest: the lowest speed that augmentation draws.
-    """
-    limit = training.max_batch_s and training.max_batch_s * slowest
-
-    def reason(rendered: Rendered, samples: Sequence[int]) -> str | None:
-        if limit and sum(samples) > limit * SAMPLE_RATE:
-            return f"{sum(samples) / SAMPLE_RATE:.1f} s, more than the {limit:g} s that --max_batch_s leaves"
-        if len(rendered) > training.ctx_len and len(rendered.answers) == 1:  # several rounds are learnt in pieces
-            return f"{len(rendered)} positions, more than --ctx_len {training.ctx_len}"
-        return None
-
-    return reason
