@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--second", type=Path, default=second, help="of the second course (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=TINY / "rwkv7-tiny-missions.pth", help="default: %(default)s")
     parser.add_argument("--checkpoint", type=Path, default=Path(CHECKPOINT), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--batch", type=int, default=32, help="documents to a step")
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=3)
