@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -106,6 +107,33 @@ def test_the_longest_segment_is_cut(model, world, voiced):
     assert all(final.end - final.start <= 1 for final in finals)
     assert [final.start for final in finals[1:]] == [final.end for final in finals[:-1]], "it goes on without a gap"
     assert finals[-1].end == pytest.approx(len(speech) / SAMPLE_RATE, abs=1e-3)
+
+
+# Resident bytes after 20 lengths of audio that no other had, and after 60 more.
+LENGTHS = """
+import re, sys
+from pathlib import Path
+from rwkv_speech import SpeechRWKV
+import torch
+
+torch.set_num_threads(1)
+model = SpeechRWKV.from_pretrained(sys.argv[1], encoder=sys.argv[2], adapter_hidden=16, dtype=torch.bfloat16)
+for i in range(80):
+    waveform = torch.randn(16_000 + 331 * i if i % 2 else 80_000 - 331 * i)
+    with torch.inference_mode():
+        model.language_model(model.adapter(*model.speech_encoder([waveform]))[0])
+    if i in (19, 79):
+        print(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory a process has")
+def test_new_lengths_take_no_more_memory(world):
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
+    command = [sys.executable, "-c", LENGTHS, world.model, world.encoder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after - before < 8e6, "270 MB without bounds, 220 MB without torch's, 57 MB without oneDNN's"
 
 
 # --- partials --------------------------------------------------------------------------------------------------------
