@@ -30,7 +30,7 @@ from rwkv_speech.speech.recording import Recording
 
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
-SUMS = {"train": 2000, "test": 300}
+SUMS = {"train": 4000, "test": 300}
 PAUSE = 0.2  # seconds between two digits
 CONSTANT_FROM = 200  # training answers among which the best constant one is searched
 SEED = 1
@@ -58,7 +58,7 @@ def sums(rows: Sequence[Row], count: int, folder: Path) -> list[Row]:
 
 
 ROUNDS = 5
-CONVERSATIONS = {"train": 1200, "test": 100}
+CONVERSATIONS = {"train": 4000, "test": 100}  # of each kind
 TALKS = ("sum", "total", "first")  # what a round asks for: see `rounds`
 
 
@@ -194,7 +194,7 @@ def write_baselines(args: argparse.Namespace) -> None:
         found["logistic regression"] = lambda: logistic_regression(cache, train, test)
     elif kind == "transcribe":
         found["CTC probe"] = lambda: probe_texts(cache, train, test, args.steps, args.line / "probe.pth")
-    else:
+    elif kind != "converse":  # beside which a fresh state stands
         found["constant"] = lambda: [constant(train)] * len(test)
     if task and (multilingual or all(row.language == "en" for row in test)):
         found["Whisper"] = lambda: whisper_texts(args.decoder, test, task if multilingual else None)

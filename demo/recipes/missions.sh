@@ -69,15 +69,15 @@ line() { # name, Whisper, seconds of its window, and settings, where the environ
     "$python" "$recipes/missions.py" baselines "$folder" --encoder "$encoder" --decoder "$decoder" \
         --cache "$cache_features"
 }
-line esc-10 tiny 6 epoch_count=16
-line emodb-4 tiny 10 epoch_count=20
+line esc-10 tiny 6 epoch_count=32 speed_perturb=1
+line emodb-4 tiny 10 epoch_count=40 speed_perturb=1
 line speaker tiny 3 epoch_count=4
 line language base 12 epoch_count=3
-line digits tiny 3 epoch_count=8
-line arabic base 3 epoch_count=16
+line digits tiny 3 epoch_count=16 speed_perturb=1
+line arabic base 3 epoch_count=40 speed_perturb=1
 line mandarin base 12 epoch_count=30 downsample_k=2
-line russian base 12 epoch_count=60 downsample_k=2
+line russian base 12 epoch_count=60 downsample_k=2 speed_perturb=1
 line translate base 12 epoch_count=12
-line sums tiny 3 epoch_count=8
-line rounds tiny 3 epoch_count=8
+line sums tiny 3 epoch_count=12 speed_perturb=1
+line rounds tiny 3 epoch_count=3 speed_perturb=1
 "$python" "$recipes/missions.py" table "$proj_dir"
