@@ -189,21 +189,24 @@ def _row(found: Measured) -> str:
 
 
 def picture(measured: Sequence[Measured], path: Path) -> None:
+    """Time above memory, a column for each thing that they grow with."""
     groups = {against: list(group) for against, group in groupby(measured, lambda x: x.cost.against)}
-    figure = Figure(figsize=(4.6 * len(groups), 8), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(groups), 8.4), layout="constrained")
     axes = figure.subplots(2, len(groups), squeeze=False)
-    for column, (against, group) in enumerate(groups.items()):
-        for x in group:
-            time_exponent, memory_exponent = x.exponents
-            axes[0, column].plot(x.sizes, x.seconds, marker="o", ms=3, label=f"{time_exponent:.2f}  {x.cost.what}")
-            sizes = np.maximum(x.bytes, LEAST) / 2**20
-            axes[1, column].plot(x.sizes, sizes, marker="o", ms=3, label=f"{memory_exponent:.2f}  {x.cost.what}")
-        for ax, what in zip(axes[:, column], ("CPU time, s", "peak memory, MiB"), strict=True):
+    for (against, group), (above, below) in zip(groups.items(), axes.T, strict=True):
+        for number, x in enumerate(group):
+            label = "{:.2f}  {:.2f}  {}".format(*x.exponents, x.cost.what)
+            line = "o-" if number < 10 else "o--"  # there are ten colours
+            above.plot(x.sizes, x.seconds, line, ms=3)
+            below.plot(x.sizes, np.maximum(x.bytes, LEAST) / 2**20, line, ms=3, label=label)
+        for ax, what in ((above, "CPU time, s"), (below, "peak memory, MiB")):
             ax.set(xscale="log", yscale="log", xlabel=against, ylabel=what)
-            ax.grid(alpha=0.3)
-            ax.legend(fontsize=6, frameon=False, loc="upper left")
             low, high = ax.get_ylim()
-            ax.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
+            wider = max(1.0, (100 * low / high) ** 0.5)  # two decades at least, or noise looks like growth
+            ax.set_ylim(low / wider, high * wider)
+            ax.grid(alpha=0.3)
+        title = "exponents of time and memory"
+        below.legend(fontsize=8, title=title, title_fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16))
     figure.savefig(path, dpi=110)
 
 

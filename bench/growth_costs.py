@@ -204,7 +204,8 @@ def by_length(parts: Parts) -> Iterator[Cost]:
         ("voice activity and cutting of a file", RECORDINGS, find_pauses, (1, 0), "block by block"),
         ("prediction of a file", RECORDINGS, transcribe, (1, 0), "cut at 5 s; a batch of 4 segments is in memory"),
     ):
-        yield Cost(what, "seconds of audio", sizes, prepare, expected, why)
+        filling = "Buffers fill in the first minutes; an hour takes hardly more than a quarter of one"
+        yield Cost(what, "seconds of audio", sizes, prepare, expected, why, filling if sizes is RECORDINGS else "")
 
 
 def by_batch(parts: Parts) -> Iterator[Cost]:

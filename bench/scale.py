@@ -41,6 +41,7 @@ from rwkv_speech import SpeechRWKV
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.data.sample import Row
+from rwkv_speech.engine.deepspeed import STAGES
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.overview import estimate_memory
 from rwkv_speech.lm import model_class
@@ -292,7 +293,7 @@ def table(run: Run, name: str) -> list[str]:
 
 
 @torch.no_grad()
-def timed_input() -> tuple[float, float]:
+def timed_input() -> dict[str, float]:
     """CPU seconds for each second of audio: from FLAC to a batch, from cached frames to a batch."""
     rows = read_manifest(TINY / "corpus" / "test.jsonl")
     speech = torch.cat([row.audio.waveform() for row in rows[:20]])[: 12 * SAMPLE_RATE]
@@ -311,7 +312,7 @@ def timed_input() -> tuple[float, float]:
         decoding = _cpu_seconds(lambda: model.prepare(samples))
         reading = _cpu_seconds(lambda: batch_of(wide, [shards.read(record) for _ in samples], [text] * len(samples)))
     seconds = len(samples) * len(speech) / SAMPLE_RATE
-    return decoding / seconds, reading / seconds
+    return {"decoding": decoding / seconds, "reading": reading / seconds}
 
 
 def _cpu_seconds(thing: Callable[[], object]) -> float:
@@ -329,7 +330,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generation", type=int, choices=(6, 7), default=6)
     parser.add_argument("--micro_bsz", type=int, default=4)
     parser.add_argument("--grad_cp", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--strategy", default="deepspeed_stage_1")
+    parser.add_argument("--strategy", choices=("ddp", *STAGES), default="deepspeed_stage_1")
     for name, value, unit, source in ASSUMPTIONS:
         parser.add_argument(f"--{name}", type=type(value or 0.0), default=value, help=f"{unit} ({source})")
     return parser.parse_args(arguments)
@@ -339,18 +340,19 @@ def main() -> None:
     a = parse()
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    if a.decoding is None or a.reading is None:
-        decoding, reading = timed_input()
-        a.decoding, a.reading = a.decoding or decoding, a.reading or reading
+    to_time = [name for name in ("decoding", "reading") if getattr(a, name) is None]
+    if to_time:
+        vars(a).update({name: seconds for name, seconds in timed_input().items() if name in to_time})
     print("A reckoning; nothing of it was measured on a GPU. Assumed:\n")
     for name, default, unit, source in ASSUMPTIONS:
         value = getattr(a, name)
-        print(f"  --{name:10} {value:<12.6g} {unit}: {source if value == default or default is None else 'as given'}")
+        print(f"  --{name:10} {value:<12.6g} {unit}: {source if value == default or name in to_time else 'as given'}")
     forward, both = OPERATOR[a.generation]
     print(
         f"  operator: {1e6 * forward:.0f} us forward, {1e6 * both:.0f} us both ways for 40 heads, 4 x 256 positions: "
         "docs/wkv-cuda.md, reckoned\n"
-        "  nothing of the exchange is hidden behind the backward pass; the loader's workers hide all of theirs"
+        "  nothing of the exchange is hidden behind the backward pass; the loader's workers hide all of theirs\n"
+        "  memory is without the encoder's activations, and for samples of 15 s"
     )
     for name, (n_layer, n_embd) in SIZES.items():
         run = Run(a, official_sizes(generation=a.generation, n_layer=n_layer, n_embd=n_embd))
