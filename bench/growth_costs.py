@@ -18,7 +18,6 @@ from bench.train import WORDS
 from bench.wkv import train as operator_both_ways
 from rwkv_speech import SpeechRWKV
 from rwkv_speech.alignment import alignment_loss_sum
-from rwkv_speech.data.batches import Batch
 from rwkv_speech.data.buckets import BoundedBatches, ByLength, padding_waste
 from rwkv_speech.data.durations import read_durations
 from rwkv_speech.data.loading import SharedBatches, Shuffled
@@ -125,7 +124,7 @@ class Parts:
         model = model or self.model
         text = " ".join(WORDS[i % len(WORDS)] for i in range(math.ceil(1.5 * seconds)))
         rows = (Row(str(i), text, self.speech(seconds), mission=name) for i, name in enumerate(missions))
-        batch: Batch = model.prepare([model.sample(row) for row in rows])
+        batch = model.prepare([model.sample(row) for row in rows])
         sizes = batch.frame_lengths.tolist()
         frames = torch.randn(sum(sizes), self.encoder.width)
         batch = replace(batch, audio=frames, audio_sizes=sizes, is_frames=True)
@@ -191,6 +190,7 @@ def by_length(parts: Parts) -> Iterator[Cost]:
         return lambda: sum(1 for _ in parts.model.transcripts([parts.recorded(seconds)], **how))
 
     every = "each position is as much work as another"
+    filling = "Buffers fill in the first minutes; an hour takes hardly more than a quarter of one"
     for what, sizes, prepare, expected, why in (
         ("encoder, one call", ONE_CALL, encode, (2, 2), "attention compares each frame with each"),
         ("adapter", SECONDS, adapt, (1, 1), every),
@@ -204,7 +204,6 @@ def by_length(parts: Parts) -> Iterator[Cost]:
         ("voice activity and cutting of a file", RECORDINGS, find_pauses, (1, 0), "block by block"),
         ("prediction of a file", RECORDINGS, transcribe, (1, 0), "cut at 5 s; a batch of 4 segments is in memory"),
     ):
-        filling = "Buffers fill in the first minutes; an hour takes hardly more than a quarter of one"
         yield Cost(what, "seconds of audio", sizes, prepare, expected, why, filling if sizes is RECORDINGS else "")
 
 
