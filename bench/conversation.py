@@ -1,9 +1,10 @@
 """What the rounds of a conversation cost: the time of the last one over the first, and the sizes of its file.
 
-Every round hears the same recording and answers with one token, since longer answers would end where they like. Each
-round's time is the median over the talks. Without --adapter the adapter is random, which costs the same. One JSON line.
+Every round hears the same recording and answers with one token, since longer answers would end where they like. A
+round's time is the median of its CPU time over the conversations. Without --adapter the adapter is random, which costs
+the same. Prints one JSON line; the exit status is 1 where the last round takes more than the bound allows.
 
-python bench/conversation.py [--rounds 20] [--talks 30]
+python bench/conversation.py [--rounds 20] [--conversations 30]
 """
 
 import argparse
@@ -30,24 +31,24 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, help="mission file (default: a random adapter)")
     parser.add_argument("--file", type=Path, default=TINY / "corpus" / "test" / "0000.ogg", help="a recording")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--talks", type=int, default=30)
+    parser.add_argument("--conversations", type=int, default=30)
     args = parser.parse_args()
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     how = {"adapter": args.adapter} if args.adapter else {"mission": "converse"}
     model = SpeechRWKV.from_pretrained(args.load_model, encoder=args.encoder, **how)
-    "".join(model.conversation().reply(args.file, max_new_tokens=1))  # whatever is made once
+    "".join(model.conversation().reply(args.file, max_new_tokens=1))  # so that what is made once is not counted
     times: list[list[float]] = [[] for _ in range(args.rounds)]
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
-        for talk in range(args.talks):
+        for number in range(args.conversations):
             chat = model.conversation()
             for took in times:
-                began = time.perf_counter()
+                began = time.process_time()
                 "".join(chat.reply(args.file, max_new_tokens=1))
-                took.append(time.perf_counter() - began)
-                if not talk:
+                took.append(time.process_time() - began)
+                if not number:
                     chat.save(path := Path(folder) / "talk.safetensors")
                     sizes.append(path.stat().st_size)
     first, last = median(times[0]), median(times[-1])

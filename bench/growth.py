@@ -11,11 +11,11 @@ An exponent is the slope of log time over log size by least squares over the upp
 the one that is expected, and one that is more than 0.15 above that ends the benchmark with status 1 unless it
 is explained here. Memory below 1 MiB counts as 1 MiB.
 
-Prints a JSON line for each cost, then writes growth.md and growth.png. A cost's sizes end with the first that takes
-longer than --seconds, the fourth at the earliest: by default under two minutes for all. --seconds inf goes up to an
-hour of audio and 10^6 utterances.
+Prints a JSON line for each cost; --out writes growth.md and growth.png, too. A cost's sizes end with the first that
+takes longer than --seconds, the fourth at the earliest: by default under two minutes for all. --seconds inf goes up to
+an hour of audio and 10^6 utterances.
 
-python bench/growth.py [--seconds inf] [--only encoder batch] [--out docs]
+python bench/growth.py [--seconds inf --out docs] [--only encoder batch]
 """
 
 import argparse
@@ -216,7 +216,7 @@ def main() -> None:
         "--seconds", type=float, default=0.5, help="a cost's sizes end with the first that takes longer"
     )
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="costs that have one of these in them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs", help="folder")
+    parser.add_argument("--out", type=Path, help="folder for growth.md and growth.png (default: none is written)")
     args = parser.parse_args()
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -224,14 +224,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder))
         gc.freeze()  # what is loaded is no work for the collector
-        for cost in parts.costs():
-            if any(words in f"{cost.what} {cost.against}" for words in args.only):
-                measured.append(grown(cost, args.seconds))
-                print(json.dumps(line_of(measured[-1])), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python bench/growth.py", *sys.argv[1:]])
-    (args.out / "growth.md").write_text(page(measured, command), encoding="utf-8")
-    picture(measured, args.out / "growth.png")
+        costs = [x for x in parts.costs() if any(words in f"{x.what} {x.against}" for words in args.only)]
+        if not costs:
+            parser.error(f"--only {' '.join(args.only)}: no cost has one of these words in it")
+        for cost in costs:
+            measured.append(grown(cost, args.seconds))
+            print(json.dumps(line_of(measured[-1])), flush=True)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python bench/growth.py", *sys.argv[1:]])
+        (args.out / "growth.md").write_text(page(measured, command), encoding="utf-8")
+        picture(measured, args.out / "growth.png")
     if unexplained := [x.cost.what for x in measured if x.is_above and not x.cost.above]:
         raise SystemExit(f"grows faster than expected: {'; '.join(unexplained)}")
 

@@ -315,7 +315,7 @@ def by_missions(parts: Parts) -> Iterator[Cost]:
         return step_of(model_of(missions, missions))
 
     def tokens(missions: int) -> Thing:
-        model_of(missions)
+        model_of(missions)  # which gives the language model as many initial states
         which = torch.arange(rows) % missions if missions > 1 else None
         return parts.ten_tokens(parts.read(parts.positions(1, rows), which=which), rows)
 

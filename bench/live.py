@@ -32,14 +32,12 @@ from itertools import chain, cycle, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
-from rwkv_speech import SpeechRWKV  # before torch, which train.py imports after it, too: it bounds what torch keeps
-
-# isort: split
 import jiwer
 import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_speech import SpeechRWKV
 from rwkv_speech.data.manifest import read_manifest
 from rwkv_speech.live import Final, Live, Partial
 from rwkv_speech.mission_file import best_mission_file

@@ -62,7 +62,7 @@ INPUT = ("host's cores", "storage")
 WAVLM_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SIZES = {"3B": (32, 2560), "7B": (32, 4096)}  # layers, width
 # Of the operator with 40 heads of 64, 4 x 256 positions, at 70 % of the slots: forward, both ways.
-OPERATOR = {6: (42e-6, 232e-6), 7: (74e-6, 486e-6)}
+OPERATOR = {6: (60e-6, 232e-6), 7: (106e-6, 486e-6)}
 OPERATOR_SIZE = 4 * 256 * 40
 HERE = "timed here, on this CPU, one core"
 # Flag, value, unit, where it comes from. None: timed.
@@ -162,7 +162,7 @@ class Run:
         a = self.a
         flags = [f"--micro_bsz={a.micro_bsz}", f"--grad_cp={a.grad_cp}"]
         nodes = math.ceil(gpus / a.node)
-        machine = Machine("gpu", gpus // nodes, nodes, a.strategy if gpus > 1 else "auto", "bf16")
+        machine = Machine("gpu", math.ceil(gpus / nodes), nodes, a.strategy if gpus > 1 else "auto", "bf16")
         found = estimate_memory(self.model, Options.parse(["--op=train", "--load_model=-", *flags]), machine)
         return sum(found.values()) + (0 if cached else self.encode.weights)
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.ops import OPS
 from rwkv_speech.options import DecodingOptions, Options
 from rwkv_speech.speech import frame_cache, identity, shards
-from rwkv_speech.speech.audio import AudioError, Longest, TooLongError
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, TooLongError
 from rwkv_speech.speech.encoder import SpeechEncoder
 from rwkv_speech.speech.frame_cache import AbsentEncoder, FrameCache
 from rwkv_speech.speech.recording import Recording
@@ -213,6 +214,29 @@ def test_changed_file_is_noticed(world, recordings, monkeypatch, settled):
     after = filled(world, recordings).read(recordings[3])[0].float()
     assert (after - before.float()).abs().max() > 0.1
     torch.testing.assert_close(after, exact(world, recordings[3]), rtol=1e-3, atol=1e-3)
+
+
+def test_other_speeds_have_frames_of_their_own(world, recordings, monkeypatch):
+    """Of a file and of a segment; what is known already is decoded by nobody, also where it lies elsewhere now."""
+    whole = recordings[3]
+    segment = replace(whole, offset=0.1, duration=0.3)
+    filled(world, [whole, segment])
+    fast = [replace(x, speed=speed) for x in (whole, segment) for speed in (0.9, 1.1)]
+    cache = filled(world, [whole, segment, *fast])
+    encoder = SpeechEncoder.from_pretrained(str(world / "encoder"))
+    samples, rate = soundfile.read(whole.source, dtype="float32")
+    for x in fast:
+        part = samples if x.segment is None else samples[round(0.1 * rate) : round(0.4 * rate)]
+        expected = soxr.resample(part, rate * x.speed, SAMPLE_RATE, quality="HQ")
+        assert abs(cache.samples(x) - len(part) / rate * SAMPLE_RATE / x.speed) <= 1
+        frames = encoder([torch.from_numpy(expected)])[0][0]
+        torch.testing.assert_close(cache.read(x)[0].float(), frames, rtol=0.02, atol=0.02)
+        assert str(x) == str(replace(x, speed=1.0))
+    moved = whole.source.rename(world / "moved.wav")
+    monkeypatch.setattr(frame_cache, "load_audio", None)
+    monkeypatch.setattr(Recording, "waveform", None)
+    cache = filled(world, [replace(x, source=moved) for x in (whole, *fast[:2])])  # fast[:2]: of the file
+    assert cache.samples(replace(whole, source=moved, speed=0.9)) > cache.samples(replace(whole, source=moved))
 
 
 def test_segments_have_frames_of_their_own(world, recordings, loads):

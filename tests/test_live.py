@@ -113,8 +113,8 @@ def test_the_longest_segment_is_cut(model, world, voiced):
 LENGTHS = """
 import re, sys
 from pathlib import Path
-from rwkv_speech import SpeechRWKV
 import torch
+from rwkv_speech import SpeechRWKV
 
 torch.set_num_threads(1)
 model = SpeechRWKV.from_pretrained(sys.argv[1], encoder=sys.argv[2], adapter_hidden=16, dtype=torch.bfloat16)

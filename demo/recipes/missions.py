@@ -194,7 +194,7 @@ def write_baselines(args: argparse.Namespace) -> None:
         found["logistic regression"] = lambda: logistic_regression(cache, train, test)
     elif kind == "transcribe":
         found["CTC probe"] = lambda: probe_texts(cache, train, test, args.steps, args.line / "probe.pth")
-    elif kind != "converse":  # beside which a fresh state stands
+    elif kind != "converse":  # which its other test manifests are compared with
         found["constant"] = lambda: [constant(train)] * len(test)
     if task and (multilingual or all(row.language == "en" for row in test)):
         found["Whisper"] = lambda: whisper_texts(args.decoder, test, task if multilingual else None)

@@ -6,7 +6,8 @@
 #
 # Each line trains adapter and state on the training half, and decodes the test half; beside it stand logistic
 # regression on mean and deviation of the frames, and the majority class (labels), a CTC probe and Whisper's own decoder
-# (transcripts), the best constant answer and Whisper's translation. Interrupted, the same command goes on. Every other
+# (transcripts), the best constant answer and Whisper's translation; beside rounds, a fresh state for the last one, and a
+# past that was typed. Interrupted, the same command goes on. Every other
 # setting of train.py can be given in the environment, too; a line that was trained under other settings is refused.
 
 data_dir="${data_dir:-}"              # folder of the sets: see README.md

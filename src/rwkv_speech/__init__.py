@@ -10,7 +10,7 @@ __all__ = ["SpeechRWKV"]
 
 # On the CPU, oneDNN keeps what it compiled for the last 1024 shapes, and torch the same once more, 0.2 MB apiece; each
 # new length of audio is 50 shapes. 256 hold what training steps and beam searches come back to; torch's own save no
-# time. Nothing but the environment bounds them, and torch reads a part of that when it is imported: best after this.
+# time. Nothing but the environment bounds them, and it is read at the first computation.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 

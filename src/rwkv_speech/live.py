@@ -13,7 +13,7 @@
 - Words are stable once two texts in a row have them (Liu et al. 2020, "local agreement"). Holding back just the last
   word was 0.1 s faster, but finals changed twice as many of those words.
 - What is in memory is one segment and one state. What torch keeps for lengths of audio that it has met on a CPU is
-  bounded, too, if `rwkv_speech` is imported before torch.
+  bounded, too (`rwkv_speech/__init__.py`).
 
 Models of the size that answers within a step on a CPU are fastest with one thread: `torch.set_num_threads(1)`.
 """

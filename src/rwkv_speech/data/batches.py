@@ -237,14 +237,13 @@ class SpeechDataset(Dataset[Item | BadSample | LongRow]):
         drawn = copy_id(sample.id, copy)
         if self.cache is not None:
             recordings = sample.audio
-            rendered = self._rendered(sample, [self.cache.samples(x, self.longest) for x in recordings])
             if self.speed is not None:
+                self._rendered(sample, [self.cache.samples(x, self.longest) for x in recordings])  # whether it fits
                 speeds = [self.speed(_draw(drawn, i), self.epoch) for i in range(len(recordings))]
                 recordings = [replace(x, speed=speed) for x, speed in zip(recordings, speeds, strict=True)]
             cached = [self.cache.read(x, self.longest) for x in recordings]
             audio, samples = [x for x, _ in cached], [n for _, n in cached]
-            if self.speed is not None:
-                rendered = self.renderer(sample, samples)
+            rendered = (self._rendered if self.speed is None else self.renderer)(sample, samples)
         else:
             waveforms = [x.waveform(self.longest) if isinstance(x, Recording) else x for x in sample.audio]
             samples = [len(x) for x in waveforms]

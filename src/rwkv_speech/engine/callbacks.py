@@ -59,9 +59,11 @@ class FillFrames(Callback):
         self.log_every = log_every
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        rows = {str(recording): row for recording, row in self.wanted}
+        rows: dict[str, Row] = {}
 
         def on_bad(recording: Recording, error: Exception) -> None:
+            if not rows:
+                rows.update((str(recording), row) for recording, row in self.wanted)
             row = rows[str(recording)]
             self.bad_samples.add([BadSample(row.id, row.place, str(error))])
 
@@ -75,6 +77,7 @@ class FillFrames(Callback):
             on_bad=on_bad,
             log_every=self.log_every,
         )
+        self.wanted = ()
 
 
 class NonFiniteLosses:

@@ -190,13 +190,16 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """For BOFT, which leaves CXX=gcc behind where its kernel can't be built."""
-    before = dict(os.environ)
+    """For BOFT, which leaves its compiler behind where its kernel can't be built."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ |= before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def parameters(model: "LanguageModel") -> dict[str, nn.Parameter]:

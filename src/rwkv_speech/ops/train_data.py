@@ -51,6 +51,7 @@ def training_rows(options: Options, bad_samples: BadSamples) -> tuple[list[Row],
 
 
 def dataset_of(model: SpeechRWKV, rows: Sequence[Row], cache: FrameCache | None, **how: object) -> SpeechDataset:
+    """Reads rows for a model; how: what else `SpeechDataset` takes."""
     return SpeechDataset(
         rows,
         sample_of=model.sample,
@@ -68,7 +69,7 @@ def recordings_to_cache(
     """All recordings whose frames a run reads, with their rows; those to learn from at each speed that may be drawn."""
     usable = [row for row in rows if (row.text or "").strip()]
     speeds = _speeds(training)
-    wanted = [(replace(x, speed=speed), row) for row in usable for x in row.recordings for speed in speeds]
+    wanted = [(replace(x, speed=speed), row) for speed in speeds for row in usable for x in row.recordings]
     return wanted + [(x, row) for row in validation_rows for x in row.recordings]
 
 
@@ -81,7 +82,11 @@ def training_batches(
     cache: FrameCache | None,
     trainer: pl.Trainer,
 ) -> DataLoader[Batch]:
-    """The batches of this process, augmented as asked; the log says how much of them is padding."""
+    """The batches of this process, augmented as asked; the log says how much of them is padding.
+
+    seconds: (rows,), the lengths of the recordings of each.
+    mix: which rows an epoch takes; None: all once.
+    """
     training = options.training
     augmentation = WaveformAugmentation(
         training.random_seed,

@@ -113,7 +113,8 @@ class DataOptions:
     )
     cache_features: str | None = flag(
         None,
-        "train: folder that keeps the encoder's frames, computed once and read ever after (default: none)",
+        "train: folder that keeps the encoder's frames, computed once (with --speed_perturb once for each speed) and "
+        "read ever after (default: none)",
         op="train",
     )
     cache_dtype: str = flag(

@@ -5,8 +5,8 @@
 
 - The identity of an encoder is the hash of its weights, configuration, feature extractor and type of computation. It is
   computed whenever the encoder is loaded; only where its files are untouched since, it needn't be.
-- A recording is known by the hash of its encoded bytes; a segment of one, or one at another speed, by its name's end
-  and the hash of its samples. Its file's stamp saves reading it; a file that was touched is read, and if its content is
+- A recording is known by the hash of its encoded bytes, a segment of one by its place and the hash of its samples;
+  another speed counts, too. Its file's stamp saves reading it; a file that was touched is read, and if its content is
   the same its frames stay.
 - With a full cache the encoder isn't loaded: an `AbsentEncoder` stands in for it.
 """
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import write_whole
 from rwkv_speech.progress import Progress
-from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, load_audio
+from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, at_speed, load_audio
 from rwkv_speech.speech.encoder import Convolutions, SpeechEncoder, frame_count
 from rwkv_speech.speech.hub import encoder_folder
 from rwkv_speech.speech.identity import encoder_identity, encoder_stamp
@@ -328,16 +328,18 @@ def _key(kind: str, content: bytes) -> bytes:
 
 
 def _read(recording: Recording, longest: Longest | None = None) -> tuple[bytes, str | None, bytes | Tensor]:
-    """The key of a recording's content, its stamp, and the content: encoded, or the samples of a part or a speed."""
-    if not recording.place:
+    """The key of a recording's content, its stamp, and the content: encoded, or the samples of a segment."""
+    if recording.segment is None:
         content, stamp = recording.read()
-        return _key("audio", content), stamp, content
+        return _key("audio", recording.place.encode() + content), stamp, content
     stamp, waveform = recording.stamp(), recording.waveform(longest)
     return _key("segment", recording.place.encode() + waveform.numpy().tobytes()), stamp, waveform
 
 
 def _decode(content: bytes | Tensor, recording: Recording, longest: Longest | None) -> Tensor:
-    return load_audio(content, name=str(recording), longest=longest) if isinstance(content, bytes) else content
+    if isinstance(content, Tensor):
+        return content
+    return at_speed(load_audio(content, name=str(recording), longest=longest), recording.speed)
 
 
 def _read_audio(recording: Recording, *, longest: Longest | None) -> _AudioFile | AudioError:

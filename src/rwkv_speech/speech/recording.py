@@ -43,7 +43,7 @@ class Recording:
     speed: float = 1.0
 
     def __str__(self) -> str:
-        return printable(str(self.source)) + self.place
+        return printable(str(self.source)) + self._part
 
     @property
     def segment(self) -> Segment | None:
@@ -51,11 +51,14 @@ class Recording:
 
     @property
     def place(self) -> str:
-        """What its name has behind that of its file: of a segment its place, and its speed; else nothing."""
-        speed = "" if self.speed == 1 else f" at {self.speed} of its speed"
+        """What tells it from its file as a whole: of a segment its place, and another speed; else nothing."""
+        return self._part + ("" if self.speed == 1 else f" at {self.speed} of its speed")
+
+    @property
+    def _part(self) -> str:
         if self.offset is None:
-            return speed
-        return f" [{'' if self.duration is None else f'{self.duration} s '}from {self.offset} s]{speed}"
+            return ""
+        return f" [{'' if self.duration is None else f'{self.duration} s '}from {self.offset} s]"
 
     def waveform(self, longest: Longest | None = None) -> Tensor:
         """Decode the recording: float32, shape (samples,), 16 kHz mono.
