@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import growth, growth_costs, scale
-from bench.growth_costs import Cost
 from bench.train import product_flops
 from rwkv_speech.lm.initialise import official_sizes
 
@@ -21,27 +19,33 @@ def test_exponent_is_the_slope_of_the_upper_half():
     assert growth.exponent([1, 2, 4, 8, 16], [7, 7, *(3 * n**1.5 for n in (4, 8, 16))]) == pytest.approx(1.5)
 
 
-def zeros(mib: int):
+KNOWN = """
+import torch
+from bench import growth
+from bench.growth_costs import Cost
+
+def zeros(mib):
     return torch.zeros(mib << 20, dtype=torch.uint8)
 
+class Known:
+    def __init__(self, folder):
+        pass
 
-def test_growth_measures_memory_and_names_what_grows_too_fast(tmp_path, monkeypatch, capsys):
+    def costs(self):
+        yield Cost("blocks", "MiB", (4, 8, 16, 32), lambda n: lambda: [len(zeros(n)) for _ in range(3)], (9, 1), "")
+        yield Cost("squares", "MiB", (2, 4, 8, 16), lambda n: lambda: zeros(n * n).max(), (9, 1), "as a test")
+
+growth.Parts, growth.ENOUGH = Known, 0
+growth.main()
+"""
+
+
+def test_growth_measures_memory_and_names_what_grows_too_fast(tmp_path):
     """Of what is there at once, 4 to 32 MiB and the square of 2 to 16; blocks that are gone again count once."""
-
-    class Known:
-        def __init__(self, folder: Path) -> None:
-            pass
-
-        def costs(self):
-            yield Cost("blocks", "MiB", (4, 8, 16, 32), lambda n: lambda: [len(zeros(n)) for _ in range(3)], (9, 1), "")
-            yield Cost("squares", "MiB", (2, 4, 8, 16), lambda n: lambda: zeros(n * n).max(), (9, 1), "as a test")
-
-    monkeypatch.setattr(growth, "Parts", Known)
-    monkeypatch.setattr(growth, "ENOUGH", 0)
-    monkeypatch.setattr(sys, "argv", ["growth.py", f"--out={tmp_path}"])
-    with pytest.raises(SystemExit, match=r"faster than expected: squares$"):
-        growth.main()
-    blocks, squares = map(growth.json.loads, capsys.readouterr().out.splitlines())
+    command = [sys.executable, "-c", KNOWN, f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("faster than expected: squares\n")
+    blocks, squares = map(json.loads, done.stdout.splitlines())
     assert blocks["mib"] == pytest.approx([4, 8, 16, 32], rel=0.1)
     assert squares["mib"] == pytest.approx([4, 16, 64, 256], rel=0.1)
     assert [blocks["above"], squares["above"]] == [False, True]
