@@ -232,6 +232,9 @@ def test_other_speeds_have_frames_of_their_own(world, recordings, monkeypatch):
         frames = encoder([torch.from_numpy(expected)])[0][0]
         torch.testing.assert_close(cache.read(x)[0].float(), frames, rtol=0.02, atol=0.02)
         assert str(x) == str(replace(x, speed=1.0))
+        waveform = x.waveform()
+        assert torch.equal(torch.cat([*x.blocks()]), waveform)
+        assert x.seconds() == pytest.approx(len(waveform) / SAMPLE_RATE, abs=1e-4)
     moved = whole.source.rename(world / "moved.wav")
     monkeypatch.setattr(frame_cache, "load_audio", None)
     monkeypatch.setattr(Recording, "waveform", None)

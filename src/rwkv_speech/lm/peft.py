@@ -162,7 +162,7 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
         changes = made.peft_type == "LORA" and made.init_lora_weights not in _BESIDE
         if changes and made.use_dora:
             raise ValueError("another initialisation does not go with use_dora")
-        with _environment_kept():
+        with _compilers_kept():
             peft.inject_adapter_in_model(made, model, _NAME)
         added = {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in before}
         injected = {name: x.get_base_layer() for name, x in model.named_modules() if hasattr(x, "get_base_layer")}
@@ -189,7 +189,7 @@ def inject(model: "LanguageModel", config: Mapping[str, Any], tensors: Mapping[s
 
 
 @contextmanager
-def _environment_kept() -> Iterator[None]:
+def _compilers_kept() -> Iterator[None]:
     """For BOFT, which leaves its compiler behind where its kernel can't be built."""
     before = {name: os.environ.get(name) for name in ("CC", "CXX")}
     try:
