@@ -213,7 +213,7 @@ def picture(measured: Sequence[Measured], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="a cost's sizes end with the first that takes longer"
+        "--seconds", type=float, default=0.1, help="a cost's sizes end with the first that takes longer"
     )
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="costs that have one of these in them")
     parser.add_argument("--out", type=Path, help="folder for growth.md and growth.png (default: none is written)")

@@ -140,8 +140,9 @@ def _merged(
             weight = dequantise(*packed, weight.shape[1])
         if injected:
             weight = peft.merged_weight(layer, weight)
-        with (waiting / name).open("wb") as opened:  # else a full disk would end the process when it is written to
-            os.posix_fallocate(opened.fileno(), 0, weight.numel() * dtype.itemsize)
+        if hasattr(os, "posix_fallocate"):  # not on macOS; else a full disk ends the process when it is written to
+            with (waiting / name).open("wb") as opened:
+                os.posix_fallocate(opened.fileno(), 0, weight.numel() * dtype.itemsize)
         place = torch.from_file(str(waiting / name), shared=True, size=weight.numel(), dtype=dtype)
         changed[f"{name}.weight"] = place.view(weight.shape).copy_(weight)
     return changed
