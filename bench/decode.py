@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.random_model import write_model
-from bench.timing import seconds
+from bench.timing import READ, reading, seconds, share
 from rwkv_speech.lm import load
 from rwkv_speech.lm.initialise import official_sizes
 from rwkv_speech.lm.language_model import LanguageModel
@@ -45,13 +45,6 @@ def bytes_read(model: LanguageModel) -> int:
 
 def size_of(model: LanguageModel) -> str:
     return f"RWKV-{model.generation} L{model.sizes.n_layer}x{model.sizes.n_embd}"
-
-
-def bandwidth() -> float:
-    """Bytes a second of reading memory, in the fastest of two ways."""
-    x = torch.ones(256 * 2**20 // 4)
-    t = seconds({"sum": x.sum, "dot": lambda: torch.dot(x, x)}, rounds=7)
-    return x.numel() * 4 / min(t.values())
 
 
 @torch.inference_mode()
@@ -100,21 +93,22 @@ def measure(path: Path, dtype: torch.dtype, name: str, rounds: int) -> dict:
             "batch": lambda: steps(tokens, batch),
             "prefill": lambda: model(prompt[None]),
             "prefill_package": lambda: package.forward(prompt.tolist(), None),
-            "products": products,
         },
         rounds=rounds,
+        limits={"reading": reading(), "products": {"one by one": products}},
     )
-    read = bytes_read(model) * TOKENS / bandwidth()
+    read = bytes_read(model) * TOKENS / READ * t["reading"]
+    of_bandwidth = {way: share(read, t[way], of="the memory bandwidth") for way in ("ours", "package")}
     return {
         "bench": "decode",
         "model": f"{size_of(model)} {name}",
         "threads": torch.get_num_threads(),
         "tokens_per_s_vs_package": round(t["package"] / t["ours"], 2),
-        "of_memory_bandwidth": round(read / t["ours"], 3),
-        "package_of_memory_bandwidth": round(read / t["package"], 3),
+        "of_memory_bandwidth": of_bandwidth["ours"],
+        "package_of_memory_bandwidth": of_bandwidth["package"],
         "batch16_vs_batch1": round(BATCH * t["ours"] / t["batch"], 2),
         f"time_after_{FAR}_tokens": round(t["far"] / t["ours"], 3),
-        "prefill_of_matrix_products": round(t["products"] / t["prefill"], 3),
+        "prefill_of_matrix_products": share(t["products"], t["prefill"], of="the matrix products"),
         "prefill_vs_package": round(t["prefill_package"] / t["prefill"], 2),
     }
 
@@ -149,8 +143,8 @@ def measure_quantised(path: Path, quants: list[str], rounds: int) -> list[dict]:
     for name in ("fp32", "bf16"):
         package = RWKV(str(path.with_suffix("")), f"cpu {name}")
         things[f"package {name}"] = lambda model=package: package_steps(model)
-    t = seconds(things, rounds=rounds)
-    speed = bandwidth()
+    t = seconds(things, rounds=rounds, limits={"reading": reading()})
+    byte = t["reading"] / READ
     return [
         {
             "bench": "decode",
@@ -159,7 +153,7 @@ def measure_quantised(path: Path, quants: list[str], rounds: int) -> list[dict]:
             "tokens_per_s": round(TOKENS / t[name], 1),
             "tokens_per_s_vs_bf16": round(t["bf16"] / t[name], 2),
             "tokens_per_s_vs_package": round(min(t["package fp32"], t["package bf16"]) / t[name], 2),
-            "of_memory_bandwidth": round(bytes_read(models[name]) * TOKENS / speed / t[name], 3),
+            "of_memory_bandwidth": share(bytes_read(models[name]) * TOKENS * byte, t[name], of="the memory bandwidth"),
         }
         for name in models
     ]

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.train import WIDTH, WORDS, WORDS_EACH, batch_of, random_speech_model
+from bench.train import WIDTH, WORDS, WORDS_EACH, batch_of, random_language_model, random_speech_model
 from rwkv_speech.engine.overview import BLOCK_VALUES
 
 N_LAYER, N_EMBD = 12, 1024
@@ -42,7 +42,7 @@ FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes
 
 def measure(positions: int, checkpointing: bool) -> int:
     """Bytes that a step takes at its peak, on top of the model, its gradients and the optimiser's state."""
-    model = random_speech_model(n_layer=N_LAYER, n_embd=N_EMBD)
+    model = random_speech_model(random_language_model(n_layer=N_LAYER, n_embd=N_EMBD))
     model.language_model.checkpointing = checkpointing
     K = model.adapter.downsample_k
     text = " ".join(WORDS[i % len(WORDS)] for i in range(WORDS_EACH))

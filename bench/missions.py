@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.timing import seconds
-from bench.train import batch_of, random_batch, random_speech_model
+from bench.train import batch_of, random_batch, random_language_model, random_speech_model
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
@@ -48,9 +48,11 @@ def main() -> None:
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
     sizes = {"n_layer": args.n_layer, "n_embd": args.n_embd}
     models = {
-        "one": random_speech_model(**sizes),
-        "shared_adapter": random_speech_model(**sizes, missions=args.missions),
-        "own_adapters": random_speech_model(**sizes, missions=args.missions, adapters=args.missions),
+        "one": random_speech_model(random_language_model(**sizes)),
+        "shared_adapter": random_speech_model(random_language_model(**sizes), missions=args.missions),
+        "own_adapters": random_speech_model(
+            random_language_model(**sizes), missions=args.missions, adapters=args.missions
+        ),
     }
     for adapter in models["own_adapters"].adapters:
         adapter.load_state_dict(models["one"].adapter.state_dict())

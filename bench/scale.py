@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.train import CONVOLUTIONS, WIDTH, WORDS, batch_of, random_speech_model
+from bench.train import CONVOLUTIONS, WIDTH, WORDS, batch_of, random_language_model, random_speech_model
 from rwkv_speech import SpeechRWKV
 from rwkv_speech.data.batches import Batch
 from rwkv_speech.data.manifest import read_manifest
@@ -299,7 +299,7 @@ def timed_input() -> dict[str, float]:
     speech = torch.cat([row.audio.waveform() for row in rows[:20]])[: 12 * SAMPLE_RATE]
     text = " ".join(WORDS[i % len(WORDS)] for i in range(33))
     model = SpeechRWKV.from_pretrained(TINY / "rwkv6-tiny.pth", encoder=str(TINY / "wavlm-tiny"))
-    wide = random_speech_model(n_layer=1, n_embd=64)
+    wide = random_speech_model(random_language_model(n_layer=1, n_embd=64))
     with tempfile.TemporaryDirectory() as name:
         path, shards = Path(name) / "speech.flac", Shards(Path(name), width=WIDTH, storage="fp16")
         soundfile.write(path, speech.numpy(), SAMPLE_RATE)

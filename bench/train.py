@@ -27,6 +27,7 @@ import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.timing import seconds
+from bench.timing import SQUARE, seconds, share, squares
 from rwkv_speech.data.batches import Batch, Collate, Item
 from rwkv_speech.data.sample import one_round
 from rwkv_speech.engine.module import TrainingModule
 from rwkv_speech.lm import model_class, wkv
 from rwkv_speech.lm.initialise import official_sizes, random_weights
+from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.missions.task import Task
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import TrainingOptions
@@ -55,32 +57,39 @@ SECONDS = (14.6, 14.7, 14.7, 14.8, 14.8, 14.9, 14.9, 15.0)
 WORDS_EACH = 45
 WIDTH = 1024  # of WavLM-large's frames
 CONVOLUTIONS = ((10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2)
-PEAK_SIZE = 2048
 BOUND = 0.70  # asked of products_at_peak
 TOLERANCE = 1e-4
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-def random_speech_model(
-    *, n_layer: int, n_embd: int, generation: int = 6, missions: int = 1, adapters: int = 1
-) -> SpeechRWKV:
+def random_language_model(*, n_layer: int, n_embd: int, generation: int = 6) -> LanguageModel:
     sizes = official_sizes(generation=generation, n_layer=n_layer, n_embd=n_embd)
     with torch.device("meta"):
-        language_model = model_class(generation)(sizes)
-    language_model.load_state_dict(random_weights(sizes, seed=0, time_state=True), assign=True)
+        model = model_class(generation)(sizes)
+    model.load_state_dict(random_weights(sizes, seed=0, time_state=True), assign=True)
+    return model.requires_grad_(False)
+
+
+def random_speech_model(language_model: LanguageModel, *, missions: int = 1, adapters: int = 1) -> SpeechRWKV:
+    """Beside the model, adapters of random weights for the frames of a WavLM-large, which isn't there itself."""
     encoder = AbsentEncoder("WavLM-large", width=WIDTH, convolutions=CONVOLUTIONS)
     torch.manual_seed(0)
     tasks = [Task("transcribe"), *(Task(f"transcribe/{i}") for i in range(1, missions))]
-    parts = (Adapter(WIDTH, n_embd) for _ in range(adapters))
-    return SpeechRWKV(language_model.requires_grad_(False), encoder, *parts, tasks=tasks)
+    parts = (Adapter(WIDTH, language_model.sizes.n_embd) for _ in range(adapters))
+    return SpeechRWKV(language_model, encoder, *parts, tasks=tasks)
+
+
+def random_frames(model: SpeechRWKV, seconds: Iterable[float]) -> list[Tensor]:
+    """Frames (F, WIDTH), fp16, of audio that lasts as long."""
+    rng = np.random.default_rng(0)
+    counts = [model.speech_encoder.frame_count(round(s * SAMPLE_RATE)) for s in seconds]
+    return [torch.from_numpy(rng.standard_normal((count, WIDTH), np.float32)).half() for count in counts]
 
 
 def random_batch(model: SpeechRWKV) -> tuple[list[Tensor], list[str]]:
     """Frames (F, WIDTH) and a transcript for each of SECONDS."""
-    rng = np.random.default_rng(0)
-    counts = [model.speech_encoder.frame_count(round(s * SAMPLE_RATE)) for s in SECONDS]
-    frames = [torch.from_numpy(rng.standard_normal((count, WIDTH), np.float32)).half() for count in counts]
-    return frames, [" ".join(rng.choice(WORDS, WORDS_EACH)) for _ in SECONDS]
+    rng = np.random.default_rng(1)
+    return random_frames(model, SECONDS), [" ".join(rng.choice(WORDS, WORDS_EACH)) for _ in SECONDS]
 
 
 def batch_of(model: SpeechRWKV, frames: list[Tensor], texts: list[str]) -> Batch:
@@ -169,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
-    model = random_speech_model(n_layer=12, n_embd=1024, generation=args.generation)
+    model = random_speech_model(random_language_model(n_layer=12, n_embd=1024, generation=args.generation))
     frames, texts = random_batch(model)
     difference = largest_difference(model, frames, texts)
     if difference > TOLERANCE:
@@ -195,9 +204,8 @@ def main() -> None:
         optimizer.zero_grad()
         watch.lap("optimiser")
 
-    square = torch.randn(PEAK_SIZE, PEAK_SIZE)
-    t = seconds({"step": step, "square": lambda: square @ square}, rounds=args.rounds)
-    peak = 2 * PEAK_SIZE**3 / t["square"]
+    t = seconds({"step": step}, rounds=args.rounds, limits={"squares": squares()})
+    peak = 2 * SQUARE**3 / t["squares"]
     laps = {name: time / sum(watch.laps.values()) for name, time in watch.laps.items()}
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
@@ -218,7 +226,7 @@ def main() -> None:
         "step_seconds": round(t["step"], 2),
         "product_tflop": round(flops / 1e12, 3),
         "peak_gflops": round(peak / 1e9),
-        "products_at_peak": round(flops / peak / t["step"], 3),
+        "products_at_peak": share(flops / peak, t["step"], of="the peak in products"),
         "bound": BOUND,
         "shares": {name: round(share, 3) for name, share in laps.items()},
         "of_all": {kind: round(share, 3) for kind, share in of_kind.items()},

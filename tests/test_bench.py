@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import growth, growth_costs, scale
+from bench import growth, growth_costs, scale, timing
 from bench.train import product_flops
 from rwkv_speech.lm.initialise import official_sizes
 
@@ -135,3 +135,28 @@ def test_a_conversation_costs_the_same_in_each_round():
     line = json.loads(done.stdout)
     assert len(line["file_bytes"]) == 1
     assert done.returncode == (line["last_over_first"] > 1.1)
+
+
+def test_a_limit_is_measured_between_the_things_and_its_shortest_time_counts(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def thing(name, *taken):
+        times = iter(taken)
+
+        def run():
+            order.append(name)
+            clock[0] += next(times)
+
+        return run
+
+    ways = {"slow": thing("slow", *[9] * 12), "fast": thing("fast", 5, 5, 3, *[5] * 9)}
+    found = timing.seconds({"a": thing("a", 100, 1, 2, 8)}, rounds=3, limits={"limit": ways})
+    assert found == {"a": 2, "limit": 3}
+    assert order == (["a"] + ["slow"] * 3 + ["fast"] * 3) * 4
+
+
+def test_a_share_above_1_ends_a_benchmark():
+    assert timing.share(1.0, 3.0, of="the memory bandwidth") == 0.333
+    with pytest.raises(SystemExit, match=r"1\.500 of the memory bandwidth can't be"):
+        timing.share(3.0, 2.0, of="the memory bandwidth")

@@ -15,7 +15,6 @@ from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.rwkv6 import RWKV6
 from rwkv_speech.lm.rwkv7 import RWKV7
 from rwkv_speech.lm.state import LayerState, State
-from rwkv_speech.lm.weights import WeightsError
 
 VOCABULARY = 300
 
@@ -156,7 +155,7 @@ def naive_rwkv7(tensors, sizes, x, states):
 def test_gradients_of_rwkv7_equal_those_of_a_naive_fp64_model(tmp_path, checkpointing):
     sizes = sizes_of(7, n_layer=3, n_embd=128, head_size=32)
     torch.save(random_weights(sizes, seed=7, time_state=True), tmp_path / "model.pth")
-    model = RWKV7.from_file(tmp_path / "model.pth")
+    model = load(tmp_path / "model.pth")
     model.checkpointing = checkpointing
     lengths = [21, 6]
     x = torch.randn(2, 21, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -174,12 +173,6 @@ def test_gradients_of_rwkv7_equal_those_of_a_naive_fp64_model(tmp_path, checkpoi
     for g, exact in zip(got, want, strict=True):
         assert relative_error(g, exact) <= 1e-4
     assert not got[0][1, 6:].any()
-
-
-def test_a_file_of_the_other_generation_is_refused(l4_path, l4):
-    wrong = RWKV6 if l4.generation == 7 else RWKV7
-    with pytest.raises(WeightsError, match=f"holds an RWKV-{l4.generation}; expected an RWKV-{wrong.generation}"):
-        wrong.from_file(l4_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

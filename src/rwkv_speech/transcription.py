@@ -1,6 +1,7 @@
 """Recordings of any length -> transcripts: cut, decoded in batches that reach across recordings, put together again.
 
-All of it goes piece by piece, so that what is in memory is one batch of segments, however long and many the recordings.
+All of it goes piece by piece, so that what is in memory is one batch of segments and a few that were cut ahead of it,
+however long and many the recordings.
 """
 
 import json
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import UNPRINTABLE, printable
+from rwkv_speech.read_ahead import read_ahead
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, audio_blocks, check_waveform
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.segments import AudioSegment, cut
 from rwkv_speech.subtitles import Cue, cues, joined
+
+HELD = 8  # segments of a recording that wait to be decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +115,12 @@ class _End:
 def _cut_all(
     audio: Iterable[str | Path | Recording | Tensor], longest: Longest, cut_longer: bool
 ) -> Iterator[AudioSegment | _End]:
-    for index, source in enumerate(audio):
-        is_encoded = isinstance(source, str | Path | Recording)
-        yield from _cut(source, str(source) if is_encoded else f"audio {index}", longest, cut_longer)
+    def recordings() -> Iterator[Iterator[AudioSegment | _End]]:
+        for index, source in enumerate(audio):
+            is_encoded = isinstance(source, str | Path | Recording)
+            yield _cut(source, str(source) if is_encoded else f"audio {index}", longest, cut_longer)
+
+    return read_ahead(recordings(), held=HELD)
 
 
 def _cut(

@@ -19,6 +19,7 @@ checkpoint.
 
 import argparse
 import random
+from bisect import bisect
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,15 +48,15 @@ from rwkv_speech.decoding import decode
 from rwkv_speech.lm.language_model import LanguageModel
 
 CHECKPOINT = "output/tiny/rwkv7-missions.ckpt"
-# shares of documents, until step ALPHABETS_STEPS and after it
+PHASES = (4500, 7500)  # steps after which there are other shares of documents
 KINDS = {
-    "listening": (0.3, 0.15),
-    "alphabets": (0.3, 0.2),
-    "translate": (0.15, 0.1),
-    "add": (0.05, 0.15),
-    "rounds": (0.2, 0.4),
+    "listening": (0.3, 0.15, 0.1),
+    "alphabets": (0.3, 0.2, 0.2),
+    "translate": (0.15, 0.1, 0.05),
+    "add": (0.05, 0.15, 0.15),
+    "rounds": (0.2, 0.4, 0.5),
 }
-ALPHABETS_STEPS = 4500
+TALKS = {"repeat": (1, 1, 1), "sum": (1, 1, 2), "total": (1, 1, 2)}  # the same for conversations
 FOREIGN = {"es": 1, "fr": 1, "it": 1, "ru": 2, "ar": 1, "zh": 3}  # how often they come
 LONGEST = {"zh": 16, "ru": 90}  # characters of a source; of the others OTHERS
 OTHERS = 60
@@ -116,7 +117,7 @@ class MissionDocuments(Documents):
 
     def _made(self, group: int, size: int) -> list[list[Document]]:
         rng = random.Random(f"{self.seed}-{group}")
-        phase = int(group * self.TOGETHER >= ALPHABETS_STEPS)
+        phase = bisect(PHASES, group * self.TOGETHER)
         documents = [self.document(rng, phase) for _ in range(self.TOGETHER * size)]
         documents.sort(key=lambda document: len(document.positions))
         batches = [documents[i * size : (i + 1) * size] for i in range(self.TOGETHER)]
@@ -136,7 +137,7 @@ class MissionDocuments(Documents):
                 numbers[0] = rng.randrange(50)
             return round_of([*written("add: "), *hear(" ".join(map(number, numbers)), rng)], number(sum(numbers)))
         if kind == "rounds":
-            return self.rounds(rng)
+            return self.rounds(rng, phase)
         code = rng.choices(list(FOREIGN), list(FOREIGN.values()))[0]
         language = self.languages[code]
         if kind == "translate":
@@ -145,8 +146,9 @@ class MissionDocuments(Documents):
         text = language.sentence(rng, rng.randint(1, LONGEST.get(code, OTHERS)))
         return round_of(hear_foreign(text, code, rng), text)
 
-    def rounds(self, rng: random.Random) -> Document:
-        kind, found, said_before = rng.choice(("repeat", "sum", "total")), [], []
+    def rounds(self, rng: random.Random, phase: int) -> Document:
+        kind = rng.choices(list(TALKS), [shares[phase] for shares in TALKS.values()])[0]
+        found, said_before = [], []
         for place in range(rng.randint(2, ROUNDS)):
             if kind == "repeat":
                 if place and rng.random() < 0.4:
@@ -258,7 +260,7 @@ def main() -> None:
     parser.add_argument("--second", type=Path, default=second, help="of the second course (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=TINY / "rwkv7-tiny-missions.pth", help="default: %(default)s")
     parser.add_argument("--checkpoint", type=Path, default=Path(CHECKPOINT), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=7500)
+    parser.add_argument("--steps", type=int, default=10500)
     parser.add_argument("--batch", type=int, default=32, help="documents to a step")
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=3)

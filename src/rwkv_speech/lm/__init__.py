@@ -39,6 +39,10 @@ def load(
     from rwkv_speech.lm.weights import read_weights
 
     sizes, tensors = read_weights(path)
+    if quant:
+        # In a mapping of its own: that of all others can go when these are packed, and of this one a run reads the rows
+        # of the tokens that it meets.
+        tensors["emb.weight"] = read_weights(path)[1]["emb.weight"]
     model = model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
     model.source = str(path)
     return model

@@ -11,7 +11,6 @@ Notable:
 A generation is a subclass, with its time mix and channel mix.
 """
 
-from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -23,7 +22,7 @@ from rwkv_speech.lm import peft, step
 from rwkv_speech.lm.linear import Linear
 from rwkv_speech.lm.quantised import quantise, quantise_layers
 from rwkv_speech.lm.state import LayerState, State
-from rwkv_speech.lm.weights import ModelSizes, read_weights
+from rwkv_speech.lm.weights import ModelSizes
 from rwkv_speech.options import QUANTS
 from rwkv_speech.tensors import WeightsError
 
@@ -124,35 +123,6 @@ class LanguageModel(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def from_file(
-        cls,
-        path: str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        quant: str | None = None,
-    ) -> Self:
-        """Reads a .pth or .safetensors file; weights stay in the mapped file where neither device nor dtype change.
-
-        Args:
-            path: an official file of this generation, or one in its form; a `time_state` in it becomes the initial
-                state.
-            device: where the weights go.
-            dtype: fp32, bf16 or fp16; None keeps that of the file's embedding.
-            quant: "int8" or "nf4": how the large matrices are kept, see `lm.quantised`; None: in `dtype`.
-
-        Raises:
-            WeightsError: the file can't be read, or holds no complete model of this generation.
-            ValueError: no such quant.
-        """
-        sizes, tensors = read_weights(path)
-        if sizes.generation != cls.generation:
-            raise WeightsError(f"{path}: holds an RWKV-{sizes.generation}; expected an RWKV-{cls.generation}")
-        model = cls.from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
-        model.source = str(path)
-        return model
-
-    @classmethod
     def from_tensors(
         cls,
         sizes: ModelSizes,
@@ -162,7 +132,10 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype | None,
         quant: str | None = None,
     ) -> Self:
-        """The model of the tensors that `read_weights` gave, which it takes over; for the arguments see `from_file`."""
+        """The model of the tensors that `read_weights` gave, which it takes over; for the arguments see `lm.load`.
+
+        They stay in the mapped file where neither device nor dtype change. With `quant` only the embedding does.
+        """
         if quant not in (None, *QUANTS):
             raise ValueError(f"quant {quant!r}: expected {' or '.join(QUANTS)}, or None")
         with torch.device("meta"):
@@ -171,7 +144,7 @@ class LanguageModel(nn.Module):
         model.quant = quant
         stored = tensors["emb.weight"].dtype
         dtype = dtype or (torch.float32 if stored == torch.float64 else stored)  # nothing computes in fp64
-        packed, copy = {}, bool(quant)  # else the few that stay in the file would hold all of it
+        packed = {}
         for name, layer in layers.items():  # one after the other: of each the weights may go before the next comes
             weight = tensors.pop(f"{name}.weight")
             packed[f"{name}.packed"], packed[f"{name}.scale"] = quantise(weight, layer.quant, device)
@@ -180,9 +153,9 @@ class LanguageModel(nn.Module):
                 tensors[name] = packed[name]
             elif name.endswith("time_state"):
                 state = tensors.get(name, torch.zeros(parameter.shape))
-                tensors[name] = state.to(device, torch.float32, copy=copy)
-            else:
-                tensors[name] = tensors[name].to(device, dtype, copy=copy)
+                tensors[name] = state.to(device, torch.float32, copy=bool(quant))
+            else:  # a few that stayed in the file would hold what is packed in memory, too
+                tensors[name] = tensors[name].to(device, dtype, copy=bool(quant) and name != "emb.weight")
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_(False)
 

@@ -28,7 +28,7 @@ NF4 = (
 )
 BLOCK = 64  # weights of a row to a scale of nf4
 PACKED_AT_ONCE = 2**18  # weights: what packing them takes besides is small
-UNPACKED_AT_ONCE = 2**24  # weights: most matrices in one part
+UNPACKED_AT_ONCE = 2**22  # weights: they take 32 MB on their way
 FEW_ROWS = 32  # up to which reading a matrix packed takes less time than unpacking it
 
 
