@@ -31,17 +31,17 @@ python=$(sh "$root/demo/setup.sh")
 export load_model
 
 # Defaults of this recipe; each can be given in the environment.
-export cache_features="${cache_features:-$proj_dir/features}" num_workers="${num_workers:-0}" micro_bsz="${micro_bsz:-16}"
-export adapter_hidden="${adapter_hidden:-256}" standardise="${standardise:-1}" spec_augment="${spec_augment:-1}"
-export lr_init="${lr_init:-1e-3}" lr_final="${lr_final:-1e-4}" state_lr_scale="${state_lr_scale:-5}"
-export warmup_steps="${warmup_steps:-20}" save_steps="${save_steps:-0}" eval_bsz="${eval_bsz:-32}"
+export cache_features="${cache_features:-$proj_dir/features}" num_workers="${num_workers:-0}"
+export save_steps="${save_steps:-0}" eval_bsz="${eval_bsz:-32}"
+defaults='micro_bsz=16 adapter_hidden=256 standardise=1 spec_augment=1 lr_init=1e-3 lr_final=1e-4 state_lr_scale=5
+    warmup_steps=20'
 
-line() { # name, Whisper, seconds of its window, and settings, where the environment has none
+line() { # name, Whisper, seconds of its window, and its own settings; the environment goes before these and defaults
     name=$1 whisper=$2 encoder=$proj_dir/whisper/$2-${3}s seconds=$3 folder=$proj_dir/$1
     shift 3
     case " ${lines:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     given=''
-    for setting in "$@"; do
+    for setting in $defaults "$@"; do # of two of one name, the last counts
         eval "[ -n \"\${${setting%%=*}:-}\" ]" || given="$given $setting"
     done
     eval "decoder=\$$whisper"
@@ -71,8 +71,8 @@ line() { # name, Whisper, seconds of its window, and settings, where the environ
         --cache "$cache_features"
 }
 line esc-10 tiny 6 epoch_count=32 speed_perturb=1
-line emodb-4 tiny 10 epoch_count=40 speed_perturb=1
-line speaker tiny 3 epoch_count=4
+line emodb-4 tiny 10 epoch_count=12 downsample_k=2 adapter_hidden=128 state_lr_scale=0.5 speed_perturb=1
+line speaker tiny 3 epoch_count=16
 line language base 12 epoch_count=3
 line digits tiny 3 epoch_count=16 speed_perturb=1
 line arabic base 3 epoch_count=40 speed_perturb=1
