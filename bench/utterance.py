@@ -31,8 +31,8 @@ from rwkv_speech.lm.initialise import official_sizes
 from rwkv_speech.options import DecodingOptions
 from rwkv_speech.speech.audio import SAMPLE_RATE
 
-SECONDS, TOKENS, BATCHES = 15, 60, (1, 16)
-ROUNDS = 3
+SECONDS, TOKENS = 15, 60
+ROUNDS = {1: 3, 16: 1}  # after one that is not counted
 # Of torch, and of this project: what multiplies matrices, a block's whole step of one token included.
 PRODUCTS = ("mm", "linear", "conv", "attention", "rows", "step")
 BOUND = 0.05
@@ -78,7 +78,7 @@ def measure(model: SpeechRWKV, batch_size: int, name: str) -> dict:
     if any(len(tokens) != TOKENS for tokens in stages.transcribe(waves)):  # and kernels are built
         raise SystemExit(f"an answer ended before it had {TOKENS} tokens; nothing was timed")
     stages.taken.clear()
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS[batch_size]):
         stages.transcribe(waves)
     taken = dict(stages.taken)
     seconds = sum(taken.values())
@@ -92,7 +92,7 @@ def measure(model: SpeechRWKV, batch_size: int, name: str) -> dict:
         "model": name,
         "threads": torch.get_num_threads(),
         "batch": batch_size,
-        "seconds": round(seconds / ROUNDS, 2),
+        "seconds": round(seconds / ROUNDS[batch_size], 2),
         "shares": {stage: round(part / seconds, 3) for stage, part in taken.items()},
         "of_all": dict(sorted(of_all.items(), key=lambda item: -item[1])),
         "above_bound": [key for key, share in of_all.items() if share > BOUND and not any(x in key for x in PRODUCTS)],
@@ -110,7 +110,7 @@ def main() -> None:
         write_encoder(Path(folder) / "encoder")
         sizes = official_sizes(generation=args.generation, n_layer=12, n_embd=768)
         write_model(Path(folder) / "model.pth", sizes, dtype=DTYPES[args.dtype], seed=0)
-        for batch in BATCHES:
+        for batch in ROUNDS:
             torch.manual_seed(0)
             model = SpeechRWKV.from_pretrained(Path(folder) / "model.pth", encoder=str(Path(folder) / "encoder"))
             print(json.dumps(measure(model, batch, name)), flush=True)
