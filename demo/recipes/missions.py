@@ -58,8 +58,10 @@ def sums(rows: Sequence[Row], count: int, folder: Path) -> list[Row]:
 
 
 ROUNDS = 5
-CONVERSATIONS = {"train": 4000, "test": 100}  # of each kind
-TALKS = ("sum", "total", "first")  # what a round asks for: see `rounds`
+# Conversations of each kind, which is what a round asks for: see `rounds`. Each is learnt from once: of a few thousand
+# that come again, the answers are known by heart.
+TALKS = {"sum": 15_000, "total": 15_000, "first": 6_000}
+TESTED = 100
 
 
 def rounds(rows: Sequence[Row], kind: str, count: int) -> list[Row]:
@@ -126,8 +128,8 @@ def write_manifests(line: str, data: Path, out: Path) -> None:
         if line == "sums":
             rows = sums(rows, min(SUMS[half], 2 * len(rows)), out / half)
         if line == "rounds":
-            count = min(CONVERSATIONS[half], 2 * len(rows))
-            rows = [row for kind in TALKS for row in rounds(rows, kind, count)]
+            counts = TALKS if half == "train" else dict.fromkeys(TALKS, TESTED)
+            rows = [row for kind, count in counts.items() for row in rounds(rows, kind, min(count, 8 * len(rows)))]
         else:
             rows = [replace(change(row), mission=mission) for row in rows]
         write_manifest(out / f"{half}.jsonl", rows)
