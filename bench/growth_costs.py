@@ -202,7 +202,13 @@ def by_length(parts: Parts) -> Iterator[Cost]:
         ("training step on cached frames", ONE_SAMPLE, step, (1, 1), every),
         ("CTC alignment", ONE_SAMPLE, align, (2, 2), "each position with each token of the transcript"),
         ("voice activity and cutting of a file", RECORDINGS, find_pauses, (1, 0), "block by block"),
-        ("prediction of a file", RECORDINGS, transcribe, (1, 0), "cut at 5 s; a batch of 4 segments is in memory"),
+        (
+            "prediction of a file",
+            RECORDINGS,
+            transcribe,
+            (1, 0),
+            "cut at 5 s; 4 segments are in memory, and 9 ahead",
+        ),
     ):
         yield Cost(what, "seconds of audio", sizes, prepare, expected, why, filling if sizes is RECORDINGS else "")
 

@@ -34,10 +34,10 @@ BOUND = 1.15  # peak resident memory / file size
 def measure(path: Path, reader: str) -> dict:
     """Opens the file in this process and reads it all; seconds, and memory in bytes."""
     if reader == "model":
-        from rwkv_speech.lm.rwkv6 import RWKV6
+        from rwkv_speech import lm
 
         def read() -> dict[str, Tensor]:
-            return RWKV6.from_file(path).state_dict()
+            return lm.load(path).state_dict()
     else:
         from rwkv_speech.lm.weights import read_weights
 

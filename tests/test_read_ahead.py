@@ -1,5 +1,7 @@
 """Streams that threads read ahead."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,14 +10,18 @@ import pytest
 from rwkv_speech.read_ahead import read_ahead
 
 
-def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+def threads_have_ended() -> bool:
+    """Within 30 seconds."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "read_ahead"]
+    for thread in threads:
+        thread.join(30)
+    return not any(thread.is_alive() for thread in threads)
 
 
 def test_items_come_in_the_order_of_their_streams():
     streams = [[(i, j) for j in range(i % 5)] for i in range(50)]
     assert [*read_ahead(iter(streams), held=2)] == [item for stream in streams for item in stream]
-    assert not readers()
+    assert threads_have_ended()
 
 
 def test_streams_are_read_at_the_same_time():
@@ -43,11 +49,16 @@ def test_no_more_is_read_than_may_wait():
     assert taken.count("b") == 3 + 1
     assert len(taken) == 9, "no other stream was begun"
     items.close()
-    assert not readers(), "whoever asks for no more leaves no thread behind"
+    assert threads_have_ended(), "whoever asks for no more leaves no thread behind"
     assert len(taken) < 20
 
 
-@pytest.mark.parametrize("error", [ValueError("damaged"), KeyboardInterrupt()])
+class EmptyError(Exception):
+    def __len__(self):
+        return 0
+
+
+@pytest.mark.parametrize("error", [ValueError("damaged"), KeyboardInterrupt(), EmptyError()])
 def test_what_a_stream_raises_is_raised_in_its_place(error):
     def broken():
         yield 2
@@ -58,4 +69,17 @@ def test_what_a_stream_raises_is_raised_in_its_place(error):
     with pytest.raises(type(error)):
         next(items)
     assert got == [1, 2]
-    assert not readers()
+    assert threads_have_ended()
+
+
+def test_a_program_that_fails_half_way_ends():
+    """The traceback keeps the generator, and its threads wait for room."""
+    script = """
+from itertools import repeat
+from rwkv_speech.read_ahead import read_ahead
+items = read_ahead([repeat(1), repeat(2)], held=1)
+for item in items:
+    raise ValueError("out of memory")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ValueError: out of memory")

@@ -79,7 +79,7 @@ def test_the_package_is_not_imported():
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(voice.UserError, match="pip install"):
-        voice.voice_activity.__wrapped__()
+        voice._network.__wrapped__()
 
 
 # --- where it cuts, by hand ------------------------------------------------------------------------------------------

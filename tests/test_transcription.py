@@ -14,7 +14,6 @@ import torch
 
 import train as door
 from rwkv_speech.errors import UserError
-from rwkv_speech.read_ahead import THREADS
 from rwkv_speech.speech.audio import AudioError, load_audio
 from rwkv_speech.speech.segments import AudioSegment, cut
 from rwkv_speech.subtitles import Cue, cues
@@ -258,7 +257,7 @@ def test_a_transcript_comes_as_soon_as_it_is_complete(halves):
             yield recording(i)
 
     for done, _ in enumerate(transcripts(audio(), Namer(), batch_size=2, max_seconds=30.0)):
-        assert len(given) - done <= 2 + THREADS, "those of a batch, and those that are read ahead"
+        assert len(given) - done <= 2
 
 
 def test_what_comes_before_damage_is_not_passed_off_as_the_whole(halves, tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rwkv_speech.errors import UserError
 from rwkv_speech.files import UNPRINTABLE, printable
-from rwkv_speech.read_ahead import read_ahead
+from rwkv_speech.read_ahead import THREADS, read_ahead
 from rwkv_speech.speech.audio import SAMPLE_RATE, AudioError, Longest, audio_blocks, check_waveform
 from rwkv_speech.speech.recording import Recording
 from rwkv_speech.speech.segments import AudioSegment, cut
@@ -87,7 +87,7 @@ def transcripts(
     """The transcript of each recording, or what is wrong with it, in their order and as soon as it is complete.
 
     Args:
-        audio: paths, recordings, or 1-D float arrays at 16 kHz.
+        audio: paths, recordings, or 1-D float arrays at 16 kHz. Of a list, a few are read at a time, by threads.
         decode: gives what is said in each waveform (samples,) of a batch, the best reading first.
         batch_size: segments in a batch; only the last has fewer.
         max_seconds: the longest segment; longer recordings are cut in pauses, see `segments.cut`.
@@ -120,7 +120,8 @@ def _cut_all(
             is_encoded = isinstance(source, str | Path | Recording)
             yield _cut(source, str(source) if is_encoded else f"audio {index}", longest, cut_longer)
 
-    return read_ahead(recordings(), held=HELD)
+    # Of what may still be on its way, such as the clips of a microphone, nothing is asked for before its turn.
+    return read_ahead(recordings(), held=HELD, threads=THREADS if isinstance(audio, Sequence) else 1)
 
 
 def _cut(

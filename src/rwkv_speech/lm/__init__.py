@@ -26,6 +26,9 @@ def load(
 ) -> "LanguageModel":
     """Reads a .pth or .safetensors file of an RWKV-6 or RWKV-7; its tensors decide which of them it is.
 
+    What changes neither device nor dtype stays in the mapped file, with `quant` only the embedding. As long as the
+    model lives, the file may be replaced by renaming, but not written to.
+
     Args:
         path: an official file, or one in its form; a `time_state` in it becomes the initial state.
         device: where the weights go.
@@ -38,11 +41,12 @@ def load(
     """
     from rwkv_speech.lm.weights import read_weights
 
+    # In a mapping of its own: that of all others can go when these are packed, and of this one a run reads the rows of
+    # the tokens that it meets.
+    embedding = read_weights(path)[1]["emb.weight"] if quant else None
     sizes, tensors = read_weights(path)
-    if quant:
-        # In a mapping of its own: that of all others can go when these are packed, and of this one a run reads the rows
-        # of the tokens that it meets.
-        tensors["emb.weight"] = read_weights(path)[1]["emb.weight"]
+    if embedding is not None:
+        tensors["emb.weight"] = embedding
     model = model_class(sizes.generation).from_tensors(sizes, tensors, device=device, dtype=dtype, quant=quant)
     model.source = str(path)
     return model

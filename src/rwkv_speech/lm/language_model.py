@@ -134,7 +134,8 @@ class LanguageModel(nn.Module):
     ) -> Self:
         """The model of the tensors that `read_weights` gave, which it takes over; for the arguments see `lm.load`.
 
-        They stay in the mapped file where neither device nor dtype change. With `quant` only the embedding does.
+        They stay in the mapped file where neither device nor dtype change. With `quant` only the embedding does,
+        which then needs a mapping of its own.
         """
         if quant not in (None, *QUANTS):
             raise ValueError(f"quant {quant!r}: expected {' or '.join(QUANTS)}, or None")

@@ -113,14 +113,9 @@ class _Product(torch.autograd.Function):
         packed, scale = ctx.saved_tensors
         K = ctx.in_features
         parts = _parts(len(packed), K, UNPACKED_AT_ONCE)
+        products = ((grad[..., rows] @ dequantise(packed[rows], scale[rows], K, grad.dtype)).float() for rows in parts)
         # Not sum(), which would begin with 0 + the first.
-        return (
-            functools.reduce(
-                torch.add, (grad[..., rows] @ dequantise(packed[rows], scale[rows], K, grad.dtype) for rows in parts)
-            ),
-            None,
-            None,
-        )
+        return functools.reduce(torch.add, products).to(grad.dtype), None, None
 
 
 class QuantisedLinear(Linear):

@@ -6,6 +6,7 @@ goes frame by frame; here the convolutions run over all frames at once, and an h
 
 import functools
 import importlib.util
+import threading
 import warnings
 from pathlib import Path
 
@@ -60,13 +61,21 @@ class VoiceActivity(nn.Module):
         return x.sigmoid().flatten(), (context, state)
 
 
-@functools.cache
+_reading = threading.Lock()
+
+
 def voice_activity() -> VoiceActivity:
-    """The network on the CPU, read once.
+    """The network on the CPU, read once, whichever thread asks first.
 
     Raises:
         UserError: the package, or its weights, are not there.
     """
+    with _reading:
+        return _network()
+
+
+@functools.cache
+def _network() -> VoiceActivity:
     package = importlib.util.find_spec("silero_vad")  # finds it without importing it
     file = Path(package.origin).with_name("data") / "silero_vad.jit" if package and package.origin else None
     if file is None or not file.is_file():
