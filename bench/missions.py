@@ -42,7 +42,7 @@ def step_of(model: SpeechRWKV) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("missions", 4), ("n_layer", 12), ("n_embd", 1024), ("rounds", 3)):
+    for name, default in (("missions", 4), ("n_layer", 12), ("n_embd", 1024), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     logging.getLogger("rwkv_speech").setLevel(logging.ERROR)
