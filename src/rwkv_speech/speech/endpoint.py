@@ -11,7 +11,7 @@ from rwkv_speech.speech.voice import FRAME, Memory, voice_activity
 
 SPEAKING = 0.5  # probability of speech that begins a segment; one goes on above `segments.QUIET`
 # Quiet frames that stay beside speech: one, 0.03 s, as silero-vad leaves. With more silence than recordings have that a
-# mission learnt from, finals get worse; segments that are cut out of files have more, where that costs nothing.
+# mission learnt from, finals get worse.
 MARGIN = 1
 
 
