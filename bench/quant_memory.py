@@ -1,13 +1,13 @@
 """Memory of training beside a model of random weights that is kept in bf16, int8 or nf4. Prints one JSON line.
 
-A model of L24 x 2048 and the adapter of a WavLM-large, with activation checkpointing, on one utterance of 15 s and 45
+A model of width 2048 and the adapter of a WavLM-large, with activation checkpointing, on one utterance of 15 s and 45
 words whose frames are given. Each form is a process of its own that loads the model and trains for two steps. `mib` is
 the peak of what is resident during these (VmHWM), less what was before the model was loaded: the model, what is
 trained, its gradients and the optimiser's state, and what a step needs. In bf16 all weights come from the mapped file
 and count as a step reads them; the embedding does in each form, a few rows of it. `of_which_weights` is all the rest.
 The first losses must agree. glibc is told to give freed memory back at once.
 
-python bench/quant_memory.py [--generation 7] [--n_layer 24 --n_embd 2048]
+python bench/quant_memory.py [--generation 7] [--n_layer 24]     # five minutes for 24 layers, of which the bound tells
 """
 
 import argparse
@@ -58,7 +58,7 @@ def measure(path: Path, form: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--generation", type=int, choices=(6, 7), default=7)
-    parser.add_argument("--n_layer", type=int, default=24)
+    parser.add_argument("--n_layer", type=int, default=6)
     parser.add_argument("--n_embd", type=int, default=2048)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # a process's part: file, form
     args = parser.parse_args()

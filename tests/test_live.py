@@ -136,6 +136,29 @@ def test_new_lengths_take_no_more_memory(world):
     assert after - before < 8e6, "270 MB without bounds, 220 MB without torch's, 57 MB without oneDNN's"
 
 
+# Page faults of a block of 64 MB that is taken and freed four times, once the heap has grown.
+BLOCKS = """
+import rwkv_speech, resource, torch
+
+torch.set_num_threads(1)
+for i in range(24):
+    if i == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is of glibc")
+@pytest.mark.parametrize("said", [{}, {"MALLOC_ARENA_MAX": "8"}], ids=["kept", "as the user says"])
+def test_freed_memory_is_kept_for_the_next_block(said):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", BLOCKS]
+    done = subprocess.run(command, env=environment | said, capture_output=True, text=True, check=True)
+    pages = 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert int(done.stdout) > 3.9 * pages if said else int(done.stdout) < 0.1 * pages
+
+
 # --- partials --------------------------------------------------------------------------------------------------------
 
 
