@@ -82,6 +82,14 @@ def test_conversations_need_what_was_said_before(data, missions, tmp_path):
         assert [m.parts[0] for m in text.messages[:8:2]] == [DIGITS[x] for x in said[:4]]
 
 
+def test_beside_conversations_what_is_said_is_learnt_as_a_transcript(data, missions, tmp_path):
+    missions.write_manifests("rounds", data, tmp_path)
+    said = [row for row in load_split(str(tmp_path / "train.jsonl")) if row.mission == "transcribe"]
+    recordings = load_split(str(data / "fsdd" / "train-speakers.jsonl"))
+    assert sorted(row.text for row in said) == sorted(row.text for row in recordings for _ in range(2))
+    assert all(row.text == DIGITS[digit(row.audio)] for row in said)
+
+
 def test_numbers_in_words(missions):
     assert [missions.in_words(n) for n in (0, 19, 20, 21, 45)] == [
         "zero",

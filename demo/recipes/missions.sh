@@ -80,5 +80,5 @@ line mandarin base 12 epoch_count=30 downsample_k=2
 line russian base 12 epoch_count=60 downsample_k=2 speed_perturb=1
 line translate base 12 epoch_count=12
 line sums tiny 3 epoch_count=12 speed_perturb=1
-line rounds tiny 3 epoch_count=1 speed_perturb=1
+line rounds tiny 3 epoch_count=1 micro_bsz=8 ctc_align=0.3 speed_perturb=1
 "$python" "$recipes/missions.py" table "$proj_dir"
