@@ -98,6 +98,7 @@ def point(prepare: Prepare, size: int, smallest: int) -> tuple[float, int]:
 def _measure(prepare: Prepare, size: int, smallest: int) -> tuple[float, int]:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**17)  # glibc's own
     prepare(smallest)()
     thing = prepare(size)
     libc.malloc_trim(0)

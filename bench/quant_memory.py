@@ -1,13 +1,14 @@
 """Memory of training beside a model of random weights that is kept in bf16, int8 or nf4. Prints one JSON line.
 
-A model of width 2048 and the adapter of a WavLM-large, with activation checkpointing, on one utterance of 15 s and 45
-words whose frames are given. Each form is a process of its own that loads the model and trains for two steps. `mib` is
-the peak of what is resident during these (VmHWM), less what was before the model was loaded: the model, what is
-trained, its gradients and the optimiser's state, and what a step needs. In bf16 all weights come from the mapped file
-and count as a step reads them; the embedding does in each form, a few rows of it. `of_which_weights` is all the rest.
-The first losses must agree. glibc is told to give freed memory back at once.
+A model of width 2048, of 6 layers unless asked otherwise, and the adapter of a WavLM-large, with activation
+checkpointing, on one utterance of 15 s and 45 words whose frames are given. Each form is a process of its own that
+loads the model and trains for two steps. `mib` is the peak of what is resident during these (VmHWM), less what was
+before the model was loaded: the model, what is trained, its gradients and the optimiser's state, and what a step
+needs. In bf16 all weights come from the mapped file and count as a step reads them; the embedding does in each form, a
+few rows of it. `of_which_weights` is all the rest. The first losses must agree. glibc is told to give freed memory
+back at once. With 24 layers it takes five minutes, and only then tells whether nf4 is within BOUND.
 
-python bench/quant_memory.py [--generation 7] [--n_layer 24]     # five minutes for 24 layers, of which the bound tells
+python bench/quant_memory.py [--generation 7] [--n_layer 24]
 """
 
 import argparse

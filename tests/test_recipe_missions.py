@@ -88,6 +88,7 @@ def test_beside_conversations_what_is_said_is_learnt_as_a_transcript(data, missi
     recordings = load_split(str(data / "fsdd" / "train-speakers.jsonl"))
     assert sorted(row.text for row in said) == sorted(row.text for row in recordings for _ in range(2))
     assert all(row.text == DIGITS[digit(row.audio)] for row in said)
+    assert all(row.mission.startswith("converse/") for row in load_split(str(tmp_path / "test.jsonl")))
 
 
 def test_numbers_in_words(missions):

@@ -114,7 +114,7 @@ def whisper_texts(name: str, rows: Sequence[Row], task: str | None = None) -> li
         if task:
             words = [("startoftranscript", row.language, task, "notimestamps") for row in some]
             begin["decoder_input_ids"] = torch.tensor([[token(f"<|{word}|>") for word in row] for row in words])
-        # More than anyone says; what it writes about silence goes on to any bound.
+        # By the longest of the batch, more than is said in it: what it writes about silence goes on to any bound.
         most = 20 + 10 * max(map(len, waveforms)) // SAMPLE_RATE
         tokens = model.generate(features, do_sample=False, max_new_tokens=min(200, most), **begin)
         texts += [decode(ids) for ids in tokens.tolist()]

@@ -17,12 +17,14 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 # glibc gives blocks of 32 MiB and more, such as attention's, back to the system as soon as they are free, and the next
-# one costs a page fault for each 4 KiB: a quarter of an encoder's time. Now those of up to 1 GiB are kept for the next.
+# one costs a page fault for each 4 KiB: a quarter of an encoder's time. Now the main thread keeps those of up to 1 GiB
+# for the next. An older glibc refuses, and then keeps its own rules.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+_TOLD = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+_tuned = any(name in os.environ for name in _TOLD) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+if sys.platform == "linux" and not _tuned:
     _libc = ctypes.CDLL(None)
-    if hasattr(_libc, "mallopt"):  # not musl's
-        _libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+    if hasattr(_libc, "mallopt") and _libc.mallopt(_M_MMAP_THRESHOLD, 2**30):  # musl has none
         _libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

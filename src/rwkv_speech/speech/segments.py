@@ -18,9 +18,8 @@ QUIET = 0.35  # probability of speech; silero-vad takes speech to go on above th
 SILENT = 0.2  # the same, nowhere reached in audio without speech: a short word alone may stay below 0.35
 LEVEL = 0.5  # peak to which audio is brought before it is called silent: faint speech scores low
 PAUSE = 7  # quiet frames, 0.22 s: more than a plosive's closure
-MARGIN = (
-    4  # quiet frames, 0.13 s, that stay beside speech: enough for soft beginnings, and more makes transcripts worse
-)
+# Quiet frames, 0.13 s, that stay beside speech: enough for soft beginnings and ends, and more makes transcripts worse.
+MARGIN = 4
 
 _BLOCK = 1024 * FRAME  # samples, 33 s: what the network sees at once
 
