@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+import transformers
 
 from rwkv_speech.data.sources import load_split
 from tests.test_recipes import ROOT, cells, whisper
@@ -127,6 +129,36 @@ def test_the_recipe_of_missions(data, world, tmp_path):
     kept = json.loads((project / "table.json").read_text())["speaker"]
     assert kept["logistic regression"][0]["value"] == 1
     assert list(kept) == ["ours", "logistic regression", "majority"]
+
+
+def test_transcripts_stand_in_the_table_with_both_error_rates(data, missions, tmp_path):
+    """Of twenty digits one is taken for another that shares two of its letters: a word of 20, two letters of 80."""
+    rows = [replace(row, mission="transcribe") for row in load_split(str(data / "fsdd/test.jsonl"))]
+    assert sum(len(row.text) for row in rows) == 80
+    (tmp_path / "digits" / "eval").mkdir(parents=True)
+    texts = [row.text for row in rows]
+    texts[texts.index("five")] = "nine"
+    missions.write(tmp_path / "digits" / "eval" / "test.jsonl", rows, texts)
+    missions.print_table(tmp_path)
+    (wer, cer) = json.loads((tmp_path / "table.json").read_text())["digits"]["ours"]
+    assert (wer["name"], wer["value"]) == ("wer", 1 / 20)
+    assert (cer["name"], cer["value"]) == ("cer", 2 / 80)
+
+
+def test_whispers_decoder_writes_no_more_than_can_be_said(data, missions, tmp_path, monkeypatch):
+    import baselines
+
+    said = []
+
+    def generate(self, features, *, max_new_tokens, **how):
+        said.append(max_new_tokens)
+        return torch.zeros(len(features), 1, dtype=torch.long)
+
+    monkeypatch.setattr(transformers.WhisperForConditionalGeneration, "generate", generate)
+    monkeypatch.setattr(baselines, "_whisper_vocabulary", lambda name: (str, int))
+    rows = load_split(str(data / "fsdd/test.jsonl"))[:8]  # to seven, of 0.34 s
+    baselines.whisper_texts(str(whisper(tmp_path / "whisper")), rows)
+    assert said == [23]
 
 
 def test_without_its_data_the_recipe_says_what_it_needs():
