@@ -4,7 +4,8 @@ A WavLM-base and an RWKV of 12 x 768 with vocabulary 65,536, all of random weigh
 16, to 60 tokens each. `shares` are parts of the time by the clock: features (what the encoder reads, on the CPU), the
 encoder, the adapter, the prompt (the language model's one pass over frames and text), and the tokens, with choosing
 them. `of_all` are the operations that take more than 1 % of it, by the profiler of torch. What is no matrix
-product, a convolution or attention, and takes more than BOUND, is listed in `above_bound`.
+product, a convolution or attention, and takes more than BOUND, is listed in `above_bound`. Before, the first second of
+each builds what the batch needs; one utterance is timed three times, 16 once, and the last time is the profiled one.
 
 python bench/utterance.py [--generation 6] [--dtype fp32]
 """
