@@ -25,6 +25,7 @@ PHASES = (
     {"step": 105},
     {"decode": 80},
     {"fla": 90},
+    {"quantised": 90},
 )
 GRACE = 5.0  # from TERM to KILL, and from KILL to giving a process up
 LEAST = 15.0  # less time is not worth starting a part in

@@ -1,11 +1,14 @@
 """The sizes that are used: a training step and decoding of 3B models of random weights, and what may speed them up."""
 
+import json
 import re
 import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+import soundfile
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,9 +39,7 @@ def train(run: Run) -> None:
     from rwkv_speech import SpeechRWKV
 
     model = from_files(run)
-    samples = run.size(15 * 16000, 16000)
-    waveforms = [0.1 * torch.randn(samples) for _ in range(run.size(4, 2))]
-    texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(run.size(45, 5))) for i in range(len(waveforms))]
+    waveforms, texts = utterances(run)
     encoder, adapter = model.speech_encoder, model.adapter
     study(run, model, waveforms, texts)
     if run.warm:
@@ -52,7 +53,30 @@ def train(run: Run) -> None:
     run.section("RWKV-7", other_generation)
 
 
-def from_files(run: Run) -> nn.Module:
+def quantised(run: Run) -> None:
+    """A packed language model: a step's time and memory, and an answer's time."""
+    for quant in ("int8", "nf4"):
+
+        def one() -> None:
+            model = from_files(run, quant)  # noqa: B023
+            waveforms, texts = utterances(run)
+            Training(run, model, waveforms, texts, f"RWKV-6 in {quant}").time_and_memory()  # noqa: B023
+            real_time_factor(run, model, waveforms[0])
+
+        run.section(quant, one)
+
+
+def utterances(run: Run) -> tuple[list[Tensor], list[str]]:
+    """15 s of speech each, since silence would not be decoded, and 45 words, which have nothing to do with it."""
+    corpus = run.program / "demo" / "tiny" / "corpus"
+    lines = [json.loads(line) for line in (corpus / "test.jsonl").read_text().splitlines()]
+    speech = np.concatenate([soundfile.read(corpus / line["audio"], dtype="float32")[0] for line in lines[:20]])
+    count, samples = run.size((4, 15 * 16000), (2, 16000))
+    waveforms = [torch.from_numpy(np.resize(np.roll(speech, -i * 16000), samples)) for i in range(count)]
+    return waveforms, [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(run.size(45, 5))) for i in range(count)]
+
+
+def from_files(run: Run, quant: str = "none") -> nn.Module:
     """3B of random weights with its encoder, written to files and read."""
     from rwkv_speech import SpeechRWKV
 
@@ -64,10 +88,14 @@ def from_files(run: Run) -> nn.Module:
         del tensors
         begin = time.perf_counter()
         model = SpeechRWKV.from_pretrained(
-            folder / "model.safetensors", encoder=str(folder / "encoder"), device=run.device, dtype=torch.bfloat16
+            folder / "model.safetensors",
+            encoder=str(folder / "encoder"),
+            device=run.device,
+            dtype=torch.bfloat16,
+            quant=quant,
         )
         run.wait()
-    run.record("3B and encoder read from files", seconds=round(time.perf_counter() - begin, 1))
+    run.record("3B and encoder read from files", quant=quant, seconds=round(time.perf_counter() - begin, 1))
     return model
 
 
@@ -92,13 +120,16 @@ def study(run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str])
 class Training:
     """Training steps on one batch."""
 
-    def __init__(self, run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str]) -> None:
+    def __init__(
+        self, run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str], name: str | None = None
+    ) -> None:
         self.run, self.model, self.waveforms, self.texts = run, model, waveforms, texts
         self.trained = [*model.trainable_state_dict().values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         self.generation = model.language_model.generation
+        self.name = name or f"RWKV-{self.generation}"
         size = f"3B, {len(waveforms)} x {len(waveforms[0]) / 16000:g} s"
-        self.what = f"RWKV-{self.generation}, training step, {size}"
+        self.what = f"{self.name}, training step, {size}"
         self.step()
         with FlopCounterMode(display=False) as counter:
             model.loss(waveforms, texts).backward()
@@ -134,8 +165,10 @@ class Training:
         self.step()
         peak = 0 if run.dry else torch.cuda.max_memory_allocated()
         language_model.checkpointing = False
-        found = {"gb": round(peak / 1e9, 2), "README's table": readme_memory(run, self.generation)[grad_cp]}
-        run.record(f"RWKV-{self.generation}, memory, grad_cp={grad_cp}", **found)
+        found = {"gb": round(peak / 1e9, 2)}
+        if not language_model.quant:
+            found["README's table"] = readme_memory(run, self.generation)[grad_cp]
+        run.record(f"{self.name}, memory, grad_cp={grad_cp}", **found)
 
 
 def real_time_factor(run: Run, model: nn.Module, waveform: Tensor) -> None:

@@ -19,7 +19,8 @@ PARTS = {
     "commands": ("commands", "use", TRAINING),
     "wkv": ("operators", "measure", ()),
     "step": ("large", "train", SPEECH),
-    "decode": ("large", "decode", ()),
+    "decode": ("large", "decode", SPEECH),
+    "quantised": ("large", "quantised", SPEECH),
     "fla": ("operators", "measure_fla", ()),
     "sanitized": ("operators", "sanitized", ()),  # what the sanitizer runs
 }

@@ -16,14 +16,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def compare(run: Run) -> None:
     """The tiny RWKV-6, and an RWKV-7 of random weights, whose texts are noise and not compared."""
-    compare_model(run, run.program / "demo" / "tiny" / "rwkv6-tiny.pth", texts_too=True)
+    tiny = run.program / "demo" / "tiny" / "rwkv6-tiny.pth"
+    compare_model(run, tiny, texts_too=True)
+    for quant in ("int8", "nf4"):
+        compare_model(run, tiny, texts_too=True, quant=quant)
     path = run.folder("models") / "rwkv7.pth"
     sizes = official_sizes(generation=7, n_layer=4, n_embd=128, vocab_size=257)
     write_model(path, sizes, dtype=torch.float32, seed=0)
     compare_model(run, path, texts_too=False)
 
 
-def compare_model(run: Run, language_model: Path, *, texts_too: bool) -> None:
+def compare_model(run: Run, language_model: Path, *, texts_too: bool, quant: str = "none") -> None:
     """Logits, loss, all gradients, greedy texts of tiny models, beside a random adapter and random states."""
     tiny = run.program / "demo" / "tiny"
     lines = [json.loads(line) for line in (tiny / "corpus" / "test.jsonl").read_text().splitlines()]
@@ -34,7 +37,7 @@ def compare_model(run: Run, language_model: Path, *, texts_too: bool) -> None:
 
     def load(device: torch.device | str, dtype: str) -> SpeechRWKV:
         torch.manual_seed(0)
-        parts = {"encoder": str(tiny / "wavlm-tiny"), "downsample_k": 1, "adapter_hidden": 64}
+        parts = {"encoder": str(tiny / "wavlm-tiny"), "downsample_k": 1, "adapter_hidden": 64, "quant": quant}
         model = SpeechRWKV.from_pretrained(language_model, device=device, dtype=DTYPES[dtype], **parts)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -59,7 +62,7 @@ def compare_model(run: Run, language_model: Path, *, texts_too: bool) -> None:
         return {"logits": errors["logits"], "loss": errors["loss"], "gradients": gradients}
 
     cpu = load("cpu", "fp32")
-    generation = f"RWKV-{cpu.language_model.generation}"
+    generation = f"RWKV-{cpu.language_model.generation}{f' in {quant}' * (quant != 'none')}"
     want = results(cpu)
     if texts_too:
         want_texts = cpu.transcribe(paths, batch_size=8)
