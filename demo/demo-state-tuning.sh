@@ -39,6 +39,7 @@ micro_bsz="${micro_bsz:-4}"                  # utterances per device and step: l
 accumulate_grad_batches="${accumulate_grad_batches:-1}" # raise it as micro_bsz x devices falls below 16
 ctx_len="${ctx_len:-2048}"                   # longest sample in positions: 10 for each second, and its tokens
 grad_cp="${grad_cp:-0}"                      # 1: less memory, more time
+compile="${compile:-}"                       # 1: faster steps on a GPU, after a minute or two of compiling
 epoch_steps="${epoch_steps:-0}"              # optimiser steps to an epoch; 0: one pass over the data
 epoch_count="${epoch_count:-3}"              # epochs to train
 save_steps="${save_steps:-1000}"             # steps between mission files within an epoch; 0: none

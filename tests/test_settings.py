@@ -101,6 +101,32 @@ def test_checkpointing_computes_each_layer_twice(world, tmp_path, monkeypatch):
         assert len(calls) == expected
 
 
+@pytest.mark.parametrize("grad_cp", [0, 1])
+def test_compiled_steps_are_the_steps(world, tmp_path, monkeypatch, caplog, grad_cp):
+    caplog.set_level("INFO", "rwkv_speech")
+    calls, compile_ = [], torch.compile
+
+    def compiled(function, **how):
+        made = compile_(function, **how, backend="aot_eager")  # traces as any backend does, and is soon done
+        return lambda *args: calls.append(1) or made(*args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    flags = ["--epoch_count=1", "--epoch_steps=2", f"--grad_cp={grad_cp}"]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        assert do("train", world, tmp_path / name, *flags, *more) == 0
+        assert len(calls) == (0 if name == "plain" else 2 * 2 * (1 + grad_cp))
+    assert "blocks are compiled" in caplog.text
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_compiling_says_what_it_lacks(world, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--compile goes with --quant none"):
+        do("train", world, tmp_path, "--compile", "--quant=nf4")
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler, and there is no no-such-compiler"):
+        do("train", world, tmp_path, "--compile")
+
+
 def test_precision_and_operator_are_those_asked_for(world, tmp_path, caplog):
     caplog.set_level("INFO", "rwkv_speech")
     flags = ["--epoch_count=1", "--epoch_steps=1"]

@@ -22,7 +22,7 @@ def train(run: Run) -> None:
     steps, save = run.size((30, 5), (6, 2))
     data = run.program / "demo" / "tiny" / "corpus" / "valid.jsonl"
     sizes = ["--downsample_k=1", "--adapter_hidden=64", f"--micro_bsz={run.size(4, 1)}", "--num_workers=0"]
-    length = [f"--epoch_steps={steps}", "--epoch_count=1", f"--save_steps={save}", "--warmup_steps=2"]
+    length = [f"--epoch_steps={steps // 2}", "--epoch_count=2", f"--save_steps={save}", "--warmup_steps=2"]
     # With a large epsilon Adam's steps follow the size of the gradients, which it hides otherwise.
     machine = [f"--accelerator={run.accelerator}", "--devices=1", "--precision=fp32", "--adam_eps=1e-2"]
     flags = [*tiny_flags(run), f"--data={data}", *sizes, *length, *machine]

@@ -210,7 +210,9 @@ def random_language_model(run: Run, generation: int = 6) -> LanguageModel:
 
 
 def compile_blocks(run: Run, on: bool = True) -> None:
-    """Fuses what lies between the matrix products of a block (token shift, mix, norms) by torch.compile, or no more."""
+    """Fuses what lies between the matrix products of a block by torch.compile, or no more: for decoding, which the
+    program does not compile.
+    """
     fuse = partial(torch.compile, dynamic=False, backend=run.size("inductor", "aot_eager"))
     Block.forward = fuse(_PLAIN_FORWARD) if on else _PLAIN_FORWARD
 

@@ -25,6 +25,7 @@ from bench.gpu.common import (
     random_language_model,
     relative_error,
 )
+from rwkv_speech.lm.graphs import ROWS
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.state import State
 
@@ -39,16 +40,15 @@ def train(run: Run) -> None:
     from rwkv_speech import SpeechRWKV
 
     model = from_files(run)
-    waveforms, texts = utterances(run)
     encoder, adapter = model.speech_encoder, model.adapter
-    study(run, model, waveforms, texts)
+    study(run, model)
     if run.warm:
         return
     del model  # room for the other one
 
     def other_generation() -> None:
         model = SpeechRWKV(random_language_model(run, 7), encoder, adapter)
-        Training(run, model, waveforms, texts).time_and_memory()
+        Training(run, model, 4).time_and_memory()
 
     run.section("RWKV-7", other_generation)
 
@@ -59,19 +59,19 @@ def quantised(run: Run) -> None:
 
         def one() -> None:
             model = from_files(run, quant)  # noqa: B023
-            waveforms, texts = utterances(run)
-            Training(run, model, waveforms, texts, f"RWKV-6 in {quant}").time_and_memory()  # noqa: B023
-            real_time_factor(run, model, waveforms[0])
+            training = Training(run, model, 4, f"RWKV-6 in {quant}")  # noqa: B023
+            training.time_and_memory()
+            real_time_factor(run, model, training.waveforms[0])
 
         run.section(quant, one)
 
 
-def utterances(run: Run) -> tuple[list[Tensor], list[str]]:
+def utterances(run: Run, count: int) -> tuple[list[Tensor], list[str]]:
     """15 s of speech each, since silence would not be decoded, and 45 words, which have nothing to do with it."""
     corpus = run.program / "demo" / "tiny" / "corpus"
     lines = [json.loads(line) for line in (corpus / "test.jsonl").read_text().splitlines()]
     speech = np.concatenate([soundfile.read(corpus / line["audio"], dtype="float32")[0] for line in lines[:20]])
-    count, samples = run.size((4, 15 * 16000), (2, 16000))
+    samples = run.size(15, 1) * 16000
     waveforms = [torch.from_numpy(np.resize(np.roll(speech, -i * 16000), samples)) for i in range(count)]
     return waveforms, [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(run.size(45, 5))) for i in range(count)]
 
@@ -99,40 +99,36 @@ def from_files(run: Run, quant: str = "none") -> nn.Module:
     return model
 
 
-def study(run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str]) -> None:
-    """Time against a step's products, memory, what takes the time, and what compiled blocks change."""
-    training = Training(run, model, waveforms, texts)
+def study(run: Run, model: nn.Module) -> None:
+    """Time against a step's products, memory, what takes the time; what larger batches and compiled blocks change."""
+    training = Training(run, model, 4)
+    if run.warm:
+        training.compiled()
+        return
     training.time_and_memory()
     run.section("profile of a step", lambda: run.record("profile of a step", **profile(run, training.step)))
-    run.section("transcribe", lambda: real_time_factor(run, model, waveforms[0]))
-
-    def compiled() -> None:
-        loss = model.loss(waveforms, texts).detach()
-        compile_blocks(run)
-        off = relative_error(model.loss(waveforms, texts), loss)
-        run.record("compiled blocks agree", ok=off <= COMPILED, detail=True, error=off)
-        training.time(f"{training.what}, compiled blocks")
-
-    run.section("compiled blocks", compiled)
-    compile_blocks(run, False)
+    run.section("transcribe", lambda: real_time_factor(run, model, training.waveforms[0]))
+    larger = Training(run, model, 16)
+    run.section(larger.what, lambda: larger.time(larger.what))
+    run.section("compiled blocks", training.compiled)
+    run.section("compiled blocks", larger.compiled)
 
 
 class Training:
     """Training steps on one batch."""
 
-    def __init__(
-        self, run: Run, model: nn.Module, waveforms: list[Tensor], texts: list[str], name: str | None = None
-    ) -> None:
-        self.run, self.model, self.waveforms, self.texts = run, model, waveforms, texts
+    def __init__(self, run: Run, model: nn.Module, batch: int, name: str | None = None) -> None:
+        self.run, self.model = run, model
+        self.waveforms, self.texts = utterances(run, run.size(batch, 2))
         self.trained = [*model.trainable_state_dict().values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         self.generation = model.language_model.generation
         self.name = name or f"RWKV-{self.generation}"
-        size = f"3B, {len(waveforms)} x {len(waveforms[0]) / 16000:g} s"
+        size = f"3B, {len(self.waveforms)} x {len(self.waveforms[0]) / 16000:g} s"
         self.what = f"{self.name}, training step, {size}"
         self.step()
         with FlopCounterMode(display=False) as counter:
-            model.loss(waveforms, texts).backward()
+            model.loss(self.waveforms, self.texts).backward()
         self.flops = counter.get_total_flops()
         self.optimizer.zero_grad()
 
@@ -154,6 +150,20 @@ class Training:
         found = {"ms": round(spent * 1e3, 1), "tflop": round(self.flops / 1e12, 3)}
         found |= {"peak tflop/s": round(peak / 1e12, 1), "share of peak": round(self.flops / peak / spent, 3)}
         run.record(what, backend=run.backend, **found)
+
+    def compiled(self) -> None:
+        """As `--compile` has it; the first batch compiles, the others of the run find it done."""
+        run, language_model = self.run, self.model.language_model
+        loss = self.model.loss(self.waveforms, self.texts).detach()
+        language_model.compile_blocks()
+        begin = time.perf_counter()
+        off = relative_error(self.model.loss(self.waveforms, self.texts), loss)
+        self.step()
+        run.wait()
+        seconds = round(time.perf_counter() - begin, 1)
+        run.record(f"{self.what}, compiled, agrees", ok=off <= COMPILED, error=off, **{"first step, s": seconds})
+        self.time(f"{self.what}, compiled")
+        language_model.compile_blocks(False)
 
     def memory(self, grad_cp: int) -> None:
         run, language_model = self.run, self.model.language_model
@@ -209,7 +219,7 @@ def decode_generation(run: Run, generation: int) -> None:
 
 
 class Decoding:
-    """Greedy decoding of a batch with all that a step reads and writes in the same memory: what a graph needs."""
+    """Greedy decoding of a batch, step by step, as the program does it: on a GPU by its graphs."""
 
     def __init__(self, run: Run, model: LanguageModel, batch: int) -> None:
         self.run, self.model = run, model
@@ -219,16 +229,17 @@ class Decoding:
         self.token, self.first_token = prompt[:, -1:].clone(), prompt[:, -1:].clone()
         self.state = self.state.clone()
         self.first_state = self.state.clone()
-        self.step = self.plain_step
 
-    def plain_step(self) -> None:
-        hidden, after = self.model(self.token, self.state)
+    def step(self) -> None:
+        hidden, self.state = self.model(self.token, self.state)
+        self.choose(hidden)
+
+    def choose(self, hidden: Tensor) -> None:
         self.logits = self.model.logits(hidden[:, -1])
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
-        copy(after, self.state)
 
     def restart(self) -> None:
-        copy(self.first_state, self.state)
+        self.state = self.first_state
         self.token.copy_(self.first_token)
 
     def steps(self, count: int) -> list[Tensor]:
@@ -238,19 +249,40 @@ class Decoding:
             tokens.append(self.token.clone())
         return tokens
 
+
+class Plain(Decoding):
+    """The same, launched operation by operation."""
+
+    def step(self) -> None:
+        hidden, self.state = self.model.run(self.model.embed(self.token), self.state)
+        self.choose(hidden)
+
+
+class Captured(Decoding):
+    """A step and the choice of its token as one graph, with all that it reads and writes in the same memory."""
+
+    def __init__(self, run: Run, model: LanguageModel, batch: int) -> None:
+        super().__init__(run, model, batch)
+        self.step = self.whole_step
+
+    def whole_step(self) -> None:
+        hidden, after = self.model.run(self.model.embed(self.token), self.state)
+        self.choose(hidden)
+        copy(after, self.state)
+
     def capture(self) -> None:
-        """The step as one CUDA graph; on the CPU it stays as it is."""
+        """On the CPU it stays as it is."""
         if self.run.dry:
             return
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                self.plain_step()
+                self.whole_step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.plain_step()
+            self.whole_step()
         self.step = graph.replay
 
 
@@ -263,14 +295,16 @@ def copy(source: State, target: State) -> None:
 def decode_batch(run: Run, model: LanguageModel, limits: Limits, batch: int, weights: int) -> None:
     count, name = run.size(TOKENS, 3), f"RWKV-{model.generation}, batch {batch}"
     compile_blocks(run, False)
-    plain, graph, fused = (Decoding(run, model, batch) for _ in range(3))
+    plain, program, fused = Plain(run, model, batch), Decoding(run, model, batch), Captured(run, model, batch)
     want = torch.cat(plain.steps(count), 1)
-    things = {"plain": plain}
-    graph.capture()
-    graph.restart()
-    equal = torch.equal(torch.cat(graph.steps(count), 1), want)
-    run.record(f"{name}, graph: tokens as plain", ok=equal, detail=equal)
-    things["graph"] = graph
+    begin = time.perf_counter()
+    program.step()  # which makes the graph
+    run.wait()
+    made = time.perf_counter() - begin
+    program.restart()
+    equal = torch.equal(torch.cat(program.steps(count), 1), want)
+    run.record(f"{name}: tokens as plain", ok=equal or batch not in ROWS, detail=equal, equal=equal)
+    things = {"plain": plain, "program": program}
 
     def fuse() -> None:
         plain.restart()
@@ -287,14 +321,14 @@ def decode_batch(run: Run, model: LanguageModel, limits: Limits, batch: int, wei
     compile_blocks(run, False)
     if run.dry:  # no graph has kept the compiled form
         things.pop("graph, compiled", None)
-    rounds = 1 if run.warm else run.size(5, 1)
+    rounds = 1 if run.warm else run.size(3, 1)
     calls = {name: lambda decoding=decoding: decoding.steps(count) for name, decoding in things.items()}
     times = interleaved(run, calls | limits.things, rounds=rounds)
     _, memory = limits.of(times)
     spent = {name: seconds / count for name, seconds in medians(times).items() if name in things}
     found = {f"{name}, tokens/s": round(batch / seconds, 1) for name, seconds in spent.items()}
     found |= {f"share of reading the weights, {name}": round(weights / memory / s, 3) for name, s in spent.items()}
-    run.record(f"{name}, decoding, 3B", **found)
+    run.record(f"{name}, decoding, 3B", **found, **{"first step, s": round(made, 3)})
 
 
 def fast_folder(run: Run) -> Path:

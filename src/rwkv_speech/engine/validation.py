@@ -18,6 +18,7 @@ from rwkv_speech.engine.machine import gather
 from rwkv_speech.engine.metrics import Metrics, valid_column
 from rwkv_speech.engine.mission_files import MissionFiles
 from rwkv_speech.errors import UserError
+from rwkv_speech.lm import graphs
 from rwkv_speech.options import DecodingOptions, TrainingOptions
 from rwkv_speech.progress import Progress
 from rwkv_speech.scoring import EvalRecord
@@ -140,4 +141,5 @@ class Validation(Callback):
                 answers = answer_rounds(model, batch, self.decoding, audio_embeds)
                 for index, rounds, seconds in zip(batch.indices, answers, batch.seconds, strict=True):
                     records.append(record_of(model, rows[index], rounds, seconds=seconds))
+        graphs.forget(model.language_model)  # training needs the memory
         return loss_sum, tokens, records

@@ -11,6 +11,7 @@ Notable:
 A generation is a subclass, with its time mix and channel mix.
 """
 
+import functools
 from typing import ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_speech.lm import peft, step
+from rwkv_speech.lm import graphs, peft, step
 from rwkv_speech.lm.linear import Linear
 from rwkv_speech.lm.quantised import quantise, quantise_layers
 from rwkv_speech.lm.state import LayerState, State
@@ -111,6 +112,7 @@ class LanguageModel(nn.Module):
         self.sizes = sizes
         self.source = "the language model"  # where its weights come from
         self.checkpointing = False
+        self._block = Block.__call__  # how a block is called where gradients are wanted
         self.quant: str | None = None
         self.peft: peft.Injected | None = None
         self.emb = nn.Embedding(sizes.vocab_size, sizes.n_embd)
@@ -229,18 +231,27 @@ class LanguageModel(nn.Module):
             that is fp16), and the state after its last position.
         """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
-        x = self.blocks[0].ln0(x.to(self.dtype))
+        x = x.to(self.dtype)
+        state = state or self.initial_state(x.shape[0], which)
+        return graphs.step(self, x, state) if graphs.takes(x, lengths) else self.run(x, state, lengths)
+
+    def run(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """`forward` for embeddings in the dtype of the weights, and always as it stands here."""
+        x = self.blocks[0].ln0(x)
         if x.dtype == torch.float16:
             x = x.float()
-        state = state or self.initial_state(x.shape[0], which)
+        call = self._block if torch.is_grad_enabled() else Block.__call__
+        if self.checkpointing and torch.is_grad_enabled():
+            call = functools.partial(checkpoint, call, use_reentrant=False)
         v_first, after = None, []
         for block, before in zip(self.blocks, state.layers, strict=True):
-            if self.checkpointing and torch.is_grad_enabled():
-                x, v_first, layer = checkpoint(block, x, v_first, *before, lengths, use_reentrant=False)
-            else:
-                x, v_first, layer = block(x, v_first, *before, lengths)
+            x, v_first, layer = call(block, x, v_first, *before, lengths)
             after.append(layer)
         return x, State(tuple(after))
+
+    def compile_blocks(self, on: bool = True) -> None:
+        """Has training steps fuse what lies between the matrix products of a block; once for all blocks and lengths."""
+        self._block = torch.compile(Block.forward, dynamic=True) if on else Block.__call__
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden vectors (..., C) -> logits (..., vocabulary) in the dtype of the weights."""

@@ -35,10 +35,11 @@ def low_rank(x: Tensor, first: Tensor, second: Tensor, between: Callable[[Tensor
 
 def few(x: Tensor, row: int, *weights: Tensor, most: int = FEW_ROWS) -> bool:
     """Whether our kernel, which has no backward pass, takes x: at most so many rows of so many numbers."""
+    if torch.compiler.is_compiling():  # before it asks for sizes, which would bind what is compiled to these
+        return False
     small = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() <= most * row
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-    traced = torch.compiler.is_compiling() or learning
-    return small and not traced and wkv.backend("cpu").name == "cpu"
+    return small and not learning and wkv.backend("cpu").name == "cpu"
 
 
 class Linear(nn.Linear):

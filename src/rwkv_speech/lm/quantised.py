@@ -64,7 +64,8 @@ def _shapes(rows: int, columns: int, quant: str) -> tuple[tuple[tuple[int, ...],
 
 
 def _pack_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(1) / 127
+    largest = x.abs().amax(1)
+    scale = largest / largest.new_tensor(127.0)  # by a Python number a GPU multiplies by 1 / 127, which rounds twice
     return (x / _divisor(scale)[:, None]).round_().to(torch.int8), scale
 
 

@@ -1,8 +1,11 @@
 """Training: adapter and initial state learn; mission files come out."""
 
+import importlib.util
 import logging
 import math
+import os
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +90,8 @@ def _train(options: Options, machine: Machine) -> int:
     _set_learning(model, options)
     run = find_run(options, frozen | weights_that_stay(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
+    if training.compile:
+        _compile(model, machine)
     of_task = {name: [row for row in rows if model.task(row.mission).name == name] for name in model.tasks}
     for name, task in model.tasks.items():
         _set_labels(task, of_task[name], given=bool(options.model.labels))
@@ -198,6 +203,25 @@ def _missions(rows: Sequence[Row], asked: str | None, files: Sequence[MissionFil
             "there are several mission files, and rows that name no mission: say by --mission what they are"
         )
     return list(dict.fromkeys([asked or (files[0].mission if files else "transcribe"), *named]))
+
+
+def _compile(model: SpeechRWKV, machine: Machine) -> None:
+    """Has steps compile their blocks.
+
+    Raises:
+        UserError: what compiles is not here, or the matrices are packed.
+    """
+    if model.language_model.quant:
+        raise UserError("--compile goes with --quant none: packed matrices are unpacked one by one")
+    if machine.accelerator == "gpu" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs triton on a GPU: pip install triton, or leave it out")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise UserError(
+            f"--compile needs a C++ compiler, and there is no {compiler}: install one, or leave --compile out"
+        )
+    model.language_model.compile_blocks()
+    log.info("the language model's blocks are compiled in the first step, which takes a minute or two")
 
 
 def _set_learning(model: SpeechRWKV, options: Options) -> None:

@@ -190,6 +190,7 @@ class TrainingOptions:
         choices=(0, 1),
     )
     grad_cp: int = flag(0, "1: recompute each layer in the backward pass, for less memory", choices=(0, 1))
+    compile: bool = flag(False, "train: fuse the language model's small operations by torch.compile, for speed on GPUs")
     random_seed: int = flag(42, "seed of the adapter's initial weights, data order and augmentation", type=count)
     speed_perturb: bool = flag(False, "train: each sample at 0.9, 1.0 or 1.1 speed, drawn anew in each epoch")
     spec_augment: bool = flag(False, "train: mask stretches of time and bands of channels of the encoder's frames")
