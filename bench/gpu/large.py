@@ -106,10 +106,11 @@ def study(run: Run, model: nn.Module) -> None:
         training.compiled()
         return
     training.time_and_memory()
-    run.section("profile of a step", lambda: run.record("profile of a step", **profile(run, training.step)))
+    run.section("profile", lambda: run.record(f"{training.what}, profile", **profile(run, training.step)))
     run.section("transcribe", lambda: real_time_factor(run, model, training.waveforms[0]))
     larger = Training(run, model, 16)
     run.section(larger.what, lambda: larger.time(larger.what))
+    run.section("profile", lambda: run.record(f"{larger.what}, profile", **profile(run, larger.step)))
     run.section("compiled blocks", training.compiled)
     run.section("compiled blocks", larger.compiled)
 
@@ -163,6 +164,7 @@ class Training:
         seconds = round(time.perf_counter() - begin, 1)
         run.record(f"{self.what}, compiled, agrees", ok=off <= COMPILED, error=off, **{"first step, s": seconds})
         self.time(f"{self.what}, compiled")
+        run.record(f"{self.what}, compiled, profile", **profile(run, self.step))
         language_model.compile_blocks(False)
 
     def memory(self, grad_cp: int) -> None:
