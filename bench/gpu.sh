@@ -1,7 +1,7 @@
 #!/bin/sh
 # All that only a GPU can show, in one go: is it right, how fast is it, what takes the time. docs/gpu.md tells the rest.
 #
-#   sh bench/gpu.sh                                on a machine with one NVIDIA GPU and PyTorch; at most 7 minutes
+#   sh bench/gpu.sh                                on a machine with one NVIDIA GPU and PyTorch; at most 9 minutes
 #   sh bench/gpu.sh --wheels FOLDER --out FOLDER   packages that the machine lacks; where the results go
 #   sh bench/gpu.sh --dry                          every part in tiny sizes on a CPU
 #

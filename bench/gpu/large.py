@@ -26,7 +26,7 @@ from bench.gpu.common import (
     relative_error,
 )
 from rwkv_speech.lm.graphs import ROWS
-from rwkv_speech.lm.language_model import LanguageModel
+from rwkv_speech.lm.language_model import Block, LanguageModel
 from rwkv_speech.lm.state import State
 
 WORDS = ["they", "came", "to", "the", "river", "in", "evening", "and", "found", "nobody", "there", "who", "knew"]
@@ -157,6 +157,8 @@ class Training:
         run, language_model = self.run, self.model.language_model
         loss = self.model.loss(self.waveforms, self.texts).detach()
         language_model.compile_blocks()
+        if run.dry:  # soon done
+            language_model._block = torch.compile(Block.forward, dynamic=True, backend="aot_eager")
         begin = time.perf_counter()
         off = relative_error(self.model.loss(self.waveforms, self.texts), loss)
         self.step()

@@ -280,7 +280,7 @@ def against_fla(run: Run, problem: Problem, what: str, *, fla: Callable) -> None
         "ours, both": lambda: problem.both(wkv.wkv6),
         "fla, both": lambda: other.both(fla),
     }
-    t = medians(interleaved(run, things, rounds=1 if run.warm else run.size(10, 1), queued=True))
+    t = medians(interleaved(run, things, rounds=run.size(10, 1), queued=True))
     ratios = {f"fla/ours, {pass_}": round(t[f"fla, {pass_}"] / t[f"ours, {pass_}"], 2) for pass_ in ("forward", "both")}
     run.record(f"{what}, beside fla", **{f"{name}, us": round(x * 1e6, 1) for name, x in t.items()}, **ratios)
 

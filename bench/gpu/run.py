@@ -17,6 +17,7 @@ PARTS = {
     "whole": ("whole", "compare", SPEECH),
     "training": ("commands", "train", TRAINING),
     "commands": ("commands", "use", TRAINING),
+    "quickstart": ("commands", "quickstart", TRAINING),
     "wkv": ("operators", "measure", ()),
     "step": ("large", "train", SPEECH),
     "decode": ("large", "decode", SPEECH),
@@ -24,7 +25,7 @@ PARTS = {
     "fla": ("operators", "measure_fla", ()),
     "sanitized": ("operators", "sanitized", ()),  # what the sanitizer runs
 }
-PARTS |= {f"warm-{name}": PARTS[name] for name in ("step", "decode", "fla")}
+PARTS |= {f"warm-{name}": PARTS[name] for name in ("step", "decode")}
 
 
 def missing(part: str) -> list[str]:
