@@ -70,7 +70,7 @@ line() { # name, Whisper, seconds of its window, and its own settings; the envir
     "$python" "$recipes/missions.py" baselines "$folder" --encoder "$encoder" --decoder "$decoder" \
         --cache "$cache_features"
 }
-line esc-10 tiny 6 epoch_count=32 speed_perturb=1
+line esc-10 tiny 6 epoch_count=32 speed_perturb=1 average=8
 line emodb-4 tiny 10 epoch_count=36 downsample_k=2 state_lr_scale=0.5 average=8
 line speaker tiny 3 epoch_count=16
 line language base 12 epoch_count=3
