@@ -5,10 +5,9 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from rwkv_speech.decoding import decode, generate
-from rwkv_speech.lm import graphs
+from rwkv_speech.lm import graphs, peft
 from rwkv_speech.lm.initialise import official_sizes, random_weights
 from rwkv_speech.lm.language_model import LanguageModel
 from rwkv_speech.lm.rwkv6 import RWKV6
@@ -28,11 +27,20 @@ def recorded(monkeypatch) -> list[int]:
     """Graphs on the CPU; a number for each that was made."""
     made = []
 
+    class Graph(graphs._Graph):
+        def _run(self, model):
+            first = getattr(self, "hidden", None)
+            super()._run(model)
+            if first is not None:  # outputs have one place, too
+                first.copy_(self.hidden)
+                self.hidden = first
+
     def record(run, device):
         made.append(1)
         run()
         return run
 
+    monkeypatch.setattr(graphs, "_Graph", Graph)
     monkeypatch.setattr(graphs, "_has_graphs", lambda x: True)
     monkeypatch.setattr(graphs, "_record", record)
     return made
@@ -80,9 +88,10 @@ def test_a_state_that_was_given_stays_as_it_was(model, recorded):
         _, state = model(torch.tensor([[1, 2]]))
         before = state.clone()
         first, after = model(torch.tensor([[3]]), state)
-        kept = after.clone()
+        kept, said = after.clone(), first.clone()
         model(torch.tensor([[4]]), after)
         again, _ = model(torch.tensor([[3]]), state)
+    assert torch.equal(first, said)
     assert torch.equal(first, again)
     for had, has in ((before, state), (kept, after)):
         assert all(map(torch.equal, had.state_dict().values(), has.state_dict().values()))
@@ -111,20 +120,63 @@ def test_a_graph_is_made_anew_where_weights_are_others(model, recorded):
     assert len(recorded) == 3
 
 
-def test_what_is_injected_is_in_the_step(model, recorded):
-    from rwkv_speech.lm import peft
+def test_weights_that_are_buffers_are_looked_at_too(model, recorded):
+    """Under DeepSpeed the frozen ones are."""
+    weight = model.ln_out.weight.detach().clone()
+    del model.ln_out.weight
+    model.ln_out.register_buffer("weight", weight)
+    with torch.inference_mode():
+        model(torch.tensor([[3]]))
+        model.ln_out.weight.data = weight.clone()
+        model(torch.tensor([[3]]))
+    assert len(recorded) == 2
 
-    with torch.inference_mode():
-        _, state = model(torch.tensor([[1, 2]]))
-        first = model(torch.tensor([[3]]), state)[0]
+
+def test_a_model_that_is_no_longer_packed_has_another_graph(recorded):
+    sizes = official_sizes(generation=6, n_layer=1, n_embd=64, vocab_size=50)
+    weights = random_weights(sizes, seed=1)
+    model = RWKV6.from_tensors(sizes, weights, device="cpu", dtype=torch.float32, quant="int8")
+    for _ in range(2):
+        with torch.inference_mode():
+            model(torch.tensor([[3]]))
+        model.quant = None
+    assert len(recorded) == 2
+
+
+def test_beside_peft_there_are_none(model, recorded):
     peft.inject(model, {"peft_type": "LORA", "r": 4})
-    for x in peft.parameters(model).values():
-        nn.init.normal_(x)
     with torch.inference_mode():
-        other = model(torch.tensor([[3]]), state)[0]
+        model(torch.tensor([[3]]))
+    assert not recorded
+
+
+def test_an_error_in_a_step_leaves_nothing_half_done(model, recorded, monkeypatch):
+    """What its memory holds then is no state that anybody has."""
+    with torch.inference_mode():
+        _, state = model(torch.tensor([[1]]))
+        (graph,) = graphs._graphs[model].values()
+        with monkeypatch.context() as patch:
+            patch.setattr(graph, "replay", lambda replay=graph.replay: replay() or 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(torch.tensor([[3]]), state)
+        found, _ = model(torch.tensor([[3]]), state)
         plain, _ = model.run(model.embed(torch.tensor([[3]])), state)
-    assert not torch.equal(other, first)
-    torch.testing.assert_close(other, plain)
+    torch.testing.assert_close(found, plain)
+
+
+def test_a_state_that_stands_there_is_not_copied_there_nor_kept(model, recorded, monkeypatch):
+    written, write = [], graphs._Graph._write
+    monkeypatch.setattr(graphs._Graph, "_write", lambda *args: written.append(1) or write(*args))
+    with torch.inference_mode():
+        _, state = model(torch.tensor([[1]]))
+        written.clear()
+        for _ in range(3):
+            _, state = model(torch.tensor([[2]]), state)
+    assert len(written) == 3  # by the step itself
+    (graph,) = graphs._graphs[model].values()
+    assert graph.holds(state)
+    del state
+    assert graph.held() is None
 
 
 def test_training_and_padded_batches_do_without(model, recorded):
@@ -139,6 +191,8 @@ def test_training_and_padded_batches_do_without(model, recorded):
 
 
 def test_where_no_graph_can_be_made_the_step_is_plain(model, recorded, monkeypatch, caplog):
+    graphs._warn.cache_clear()
+
     def fail(run, device):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
@@ -147,6 +201,7 @@ def test_where_no_graph_can_be_made_the_step_is_plain(model, recorded, monkeypat
         _, state = model(torch.tensor([[1, 2]]))
         for _ in range(2):
             found, _ = model(torch.tensor([[3]]), state)
+        model(torch.tensor([[3]] * 5))
         plain, _ = model.run(model.embed(torch.tensor([[3]])), state)
     assert torch.equal(found, plain)
     (line,) = (record.getMessage() for record in caplog.records)

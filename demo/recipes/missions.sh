@@ -75,7 +75,7 @@ line emodb-4 tiny 10 epoch_count=36 downsample_k=2 state_lr_scale=0.5 average=8
 line speaker tiny 3 epoch_count=16
 line language base 12 epoch_count=3
 line digits tiny 3 epoch_count=16 speed_perturb=1
-line arabic base 3 epoch_count=40 speed_perturb=1
+line arabic base 3 epoch_count=80
 line mandarin base 12 epoch_count=30 downsample_k=2
 line russian base 12 epoch_count=60 downsample_k=2 speed_perturb=1
 line translate base 12 epoch_count=12

@@ -233,7 +233,7 @@ class LanguageModel(nn.Module):
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
         x = x.to(self.dtype)
         state = state or self.initial_state(x.shape[0], which)
-        return graphs.step(self, x, state) if graphs.takes(x, lengths) else self.run(x, state, lengths)
+        return graphs.step(self, x, state) if graphs.takes(self, x, lengths) else self.run(x, state, lengths)
 
     def run(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """`forward` for embeddings in the dtype of the weights, and always as it stands here."""
@@ -250,7 +250,12 @@ class LanguageModel(nn.Module):
         return x, State(tuple(after))
 
     def compile_blocks(self, on: bool = True) -> None:
-        """Has training steps fuse what lies between the matrix products of a block; once for all blocks and lengths."""
+        """Has training steps fuse what lies between the matrix products of a block.
+
+        It is compiled once for all blocks and lengths, and again for batches of 1, conversations in pieces and so on.
+        """
+        if on:
+            torch._dynamo.config.recompile_limit = 32  # beyond it no more is compiled
         self._block = torch.compile(Block.forward, dynamic=True) if on else Block.__call__
 
     def logits(self, hidden: Tensor) -> Tensor:

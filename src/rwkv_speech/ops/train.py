@@ -62,6 +62,8 @@ def train(options: Options) -> int:
     if method := options.training.peft_method:
         peft.configuration(method, {})  # a wrong name is told at once
     machine = fit_to_machine(options.machine)
+    if options.training.compile:
+        _check_compiling(machine)
     with project_lock(options.project, "training"):
         return _train(options, machine)
 
@@ -91,7 +93,10 @@ def _train(options: Options, machine: Machine) -> int:
     run = find_run(options, frozen | weights_that_stay(model) | {"precision": machine.precision})
     model.language_model.checkpointing = bool(training.grad_cp)
     if training.compile:
-        _compile(model, machine)
+        if model.language_model.quant:
+            raise UserError("--compile goes with --quant none: packed matrices are unpacked one by one")
+        model.language_model.compile_blocks()
+        log.info("the language model's blocks are compiled in the first steps, which takes a minute or two")
     of_task = {name: [row for row in rows if model.task(row.mission).name == name] for name in model.tasks}
     for name, task in model.tasks.items():
         _set_labels(task, of_task[name], given=bool(options.model.labels))
@@ -205,23 +210,15 @@ def _missions(rows: Sequence[Row], asked: str | None, files: Sequence[MissionFil
     return list(dict.fromkeys([asked or (files[0].mission if files else "transcribe"), *named]))
 
 
-def _compile(model: SpeechRWKV, machine: Machine) -> None:
-    """Has steps compile their blocks.
-
-    Raises:
-        UserError: what compiles is not here, or the matrices are packed.
-    """
-    if model.language_model.quant:
-        raise UserError("--compile goes with --quant none: packed matrices are unpacked one by one")
-    if machine.accelerator == "gpu" and importlib.util.find_spec("triton") is None:
+def _check_compiling(machine: Machine) -> None:
+    """Raises UserError: what compiles is not here."""
+    on_gpu = machine.accelerator == "gpu"
+    if on_gpu and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on a GPU: pip install triton, or leave it out")
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        raise UserError(
-            f"--compile needs a C++ compiler, and there is no {compiler}: install one, or leave --compile out"
-        )
-    model.language_model.compile_blocks()
-    log.info("the language model's blocks are compiled in the first step, which takes a minute or two")
+    compilers = [os.environ.get("CXX", "c++"), *([os.environ.get("CC", "cc")] if on_gpu else [])]
+    for compiler in compilers:
+        if shutil.which(compiler.split()[0]) is None:
+            raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}: install one, or leave it out")
 
 
 def _set_learning(model: SpeechRWKV, options: Options) -> None:
