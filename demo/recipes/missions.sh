@@ -72,7 +72,7 @@ line() { # name, Whisper, seconds of its window, and its own settings; the envir
 }
 line esc-10 tiny 6 epoch_count=32 speed_perturb=1 average=8
 line emodb-4 tiny 10 epoch_count=36 downsample_k=2 state_lr_scale=0.5 average=8
-line speaker tiny 3 epoch_count=16
+line speaker tiny 3 epoch_count=8 downsample_k=2 state_lr_scale=0.5 average=4
 line language base 12 epoch_count=3
 line digits tiny 3 epoch_count=16 speed_perturb=1
 line arabic base 3 epoch_count=80
