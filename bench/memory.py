@@ -9,7 +9,7 @@ What a step must hold for each position, in numbers of 4 bytes:
 
 - the adapter: K stacked frames (5 x 1024), hidden units (2048) and what it gives (1024);
 - the language model's input, and with checkpointing the input of each block: (1 + 12) x 1024;
-- what a block keeps for its backward pass, BLOCK_VALUES x 1024: of one block with checkpointing, of 12 without;
+- what a block keeps for its backward pass, by `overview.block_bytes`: of one block with checkpointing, of 12 without;
 - the frames themselves, in fp16: 5 x 1024 halves.
 
 `slope_over_theory` is the slope of a straight line through the peaks over that sum. Gradients on their way through a
@@ -33,7 +33,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.train import WIDTH, WORDS, WORDS_EACH, batch_of, random_language_model, random_speech_model
-from rwkv_speech.engine.overview import BLOCK_VALUES
+from rwkv_speech.engine.overview import block_bytes
+from rwkv_speech.lm.initialise import official_sizes
 
 N_LAYER, N_EMBD = 12, 1024
 BOUND = 1.3
@@ -67,9 +68,9 @@ def memory(field: str) -> int:
 
 def bytes_per_position(checkpointing: bool) -> int:
     adapter = 5 * WIDTH + 2048 + N_EMBD
-    block = BLOCK_VALUES[6]
-    blocks = N_LAYER + block if checkpointing else N_LAYER * block
-    return 4 * (adapter + N_EMBD * (1 + blocks)) + 2 * 5 * WIDTH
+    block = block_bytes(official_sizes(n_layer=N_LAYER, n_embd=N_EMBD), 4, "cpu")
+    blocks = 4 * N_LAYER + block if checkpointing else N_LAYER * block
+    return round(4 * adapter + N_EMBD * (4 + blocks) + 2 * 5 * WIDTH)
 
 
 def main() -> None:

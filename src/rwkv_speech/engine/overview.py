@@ -9,15 +9,28 @@ from rich.table import Table
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.engine.metrics import MEASURED, WARM_UP
 from rwkv_speech.lm.quantised import QuantisedLinear
+from rwkv_speech.lm.weights import ModelSizes
+from rwkv_speech.lm.wkv import WKV6, WKV7
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options, TrainingOptions
 
 log = logging.getLogger("rwkv_speech")
 
-# What a block of each generation keeps for the backward pass, in values per position and channel: counted by a test.
-BLOCK_VALUES = {6: 24, 7: 26}
+# What a block of each generation keeps for the backward pass, in values per position and channel: those in the type of
+# the weights, and those in fp32 whatever it is. Counted by a test.
+BLOCK_VALUES = {6: (21, 1), 7: (20, 2)}
 POSITIONS = 200  # of a sample, 15 s of audio and its transcript
 ADAM = 8  # bytes of optimiser state for a trained weight
+
+
+def block_bytes(sizes: ModelSizes, width: int, device_type: str) -> float:
+    """What a block keeps per position and channel, the states that the operator saves there included.
+
+    width: bytes of a weight.
+    """
+    in_type, in_fp32 = BLOCK_VALUES[sizes.generation]
+    operator = {6: WKV6, 7: WKV7}[sizes.generation]
+    return width * in_type + 4 * (in_fp32 + sizes.head_size / operator.saved_every[device_type])
 
 
 def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> dict[str, float]:
@@ -32,15 +45,15 @@ def estimate_memory(model: SpeechRWKV, options: Options, machine: Machine) -> di
     frozen = sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
     width = model.language_model.emb.weight.element_size()
     positions = options.training.micro_bsz * POSITIONS
-    block = BLOCK_VALUES[sizes.generation]
-    values = block + sizes.n_layer if options.training.grad_cp else block * sizes.n_layer
+    block = block_bytes(sizes, width, "cuda" if machine.accelerator == "gpu" else "cpu")
+    blocks = block + width * sizes.n_layer if options.training.grad_cp else block * sizes.n_layer
     shares = machine.per_node * machine.num_nodes if machine.strategy.startswith("deepspeed") else 1
     on_device = 0 if machine.strategy.endswith("offload") else 1
     return {
         "frozen weights": frozen,
         "trained weights and optimiser": trained * (4 + 4 + on_device * ADAM / shares),
         # A quarter of the positions is the transcript; its logits are there in fp32, with their softmax and gradient.
-        "activations": positions * (sizes.n_embd * values * width + sizes.vocab_size * 3 * 4 / 4),
+        "activations": positions * (sizes.n_embd * blocks + sizes.vocab_size * 3 * 4 / 4),
     }
 
 
