@@ -288,7 +288,7 @@ def test_what_an_interrupted_training_may_change():
     left = parse("").flat(resume_ignored=False)
     assert left.items() <= parse("").flat().items()
     assert SETTINGS.keys() - left.keys() == {
-        *("num_workers", "wandb", "wkv", "on_bad_audio", "on_nonfinite"),
+        *("num_workers", "wandb", "wkv", "cuda_graphs", "on_bad_audio", "on_nonfinite"),
         *("valid_split", "valid_steps", "early_stop", "average"),
         *("log_every", "eval_split", "eval_bsz", "perturb", "resume", "max_audio_s", "format"),
         *(name for name, group in SETTINGS.items() if group == "decoding"),

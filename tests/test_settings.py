@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rwkv_speech.engine.machine import fit_to_machine
 from rwkv_speech.engine.runs import Run, StopRequest
 from rwkv_speech.engine.trainer import make_trainer
 from rwkv_speech.errors import UserError
-from rwkv_speech.lm import wkv
+from rwkv_speech.lm import graphs, wkv
 from rwkv_speech.lm.rwkv6 import TimeMix
 from rwkv_speech.model import SpeechRWKV
 from rwkv_speech.options import Options
@@ -126,6 +127,18 @@ def test_compiling_says_what_it_lacks(world, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler, and there is no no-such-compiler"):
         do("train", world, tmp_path, "--compile")
+
+
+def test_tokens_are_read_as_graphs_or_one_by_one(world, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(graphs, "_has_graphs", lambda x: True)
+    monkeypatch.setattr(graphs, "_record", lambda run, device: made.append(1) or run() or run)
+    assert do("train", world, tmp_path, "--epoch_count=1", "--epoch_steps=1") == 0
+    assert do("eval", world, tmp_path, "--max_new_tokens=3", "--cuda_graphs=0") == 0
+    assert not made
+    shutil.rmtree(tmp_path / "eval")
+    assert do("eval", world, tmp_path, "--max_new_tokens=3") == 0
+    assert made
 
 
 def test_precision_and_operator_are_those_asked_for(world, tmp_path, caplog):

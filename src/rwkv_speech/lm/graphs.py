@@ -28,8 +28,15 @@ log = logging.getLogger("rwkv_speech")
 # 42 MB a row.
 ROWS = (1, 4, 16, 32, 64)
 
+_allowed = True
 _lock = threading.Lock()
 _graphs: "weakref.WeakKeyDictionary[LanguageModel, dict[int, _Graph | None]]" = weakref.WeakKeyDictionary()
+
+
+def allow(yes: bool) -> None:
+    """Whether graphs may be used from now on."""
+    global _allowed
+    _allowed = yes
 
 
 def takes(model: "LanguageModel", x: Tensor, lengths: Tensor | None) -> bool:
@@ -37,7 +44,7 @@ def takes(model: "LanguageModel", x: Tensor, lengths: Tensor | None) -> bool:
 
     Not beside weights of peft: some of its methods can't be captured, and where speed counts they have been merged.
     """
-    if x.shape[1] != 1 or len(x) > ROWS[-1] or lengths is not None or model.peft or not _has_graphs(x):
+    if not _allowed or x.shape[1] != 1 or len(x) > ROWS[-1] or lengths is not None or model.peft or not _has_graphs(x):
         return False
     return torch.is_inference_mode_enabled()  # the memory is written to again, which autograd would not know
 

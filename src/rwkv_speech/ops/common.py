@@ -12,7 +12,7 @@ from rwkv_speech.data.sample import Row
 from rwkv_speech.data.sources import LIBRISPEECH, load_split, split_names
 from rwkv_speech.engine.machine import Machine
 from rwkv_speech.errors import UserError
-from rwkv_speech.lm import wkv
+from rwkv_speech.lm import graphs, wkv
 from rwkv_speech.mission_file import MissionFile, read_best_mission_files, read_mission_file
 from rwkv_speech.missions import get_mission
 from rwkv_speech.model import SpeechRWKV
@@ -125,6 +125,7 @@ def load_model(
         UserError: a part that can't be read, parts that don't fit, or sizes or labels other than can be asked for.
     """
     wkv.set_backend(options.wkv)
+    graphs.allow(bool(options.cuda_graphs))
     model = SpeechRWKV.from_pretrained(
         options.load_model,
         encoder=options.encoder,

@@ -81,6 +81,12 @@ class ModelOptions:
     wkv: str = flag(
         "auto", "how the WKV operator is computed", choices=("auto", "cuda", "cpu", "torch"), resume_ignored=True
     )
+    cuda_graphs: int = flag(
+        1,
+        "on a GPU, 1: a token is read as one CUDA graph, 0: operation by operation, slower, for less memory",
+        choices=(0, 1),
+        resume_ignored=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
