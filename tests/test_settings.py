@@ -111,7 +111,7 @@ def test_compiled_steps_are_the_steps(world, tmp_path, monkeypatch, caplog):
         made.append(graph)
         return graph.forward  # what was traced, and soon done
 
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, **how, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, **how | {"backend": backend}))
     flags = ["--epoch_count=1", "--epoch_steps=3", "--grad_cp=1"]
     assert do("train", world, tmp_path / "plain", *flags) == 0
     assert not made

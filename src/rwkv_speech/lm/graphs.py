@@ -67,9 +67,10 @@ def step(model: "LanguageModel", x: Tensor, state: State) -> tuple[Tensor, State
                 graphs[rows] = _Graph(model, rows, x, state)
             except RuntimeError as error:  # of the driver, or the memory is full
                 _warn(reason(error))
-                graphs |= dict.fromkeys(ROWS)
-        graph = graphs[rows]
-        return graph.step(x, state) if graph else model.run(x, state)
+                graphs |= {more: None for more in ROWS if more >= rows}
+        if graph := graphs[rows]:
+            return graph.step(x, state)
+    return model.run(x, state)
 
 
 def forget(model: "LanguageModel") -> None:
@@ -81,7 +82,7 @@ def forget(model: "LanguageModel") -> None:
 @functools.cache
 def _warn(why: str) -> None:
     """Once."""
-    log.warning("no CUDA graphs: decoding goes on without them, slower: %s", why)
+    log.warning("a CUDA graph can't be made: decoding goes on without it, slower: %s", why)
 
 
 class _Graph:

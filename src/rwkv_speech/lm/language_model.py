@@ -249,14 +249,14 @@ class LanguageModel(nn.Module):
             after.append(layer)
         return x, State(tuple(after))
 
-    def compile_blocks(self, on: bool = True) -> None:
+    def compile_blocks(self, on: bool = True, backend: str = "inductor") -> None:
         """Has training steps fuse what lies between the matrix products of a block.
 
         It is compiled once for all blocks and lengths, and again for batches of 1, conversations in pieces and so on.
         """
         if on:
             torch._dynamo.config.recompile_limit = 32  # beyond it no more is compiled
-        self._block = torch.compile(Block.forward, dynamic=True) if on else Block.__call__
+        self._block = torch.compile(Block.forward, dynamic=True, backend=backend) if on else Block.__call__
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden vectors (..., C) -> logits (..., vocabulary) in the dtype of the weights."""
